@@ -1,0 +1,109 @@
+"""Errors a user can act on: one line of cause, one line of remedy, one documented exit code (pure)."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of every verb; documented in the README, never renumbered."""
+
+    OK = 0
+    INTERNAL = 1
+    USAGE = 2
+    CONFIG = 3
+    UNREACHABLE = 4
+    NOT_FOUND = 5
+    ENVIRONMENT = 6
+    STORAGE = 7
+    CONFLICT = 8
+    FAILED = 10
+    RETRIES_SPENT = 11
+    DIVERGED = 12
+    NO_CHECKPOINT = 13
+    DATA_CORRUPT = 14
+    RUNNING = 20
+    INTERRUPTED = 75
+    CTRL_C = 130
+
+
+class MaskwrightError(Exception):
+    """A failure whose cause and remedy are known.
+
+    `cause` says what was expected, what was found and where; `remedy` says what to do next. Survives pickling, so that a
+    worker's error reaches the driver whole.
+    """
+
+    exit_code: ExitCode = ExitCode.FAILED
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause, remedy)
+        self.cause = cause
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.cause}\n{self.remedy}"
+
+
+class UsageError(MaskwrightError):
+    """The command line asks for something that cannot be."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(MaskwrightError):
+    """A configuration that cannot be honoured."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class NotFoundError(MaskwrightError):
+    """A run, corpus, model or file that is not there."""
+
+    exit_code = ExitCode.NOT_FOUND
+
+
+class EnvironmentMismatchError(MaskwrightError):
+    """Software that is missing or differs from what the run needs."""
+
+    exit_code = ExitCode.ENVIRONMENT
+
+
+class StorageError(MaskwrightError):
+    """Storage that is full, unwritable or not shared."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class ConflictError(MaskwrightError):
+    """Somebody else holds the run or the corpus."""
+
+    exit_code = ExitCode.CONFLICT
+
+
+class RetriesSpentError(MaskwrightError):
+    """The run failed more often than its budget allows."""
+
+    exit_code = ExitCode.RETRIES_SPENT
+
+
+class DivergedError(MaskwrightError):
+    """The loss is no longer finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class NoCheckpointError(MaskwrightError):
+    """No committed checkpoint is intact."""
+
+    exit_code = ExitCode.NO_CHECKPOINT
+
+
+class DataCorruptError(MaskwrightError):
+    """Input text, shards or an index that are damaged."""
+
+    exit_code = ExitCode.DATA_CORRUPT
+
+
+class InterruptedRunError(MaskwrightError):
+    """The run was asked to stop; it can be resumed."""
+
+    exit_code = ExitCode.INTERRUPTED

@@ -1,0 +1,202 @@
+"""Files on local disks and object stores behind one small type; every write is atomic, every failure names the path."""
+
+import errno
+import json
+import os
+import uuid
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+from data_pipeline.errors import NotFoundError, StorageError
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+
+
+@contextmanager
+def storage_errors(path: str) -> Generator[None]:
+    """Turn operating-system errors about `path` into errors with a remedy.
+
+    Raises:
+        StorageError: the disk is full or the path cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_SPACE:
+            raise StorageError(f"no space left while writing {path}", "Free space (`maskwright clean`) or choose another --storage.") from error
+        if error.errno in _UNWRITABLE:
+            raise StorageError(f"cannot write {path}: {error.strerror}", "Check the permissions or choose another --storage.") from error
+        raise
+
+
+@dataclass(frozen=True)
+class Location:
+    """A file or folder: a local absolute path, or an fsspec URL such as `s3://bucket/key`."""
+
+    url: str
+
+    @classmethod
+    def at(cls, url: str | os.PathLike[str]) -> "Location":
+        """A location from a path (made absolute) or an fsspec URL."""
+        text = os.fspath(url)
+        if "://" not in text or text.startswith("file://"):
+            return cls(str(Path(text.removeprefix("file://")).expanduser().absolute()))
+        return cls(text.rstrip("/"))
+
+    def __truediv__(self, name: str) -> "Location":
+        return Location(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> "Location":
+        """The folder that holds this location."""
+        return Location(self.url.rsplit("/", 1)[0])
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a path on this machine."""
+        return "://" not in self.url
+
+    @property
+    def path(self) -> Path:
+        """The local path; only for local locations."""
+        if not self.is_local:
+            raise ValueError(f"{self.url} is not a local path")
+        return Path(self.url)
+
+    def filesystem(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        """The fsspec filesystem and the path within it."""
+        return url_to_fs(self.url)
+
+    def exists(self) -> bool:
+        """Whether a file or folder is there."""
+        if self.is_local:
+            return self.path.exists()
+        fs, path = self.filesystem()
+        return bool(fs.exists(path))
+
+    def children(self) -> list[str]:
+        """Sorted names in this folder; empty when there is no such folder."""
+        if self.is_local:
+            return sorted(os.listdir(self.url)) if self.path.is_dir() else []
+        fs, path = self.filesystem()
+        fs.invalidate_cache(path)
+        if not fs.exists(path):
+            return []
+        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+
+    def read_bytes(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            NotFoundError: there is no such file.
+        """
+        try:
+            if self.is_local:
+                return self.path.read_bytes()
+            fs, path = self.filesystem()
+            return bytes(fs.cat_file(path))  # pyright: ignore[reportArgumentType]
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise NotFoundError(f"{self.url} does not exist", "Check the path.") from error
+
+    def read_json(self) -> Any:
+        """The file parsed as JSON.
+
+        Raises:
+            NotFoundError: there is no such file.
+            ValueError: it is not JSON.
+        """
+        return json.loads(self.read_bytes())
+
+    def write_bytes(self, data: bytes) -> None:
+        """Write the whole file so that a reader sees the old content, the new content, never a part of it.
+
+        Raises:
+            StorageError: the disk is full or the path cannot be written.
+        """
+        with storage_errors(self.url):
+            if not self.is_local:
+                fs, path = self.filesystem()
+                fs.pipe_file(path, data)
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.path.with_name(f".{self.name}.{uuid.uuid4().hex[:8]}.tmp")
+            try:
+                with temporary.open("wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.path)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+            sync_folder(self.path.parent)
+
+    def write_json(self, value: Any) -> None:
+        """Write `value` as indented JSON with sorted keys, atomically."""
+        self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+    def claim(self, data: bytes) -> bool:
+        """Create the file if nobody has; True for exactly one of several callers (on local and POSIX-shared storage)."""
+        with storage_errors(self.url):
+            if not self.is_local:
+                if self.exists():
+                    return False
+                self.write_bytes(data)
+                return True
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with self.path.open("xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                return False
+            return True
+
+    def append_line(self, line: str) -> None:
+        """Append one line in a single write. On an object store the file is a folder of parts."""
+        with storage_errors(self.url):
+            data = (line + "\n").encode()
+            if not self.is_local:
+                fs, path = self.filesystem()
+                parts = len(self.children())
+                fs.pipe_file(f"{path}/{parts:08d}-{uuid.uuid4().hex[:8]}.jsonl", data)
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab", buffering=0) as file:
+                file.write(data)
+
+    def read_lines(self) -> list[str]:
+        """Complete lines of a file written by `append_line`; a torn last line is left out. Empty when there is no file."""
+        if not self.exists():
+            return []
+        data = self.read_bytes() if self.is_local else b"".join((self / part).read_bytes() for part in self.children())
+        return [line.decode() for line in data[: data.rfind(b"\n") + 1].splitlines()]
+
+    def remove(self) -> None:
+        """Remove the file or the whole folder; nothing happens when it is not there."""
+        if self.exists():
+            fs, path = self.filesystem()
+            fs.rm(path, recursive=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside a local folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Pretraining under DeepSpeed ZeRO, checkpoints, export, fine-tuning and evaluation."""

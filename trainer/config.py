@@ -1,0 +1,191 @@
+"""Configuration of the model, the optimizer, training and fine-tuning, and `RunConfig`, the whole of run.yaml (pure)."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config import BatchConfig, CorpusConfig, ObjectiveConfig, Phase, Section, TokenizerConfig
+
+
+class ModelConfig(Section):
+    """The encoder. The vocabulary size comes from the tokenizer."""
+
+    architecture: Literal["bert"] = "bert"
+    """`bert`: the `BertForPreTraining` layout of transformers."""
+    init_from: str | None = None
+    """Hugging Face folder or hub id to continue pretraining from; its own dimensions replace those below."""
+    num_layers: int = Field(default=12, ge=1)
+    """Transformer layers."""
+    hidden_size: int = Field(default=768, ge=8)
+    """Width of the hidden states."""
+    num_heads: int = Field(default=12, ge=1)
+    """Attention heads; must divide `hidden_size`."""
+    intermediate_size: int | None = Field(default=None, ge=8)
+    """Width of the feed-forward layers; null means 4 x hidden_size."""
+    max_positions: int = Field(default=512, ge=16)
+    """Longest sequence the model can take, in tokens."""
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
+    """Dropout of hidden states and attention probabilities, keyed by (seed, micro-batch)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019), fused."""
+
+    kind: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    lr: float = Field(default=1e-4, gt=0.0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of the first and second moment."""
+    eps: float = Field(default=1e-6, gt=0.0)
+    """Term added to the denominator."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay; not applied to biases and layer norms."""
+    clip_norm: float = Field(default=1.0, gt=0.0)
+    """Clip the global gradient norm to this."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over optimizer steps: linear warm-up, then `kind`."""
+
+    kind: Literal["linear", "cosine", "constant"] = "linear"
+    """Shape of the decay after warm-up; linear and cosine end at `final_ratio` of the peak."""
+    steps: int = Field(default=1_000_000, ge=1)
+    """Optimizer steps of the whole run."""
+    warmup_steps: int = Field(default=10_000, ge=0)
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
+    final_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Final learning rate as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self) -> Self:
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        return self
+
+
+class ZeroConfig(Section):
+    """DeepSpeed ZeRO (Rajbhandari et al. 2020)."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0: replicate; 1: partition optimizer state; 2: also gradients; 3: also parameters."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Raw DeepSpeed settings merged last over the derived ones. Keys that this project derives are refused."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are committed and which are kept."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Commit a checkpoint every so many optimizer steps; the last step always commits one."""
+    keep_last: int = Field(default=3, ge=1)
+    """Newest committed checkpoints to keep."""
+
+
+class ValidationConfig(Section):
+    """Held-out losses during pretraining."""
+
+    every_steps: int = Field(default=1000, ge=1)
+    """Validate every so many optimizer steps, and after the last."""
+    micro_batches: int = Field(default=32, ge=1)
+    """Micro-batches of the validation split to average over (fewer when the split is smaller)."""
+
+
+class TaskConfig(Section):
+    """A labelled classification task: a folder with train, dev and test files (.jsonl or .csv)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Folder name of the results."""
+    path: str
+    """Folder with train/dev/test.jsonl (or .csv), or `python-docs`: which package does a docstring belong to."""
+    text: str = "text"
+    """Column of the text."""
+    text_pair: str | None = None
+    """Column of a second text, for pair tasks."""
+    label: str = "label"
+    """Column of the label: an integer or a name."""
+
+
+class FinetuneConfig(Section):
+    """What pretraining bought: each task is fine-tuned with every seed, pretrained and from scratch."""
+
+    tasks: tuple[TaskConfig, ...] = ()
+    """Tasks to fine-tune on; none skips the stage."""
+    num_seeds: int = Field(default=3, ge=1)
+    """Seeds 0 .. num_seeds-1; scores are mean and standard deviation over them."""
+    epochs: int = Field(default=3, ge=1)
+    """Passes over the training file."""
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per step, over all workers."""
+    lr: float = Field(default=5e-5, gt=0.0)
+    """Peak learning rate; linear warm-up over a tenth of the steps, then linear decay."""
+    scratch_lr: float | None = Field(default=None, gt=0.0)
+    """Peak learning rate of the network from scratch; null uses `lr`."""
+    weight_decay: float = Field(default=0.01, ge=0.0)
+    """Decoupled weight decay."""
+    max_length: int = Field(default=128, ge=8)
+    """Longest row, in tokens; longer texts are cut."""
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> Self:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"task names must be unique, found {names}")
+        return self
+
+
+class RunConfig(Section):
+    """The whole of run.yaml: *what* to train. *Where* is the cluster file's business."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The run's id and folder name (`corpora` is taken)."""
+    storage: str = "runs"
+    """Local folder or fsspec URL that holds corpora and runs."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the weights, the data order, the masks and dropout."""
+    corpus: CorpusConfig = CorpusConfig()
+    """The text."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What the model learns to predict."""
+    model: ModelConfig = ModelConfig()
+    """The encoder."""
+    batch: BatchConfig = BatchConfig()
+    """Batch shape."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Steps and learning rate."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """`bf16`: bf16 weights, fp32 master. `fp16`: fp16 weights, fp32 master, dynamic loss scale. `fp32`."""
+    zero: ZeroConfig = ZeroConfig()
+    """Partitioning."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    validation: ValidationConfig = ValidationConfig()
+    """Held-out losses."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Fine-tuning and baselines."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.name == "corpora":
+            raise ValueError("name 'corpora' is taken by the corpora folder; choose another")
+        longest = max(self.batch.sequence_lengths)
+        if self.model.init_from is None and longest > self.model.max_positions:
+            raise ValueError(f"batch.sequence_length {longest} exceeds model.max_positions {self.model.max_positions}")
+        return self
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The run's phases, resolved."""
+        return self.batch.phases_until(self.schedule.steps)

@@ -1,0 +1,39 @@
+"""What the trainer needs from whoever runs it: `RunContext`, implemented on Ray by the launcher (pure)."""
+
+from typing import Protocol
+
+
+class RunContext(Protocol):
+    """One rank's view of the job that runs it. torch.distributed is initialised before the trainer is called."""
+
+    @property
+    def rank(self) -> int:
+        """This rank, 0 .. world_size-1."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether the run should save and end (stop, SIGTERM, drain). Cheap: called at every step boundary."""
+        ...
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        """Say where this rank is. Cheap: called several times a step; `phase` is set-up, data, forward, optimizer, checkpoint, validation."""
+        ...
+
+
+class LocalContext:
+    """A context for tests and single processes: never stops, says nothing."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        self.rank = rank
+        self.world_size = world_size
+
+    def stop_requested(self) -> bool:
+        return False
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        del step, phase

@@ -1,0 +1,89 @@
+"""The run folder: where everything of a run lies, its events and its metrics (append-only JSON lines)."""
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipeline.storage import Location
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Names of everything inside `<storage>/<run-id>/` (DESIGN section 1)."""
+
+    root: Location
+
+    @property
+    def config(self) -> Location:
+        """Resolved config; itself valid input."""
+        return self.root / "run.yaml"
+
+    @property
+    def events(self) -> Location:
+        """One JSON object per event."""
+        return self.root / "events.jsonl"
+
+    @property
+    def metrics(self) -> Location:
+        """One JSON object per optimizer step and attempt."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Location:
+        """TensorBoard event files."""
+        return self.root / "tensorboard"
+
+    @property
+    def lease(self) -> Location:
+        """Who drives the run now."""
+        return self.root / "lease.json"
+
+    @property
+    def stop_request(self) -> Location:
+        """Exists while somebody wants the run to stop."""
+        return self.root / "stop-request.json"
+
+    @property
+    def checkpoints(self) -> Location:
+        """Folder of checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def models(self) -> Location:
+        """Folder of exported models."""
+        return self.root / "models"
+
+    @property
+    def finetune(self) -> Location:
+        """Folder of fine-tune results, one folder per task."""
+        return self.root / "finetune"
+
+    @property
+    def report(self) -> Location:
+        """The HTML report."""
+        return self.root / "report.html"
+
+    def rank_log(self, attempt: int, rank: int) -> Location:
+        """Log of one rank in one attempt."""
+        return self.root / "logs" / f"attempt-{attempt:04d}" / f"rank-{rank:05d}.log"
+
+    def append_event(self, kind: str, *, attempt: int, step: int | None = None, **details: Any) -> None:
+        """Record that something happened: `kind`, when, at which step, with `details` (steps_lost, seconds_lost, cause, …)."""
+        self.events.append_line(json.dumps({"time": time.time(), "kind": kind, "attempt": attempt, "step": step, **details}))
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """All events, oldest first."""
+        return [json.loads(line) for line in self.events.read_lines()]
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Record one optimizer step."""
+        self.metrics.append_line(json.dumps(record))
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One record per optimizer step, ascending: the last attempt's where a step was repeated."""
+        by_step: dict[int, dict[str, Any]] = {}
+        for line in self.metrics.read_lines():
+            record = json.loads(line)
+            by_step[record["step"]] = record
+        return [by_step[step] for step in sorted(by_step)]
