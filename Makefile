@@ -1,0 +1,52 @@
+# The targets of the README. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+FAULTS ?= 6
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check format test test-full unit distributed e2e chaos bench bench-table
+
+help:  ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(STAMP)  ## Make .venv and install everything (one to three minutes, 2 GB)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] + "\nSet PYTHON=/path/to/python3.11") if sys.version_info < (3, 11) else None'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (about 2 GB; one to three minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## Pretrain and fine-tune a small encoder on this machine (under ten minutes)
+	@$(BIN)/maskwright run cluster_configs/runs/demo.yaml
+
+format: setup  ## Format and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+check: setup  ## Format, lint, types, layers
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-logo > .lint-imports.log 2>&1 || { cat .lint-imports.log; rm -f .lint-imports.log; exit 1; }
+	@rm -f .lint-imports.log
+
+unit: setup
+	@$(BIN)/python -m pytest tests/unit -m "not full and not gpu" -q
+
+distributed: setup
+	@$(BIN)/python -m pytest tests/distributed -m "not full and not gpu" -q
+
+e2e: setup
+	@$(BIN)/python -m pytest tests/e2e -m "not full and not gpu" -q
+
+test: check  ## Everything that must hold before a change lands (at most 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not full and not gpu" --durations=15
+
+test-full: check  ## The same with every sweep
+	@$(BIN)/python -m pytest --durations=30
