@@ -1,0 +1,160 @@
+"""The embedded cluster: Ray started by this command on this machine, for the length of the command (starts and ends processes)."""
+
+import glob
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError
+from launcher.config import ClusterConfig
+
+_OBJECT_STORE_BYTES = 512 * 2**20
+_LONGEST_SOCKET_FOLDER = 40
+"""Ray puts `/session_<date>_<pid>/sockets/plasma_store` below its folder, and Linux cuts socket paths at 107 bytes."""
+
+_LOOPBACK = "127.0.0.2"
+"""Ray replaces 127.0.0.1 by an address that other machines can reach; the rest of the loopback network it leaves alone."""
+
+_RAY_ENVIRONMENT = {
+    # Found by Ray when it starts its processes. A dead worker is noticed at the next poll; a finished group likewise.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a node of one's own machine; saves a process per attempt
+    # Ranks write their own log into the run folder; Ray's copies of the same lines only cost time.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine offers."""
+
+    num_cpus: int
+    num_gpus: int
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The shape of a worker group, resolved from cluster file and machine."""
+
+    num_workers: int
+    threads_per_worker: int
+    use_gpu: bool
+
+
+def this_machine() -> Machine:
+    """CPUs this process may use and GPUs it may see (found without importing torch)."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = len(glob.glob("/dev/nvidia[0-9]*"))
+    if visible is not None:
+        devices = min(devices, len([name for name in visible.split(",") if name.strip() not in {"", "-1"}]))
+    return Machine(num_cpus=len(os.sched_getaffinity(0)), num_gpus=devices)
+
+
+def resolve_workers(config: ClusterConfig, machine: Machine) -> Workers:
+    """Ranks, threads and device of a worker group (pure).
+
+    Raises:
+        ConfigError: GPUs are asked for and there are fewer than ranks.
+    """
+    use_gpu = machine.num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
+    by_device = machine.num_gpus if use_gpu else min(2, machine.num_cpus)
+    num_workers = by_device if config.num_workers == "auto" else config.num_workers
+    if use_gpu and (num_workers > machine.num_gpus or num_workers < 1):
+        raise ConfigError(
+            f"{max(1, num_workers)} ranks need a GPU each, this machine has {machine.num_gpus}", "Lower num_workers or set use_gpu: false."
+        )
+    if num_workers < 1:
+        raise ConfigError(f"num_workers: expected at least 1, found {num_workers}", "Set num_workers in the cluster file, or auto.")
+    automatic = max(1, machine.num_cpus // num_workers)
+    threads = automatic if config.threads_per_worker == "auto" else config.threads_per_worker
+    if threads < 1:
+        raise ConfigError(f"threads_per_worker: expected at least 1, found {threads}", "Set threads_per_worker in the cluster file, or auto.")
+    return Workers(num_workers, threads, use_gpu)
+
+
+@contextmanager
+def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> Generator[Path]:
+    """Start Ray, yield a scratch folder that lives as long as it, and end what was started.
+
+    Call it on the main thread: Linux ends Ray's processes when the *thread* that started them dies, which is what
+    makes them go when this process is killed.
+
+    Raises:
+        EnvironmentMismatchError: Ray does not start.
+    """
+    _remove_abandoned_folders()
+    folder = _session_folder()
+    environment = {name: value for name, value in {**_RAY_ENVIRONMENT, **_new_token(folder)}.items() if name not in os.environ}
+    os.environ.update(environment)
+    import ray  # after the environment: some of it is read at import
+
+    home = os.getcwd()
+    try:
+        # Ray puts the current folder on its workers' import path, where a user's own `trainer` folder would hide ours.
+        os.chdir(folder)
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
+                num_gpus=machine.num_gpus if workers.use_gpu else 0,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=str(folder / "ray"),
+            )
+        except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
+            raise EnvironmentMismatchError(f"Ray did not start: {error}", f"Logs, if any: {folder}/ray; is the disk or memory full?") from error
+        finally:
+            os.chdir(home)
+        yield folder
+    finally:
+        ray.shutdown()
+        for name in environment:
+            os.environ.pop(name, None)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _session_folder() -> Path:
+    base = tempfile.gettempdir()
+    if len(base) + len("/maskwright-0000000-abcdefgh/ray") > _LONGEST_SOCKET_FOLDER:
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix=f"maskwright-{os.getpid()}-", dir=base))
+
+
+def _new_token(folder: Path) -> dict[str, str]:
+    """A token for this cluster alone: Ray's ports answer to nobody without it. Ray's own default is one file, readable by all, for ever."""
+    path = folder / "token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def _remove_abandoned_folders() -> None:
+    """Remove session folders of commands that were killed (their process is gone and nothing else will)."""
+    for base in {tempfile.gettempdir(), "/tmp"}:
+        for folder in Path(base).glob("maskwright-*-*"):
+            owner = folder.name.split("-")[1]
+            with suppress(OSError):
+                if owner.isdigit() and not Path("/proc", owner).exists() and folder.stat().st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,64 @@
+"""What may change when an existing run is continued (pure)."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from data_pipeline.errors import ConfigError
+from trainer.config import RunConfig
+
+FREE = ("storage", "zero", "batch.split", "batch.loader_workers", "checkpoint", "validation", "finetune", "model.activation_checkpointing")
+"""Change what a run costs or keeps, never what it computes (beyond summation order)."""
+DELIBERATE = ("optimizer", "schedule")
+"""Change the rest of the run: only by `resume --set`, and recorded."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that differs between the run's configuration and the one given now."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.before!r} -> {self.after!r}"
+
+
+def changes(before: RunConfig, after: RunConfig) -> list[Change]:
+    """Every leaf that differs, by dotted path."""
+    old, new = dict(_leaves(before.model_dump(mode="json"))), dict(_leaves(after.model_dump(mode="json")))
+    return [Change(path, old.get(path), new.get(path)) for path in sorted({*old, *new}) if old.get(path) != new.get(path)]
+
+
+def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool) -> list[Change]:
+    """The changes between a run's configuration and the one given to continue it.
+
+    `deliberate` is True for `resume --set`, which may also change the learning rate, the optimizer and the schedule.
+
+    Raises:
+        ConfigError: a change would make another model out of the same run; all of them are listed.
+    """
+    found = changes(before, after)
+    allowed = (*FREE, *DELIBERATE) if deliberate else FREE
+    refused = [change for change in found if not _within(change.path, allowed)]
+    if not refused:
+        return found
+    listed = "; ".join(str(change) for change in refused)
+    if all(_within(change.path, DELIBERATE) for change in refused):
+        remedy = f"If it is meant: maskwright resume {before.name} " + " ".join(f"--set {c.path}={c.after}" for c in refused)
+    else:
+        remedy = "Give the configuration another name to start a new run, or change it back."
+    raise ConfigError(f"run {before.name!r} exists and cannot continue with {listed}", remedy)
+
+
+def _within(path: str, prefixes: tuple[str, ...]) -> bool:
+    return any(path == prefix or path.startswith(prefix + ".") for prefix in prefixes)
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, child in value.items():
+        if isinstance(child, dict) and child:
+            yield from _leaves(cast(dict[str, Any], child), f"{prefix}{key}.")
+        else:
+            yield prefix + key, child

@@ -1,0 +1,44 @@
+"""Stop requests, left in the run folder for whoever drives the run (reads and writes the run folder)."""
+
+import time
+from dataclasses import asdict, dataclass
+
+from data_pipeline.errors import NotFoundError
+from trainer.runlog import RunFolder
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """Somebody wants the run to end."""
+
+    time: float
+    grace_s: float
+    save: bool
+    by: str
+
+    @property
+    def deadline(self) -> float:
+        """When the driver ends everything, saved or not."""
+        return self.time + (self.grace_s if self.save else 0.0)
+
+
+def request_stop(run: RunFolder, *, grace_s: float, save: bool, by: str) -> StopRequest:
+    """Ask the run to save (unless `save` is False) and end within `grace_s` seconds."""
+    request = StopRequest(time.time(), grace_s, save, by)
+    run.stop_request.write_json(asdict(request))
+    return request
+
+
+def read_stop(run: RunFolder) -> StopRequest | None:
+    """The pending request; None when nobody asks."""
+    if not run.stop_request.exists():
+        return None
+    try:
+        return StopRequest(**run.stop_request.read_json())
+    except (NotFoundError, ValueError, TypeError):
+        return None
+
+
+def clear_stop(run: RunFolder) -> None:
+    """Forget requests addressed to an earlier driver."""
+    run.stop_request.remove()

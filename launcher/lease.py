@@ -1,0 +1,124 @@
+"""Who drives a run: a numbered lease with a heartbeat, so that a run never has two drivers (reads and writes the run folder)."""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError
+from trainer.runlog import RunFolder
+
+HEARTBEAT_S = 2.0
+STALE_AFTER_S = 30.0
+
+
+@dataclass(frozen=True)
+class LeaseState:
+    """What lease.json says."""
+
+    number: int
+    token: str
+    pid: int
+    pid_started: str
+    host: str
+    started_at: float
+    time: float
+    stage: str = ""
+    attempt: int = 0
+
+    def is_live(self, now: float) -> bool:
+        """Whether the holder can still be at work: it was heard of lately, and is not known to be dead."""
+        if now - self.time > STALE_AFTER_S:
+            return False
+        return self.host != socket.gethostname() or process_start(self.pid) == self.pid_started
+
+
+def process_start(pid: int) -> str:
+    """When a process of this machine started, in clock ticks since boot: tells a process from a later one with its number."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def read_lease(run: RunFolder) -> LeaseState | None:
+    """The lease as last written; None when nobody holds one."""
+    try:
+        return LeaseState(**run.lease.read_json())
+    except (NotFoundError, ValueError, TypeError):
+        return None
+
+
+def holder(run: RunFolder) -> LeaseState | None:
+    """The lease of the process that drives the run now; None when nobody does."""
+    lease = read_lease(run)
+    return lease if lease is not None and lease.is_live(time.time()) else None
+
+
+@dataclass
+class Lease:
+    """A held lease: use as a context manager; the heartbeat runs in a thread until the end of the block."""
+
+    run: RunFolder
+    state: LeaseState
+    lost: threading.Event = field(default_factory=threading.Event)
+    _released: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def acquire(cls, run: RunFolder) -> "Lease":
+        """Take the lease of a run that nobody drives.
+
+        Each lease has a number that is claimed exactly once, so of two commands that find the same dead holder one wins.
+
+        Raises:
+            ConflictError: somebody drives the run.
+        """
+        current = holder(run)
+        if current is not None:
+            raise _taken(run, current)
+        number = 1 + max((int(name) for name in (run.root / "leases").children() if name.isdigit()), default=0)
+        token = uuid.uuid4().hex
+        if not (run.root / "leases" / f"{number:08d}").claim(token.encode()):
+            raise ConflictError(f"run {run.root.name} was taken by another command just now", f"See `maskwright status {run.root.name}`.")
+        now = time.time()
+        state = LeaseState(number, token, os.getpid(), process_start(os.getpid()), socket.gethostname(), now, now)
+        lease = cls(run, state)
+        lease.beat()
+        return lease
+
+    def beat(self, **changes: Any) -> None:
+        """Say that this process is alive, and what it does now (`stage`, `attempt`)."""
+        with self._lock:
+            self.state = replace(self.state, time=time.time(), **changes)
+            if (self.run.root / "leases" / f"{self.state.number + 1:08d}").exists():
+                self.lost.set()
+            else:
+                self.run.lease.write_json(asdict(self.state))
+
+    def __enter__(self) -> "Lease":
+        threading.Thread(target=self._beat_until_released, daemon=True, name="lease").start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._released.set()
+        with self._lock:
+            if not self.lost.is_set():
+                self.run.lease.remove()
+
+    def _beat_until_released(self) -> None:
+        while not self._released.wait(HEARTBEAT_S) and not self.lost.is_set():
+            with suppress(MaskwrightError, OSError):  # a full disk must not end the run by its heartbeat; the lease goes stale instead
+                self.beat()
+
+
+def _taken(run: RunFolder, lease: LeaseState) -> ConflictError:
+    return ConflictError(
+        f"run {run.root.name} is already running: process {lease.pid} on {lease.host}, stage {lease.stage or 'start'}",
+        f"Follow it with `maskwright status {run.root.name}`, or end it with `maskwright stop {run.root.name}`.",
+    )

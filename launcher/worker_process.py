@@ -1,0 +1,165 @@
+"""What a rank does around the trainer: its log, its context, its watch for stop requests, its failure record (runs in worker processes)."""
+
+import importlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import InterruptedRunError, MaskwrightError
+from data_pipeline.storage import Location
+from launcher.attempts import attempt_folder, last_attempt, record_failure
+from launcher.control import read_stop
+from trainer.runlog import RunFolder
+
+WATCH_S = 0.5
+UPLOAD_S = 15.0
+SUPERSEDED = 75
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What every rank of an attempt is told: plain values that any process can unpickle."""
+
+    entry: str
+    """`module:function`, called with `arguments` and `context`."""
+    arguments: dict[str, Any]
+    run: str
+    """Run folder."""
+    attempt: int
+    threads: int
+    home: str
+    """The driver's current folder: relative paths in the configuration mean the same on every rank."""
+
+
+@dataclass
+class WorkerContext:
+    """`trainer.context.RunContext` of a rank under the launcher."""
+
+    rank: int
+    world_size: int
+    preempted: Callable[[], bool]
+    step: int = 0
+    phase: str = "set-up"
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def stop_requested(self) -> bool:
+        """See `RunContext.stop_requested`: a flag in memory, set by the watch."""
+        return self._stop.is_set()
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        """See `RunContext.heartbeat`: two assignments; the watch writes them down."""
+        self.step, self.phase = step, phase
+
+    def ask_to_stop(self) -> None:
+        """Called by the watch."""
+        self._stop.set()
+
+
+def resolve(entry: str) -> Callable[..., Any]:
+    """The function named by `module:function`."""
+    module, _, name = entry.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def run_task(task: WorkerTask, rank: int, world_size: int, preempted: Callable[[], bool]) -> None:
+    """Run the task's entry on this rank, inside a thread of a worker process.
+
+    An interrupted run returns: it has saved, and raising would end the other ranks in the middle of it. Every other
+    error is recorded in the run folder and raised, so that the group ends at once instead of waiting for this rank.
+    """
+    run = RunFolder(Location(task.run))
+    with suppress(OSError):
+        os.chdir(task.home)
+    context = WorkerContext(rank, world_size, preempted)
+    with _log_to(run.rank_log(task.attempt, rank)), _watch(run, task.attempt, context):
+        try:
+            _limit_threads(task.threads)
+            resolve(task.entry)(**task.arguments, context=context)
+        except BaseException as error:
+            with suppress(MaskwrightError, OSError):  # storage may be what failed; the exception itself still reaches the driver
+                record_failure(run, task.attempt, rank, error)
+            if isinstance(error, InterruptedRunError):
+                logging.getLogger(__name__).info("stopped as asked: %s", error.cause)
+                return
+            logging.getLogger(__name__).exception("rank %d failed", rank)
+            raise
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def _log_to(log: Location) -> Generator[None]:
+    """Send this process' stdout and stderr, of C++ libraries too, and its logging to the rank's log.
+
+    On object stores the log is a local file that is copied out now and then and at the end.
+    """
+    path = log.path if log.is_local else Path(f"rank-{os.getpid()}.log").absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    # Line-buffered Python streams of our own: Ray's may be wrapped, and a killed process must not take its last lines along.
+    sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")  # noqa: SIM115
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    done = threading.Event()
+    copier = threading.Thread(target=_copy_out, args=(path, log, done), daemon=True)
+    if not log.is_local:
+        copier.start()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        done.set()
+        if not log.is_local:
+            copier.join()
+
+
+def _copy_out(path: Path, log: Location, done: threading.Event) -> None:
+    finished = False
+    while not finished:
+        finished = done.wait(UPLOAD_S)
+        with suppress(MaskwrightError, OSError):
+            log.write_bytes(path.read_bytes())
+
+
+@contextmanager
+def _watch(run: RunFolder, attempt: int, context: WorkerContext) -> Generator[None]:
+    """Poll for stop requests (rank 0) and preemption (every rank); end the process when a newer attempt has begun."""
+    done = threading.Event()
+
+    def poll() -> None:
+        written: tuple[int, str] | None = None
+        while not done.wait(WATCH_S):
+            with suppress(MaskwrightError, OSError):
+                if context.preempted() or (context.rank == 0 and read_stop(run) is not None):
+                    context.ask_to_stop()
+                if context.rank == 0:
+                    if last_attempt(run) > attempt:
+                        logging.getLogger(__name__).error("attempt %d is superseded by a newer one; this process ends", attempt)
+                        os._exit(SUPERSEDED)
+                    if written != (context.step, context.phase):
+                        written = (context.step, context.phase)
+                        (attempt_folder(run, attempt) / "heartbeat.json").write_json({"step": written[0], "phase": written[1]})
+
+    thread = threading.Thread(target=poll, daemon=True, name="watch")
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=5.0)
