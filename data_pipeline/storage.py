@@ -113,6 +113,15 @@ class Location:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{self.url} does not exist", "Check the path.") from error
 
+    def read_range(self, start: int, stop: int) -> bytes:
+        """Bytes [start, stop) of the file."""
+        if self.is_local:
+            with self.path.open("rb") as file:
+                file.seek(start)
+                return file.read(stop - start)
+        fs, path = self.filesystem()
+        return bytes(fs.cat_file(path, start=start, end=stop))  # pyright: ignore[reportArgumentType]
+
     def read_json(self) -> Any:
         """The file parsed as JSON.
 

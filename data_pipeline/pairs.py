@@ -1,0 +1,127 @@
+"""Samples of a window: sentence pairs whose negatives are swapped so that lengths do not tell the label (pure)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.chunks import SPECIAL_TOKENS, Chunks, IntArray
+from data_pipeline.hashing import UInt64Array, mix64
+
+CanSwap = Callable[[IntArray, IntArray], NDArray[np.bool_]]
+
+IS_NEXT, IS_RANDOM, NO_PAIR = 0, 1, -100
+
+_SPLIT, _COIN, _RANK, _EXTRA = 1, 2, 3, 4
+"""What a hash of the samples' keys is used for; masking.py has its own."""
+_REACH = 16
+_MATCHINGS = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where the segments of each sample lie in a window's tokens. A single segment has b_length 0 and label NO_PAIR."""
+
+    keys: UInt64Array
+    """64-bit identity of a sample within the run: seed, split, phase, epoch, block and chunk, hashed."""
+    a_start: IntArray
+    a_length: IntArray
+    b_start: IntArray
+    b_length: IntArray
+    labels: IntArray
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> "Samples":
+        return Samples(self.keys[rows], self.a_start[rows], self.a_length[rows], self.b_start[rows], self.b_length[rows], self.labels[rows])
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each row, special tokens included."""
+        return self.a_length + self.b_length + 2 + (self.b_length > 0)
+
+
+def make_samples(chunks: Chunks, keys: UInt64Array, sequence_length: int, with_pairs: bool) -> Samples:
+    """One sample per chunk, in the order of the chunks; with pairs, half of them get the second segment of another document."""
+    start, stop = chunks.token_start(chunks.first_piece), chunks.token_start(chunks.stop_piece)
+    labels = np.full(len(chunks), NO_PAIR, dtype=np.int64)
+    if not with_pairs:
+        return Samples(keys, start, stop - start, stop, np.zeros_like(start), labels)
+    num_pieces = chunks.stop_piece - chunks.first_piece
+    offset = (mix64(keys, _SPLIT) % np.maximum(num_pieces - 1, 1).astype(np.uint64)).astype(np.int64) + 1
+    middle = np.where(num_pieces > 1, chunks.token_start(chunks.first_piece + offset), stop)
+    pairs = np.flatnonzero(num_pieces > 1)
+    b_start, b_length = middle.copy(), stop - middle
+    partner = choose_partners((middle - start)[pairs], b_length[pairs], chunks.document[pairs], keys[pairs], limit=sequence_length - SPECIAL_TOKENS)
+    labels[pairs] = np.where(partner == np.arange(len(pairs)), IS_NEXT, IS_RANDOM)
+    b_start[pairs], b_length[pairs] = middle[pairs[partner]], (stop - middle)[pairs[partner]]
+    return Samples(keys, start, middle - start, b_start, b_length, labels)
+
+
+def choose_partners(a_length: IntArray, b_length: IntArray, document: IntArray, keys: UInt64Array, limit: int) -> IntArray:
+    """Whose B each pair gets: its own for half of the pairs (to within one, where documents and lengths allow), else another document's.
+
+    The result is a permutation made of swaps, so every B is used once. Pairs are sorted by the length of B and taken in fours; each four
+    is split into two couples that could both swap, and a hash decides which one does. The label therefore says nothing about lengths.
+    Fours that cannot be split (a row that is full, one document) go into a pool whose couples make up the number.
+    """
+    partner = np.arange(len(keys))
+    if len(keys) < 2:
+        return partner
+    seed = np.bitwise_xor.reduce(keys)
+    slack = limit - a_length - b_length
+    order = np.lexsort((keys, slack, b_length))
+    rest = len(keys) % 4
+    at = int(mix64(seed, _RANK) % np.uint64(len(keys) - rest + 1))  # those left over come from anywhere, not from the longest
+    fours = np.delete(order, slice(at, at + rest)).reshape(-1, 4)
+
+    def can_swap(i: IntArray, j: IntArray) -> NDArray[np.bool_]:  # b_length[i] <= b_length[j]
+        return (document[i] != document[j]) & (b_length[j] - b_length[i] <= slack[i])
+
+    couples, is_split = _split_fours(fours, can_swap)
+    coin = (mix64(np.bitwise_xor.reduce(keys[fours[is_split]], axis=1), _COIN) & np.uint64(1)).astype(np.int64)
+    which = np.arange(len(couples))
+    chosen, spare = couples[which, coin], couples[which, 1 - coin]
+    target = len(keys) // 4 + (rest == 3 or (rest == 2 and bool(mix64(seed, _COIN) & np.uint64(1))))
+    missing = target - len(chosen)
+    if missing > 0:
+        pool = order[np.isin(order, np.concatenate([fours[~is_split].ravel(), order[at : at + rest]]))]
+        pooled = _smallest(_couple_up(pool, can_swap), keys, _RANK, missing)
+        extra = _smallest(spare, keys, _EXTRA, missing - len(pooled))
+        chosen = np.concatenate([chosen, pooled, extra])
+    partner[chosen[:, 0]], partner[chosen[:, 1]] = chosen[:, 1], chosen[:, 0]
+    return partner
+
+
+def _split_fours(fours: IntArray, can_swap: CanSwap) -> tuple[IntArray, NDArray[np.bool_]]:
+    """(two couples of each four that can be split, which can): the first of three ways in which both couples can swap."""
+    couples = np.zeros((len(fours), 2, 2), dtype=np.int64)
+    is_split = np.zeros(len(fours), dtype=np.bool_)
+    for (a, b), (c, d) in _MATCHINGS:
+        works = ~is_split & can_swap(fours[:, a], fours[:, b]) & can_swap(fours[:, c], fours[:, d])
+        couples[works] = fours[works][:, [[a, b], [c, d]]]
+        is_split |= works
+    return couples[is_split], is_split
+
+
+def _couple_up(pool: IntArray, can_swap: CanSwap) -> IntArray:
+    """Couples of a sorted pool, each pair with the first free one within reach that it can swap with."""
+    free = np.ones(len(pool), dtype=np.bool_)
+    couples: list[tuple[int, int]] = []
+    for i in range(len(pool) - 1):
+        if not free[i]:
+            continue
+        near = np.arange(i + 1, min(i + 1 + _REACH, len(pool)))
+        works = near[free[near] & can_swap(pool[np.full(len(near), i)], pool[near])]
+        if len(works):
+            free[i] = free[works[0]] = False
+            couples.append((int(pool[i]), int(pool[works[0]])))
+    return np.array(couples, dtype=np.int64).reshape(-1, 2)
+
+
+def _smallest(couples: IntArray, keys: UInt64Array, use: int, count: int) -> IntArray:
+    """`count` couples (or all), those with the smallest hash."""
+    hashes = mix64(keys[couples[:, 0]] ^ keys[couples[:, 1]], use)
+    return couples[np.argsort(hashes, kind="stable")[: max(count, 0)]]
