@@ -55,6 +55,12 @@ class ConfigError(MaskwrightError):
     exit_code = ExitCode.CONFIG
 
 
+class UnreachableError(MaskwrightError):
+    """A service that does not answer, or refuses us."""
+
+    exit_code = ExitCode.UNREACHABLE
+
+
 class NotFoundError(MaskwrightError):
     """A run, corpus, model or file that is not there."""
 

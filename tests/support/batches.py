@@ -1,0 +1,57 @@
+"""Micro-batches of random tokens, for tests of the trainer that need no corpus."""
+
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.masking import Vocabulary
+from data_pipeline.stream import MicroBatch, empty_micro_batch
+from trainer.config import RunConfig
+
+VOCAB_SIZE = 97
+SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
+EMPTY = empty_micro_batch(Vocabulary(VOCAB_SIZE, **SPECIAL, ordinary_ranges=((5, VOCAB_SIZE),)))
+
+
+def random_micro_batch(number: int, *, num_samples: int = 4, num_tokens: int = 24, pairs: bool = True, masks: bool = True) -> MicroBatch:
+    """A micro-batch that depends on `number` only: rows of different lengths, 15 % masked, some pairs unlabelled."""
+    random = np.random.default_rng(number)
+    lengths = random.integers(num_tokens // 2, num_tokens + 1, num_samples)
+    ids = random.integers(5, VOCAB_SIZE, (num_samples, num_tokens))
+    columns = np.arange(num_tokens)[None, :]
+    ids[columns >= lengths[:, None]] = SPECIAL["pad"]
+    ids[:, 0] = SPECIAL["cls"]
+    ids[np.arange(num_samples), lengths - 1] = SPECIAL["sep"]
+    types = ((columns >= lengths[:, None] // 2) & (columns < lengths[:, None])).astype(np.int64)
+    chosen = (random.random(ids.shape) < 0.15) & (ids >= 5)
+    positions = np.flatnonzero(chosen) if masks else np.zeros(0, np.int64)
+    labels = ids.reshape(-1)[positions]
+    ids.reshape(-1)[positions] = SPECIAL["mask"]
+    nsp = random.integers(0, 2, num_samples) if pairs else np.full(num_samples, -100)
+    nsp[0] = -100
+    return MicroBatch(number, ids, types, lengths, positions, labels, nsp)
+
+
+def small_config(**sections: Any) -> RunConfig:
+    """A run of a two-layer network on the tokenizer of `write_tokenizer`; keyword arguments replace whole sections."""
+    values: dict[str, Any] = {
+        "name": "test",
+        "seed": 3,
+        "precision": "fp32",
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 64, "dropout": 0.0},
+        "batch": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 24},
+        "optimizer": {"lr": 1e-3, "weight_decay": 0.1},
+        "schedule": {"steps": 20, "warmup_steps": 4},
+    }
+    return RunConfig.model_validate(values | sections)
+
+
+def write_tokenizer(folder: str) -> None:
+    """A tokenizer of VOCAB_SIZE made-up words."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {f"[{name.upper()}]": number for name, number in SPECIAL.items()}
+    vocabulary |= {f"w{number}": number for number in range(len(SPECIAL), VOCAB_SIZE)}
+    tokens = {f"{name}_token": f"[{name.upper()}]" for name in SPECIAL}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")), **tokens).save_pretrained(folder)

@@ -1,0 +1,122 @@
+"""Runs a function on several real processes joined by gloo; a test that hangs is killed and every rank's output is shown."""
+
+import os
+import pickle
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+# Imported once by the fork server: a rank then starts in milliseconds instead of the seconds that importing deepspeed takes.
+PRELOAD = ["torch", "deepspeed.runtime.zero.muon.muon_optimizer", "trainer.zero_files", "trainer.pretrain", "tests.support.distributed"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+GRACE_S = 10.0
+
+
+class DistributedFailure(AssertionError):
+    """A rank raised, died or did not end in time. `errors` holds each rank's exception, where it could be had."""
+
+    def __init__(self, message: str, errors: list[BaseException | None]) -> None:
+        super().__init__(message)
+        self.errors = errors
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int = 2, args: Sequence[Any] = (), timeout_s: float = 60.0, group_timeout_s: float = 60.0
+) -> list[Any]:
+    """Call `fn(rank, world_size, *args)` on `world_size` processes with torch.distributed initialised; return the results by rank.
+
+    `fn` must be importable (a function of a module). Each process runs one thread.
+
+    Raises:
+        DistributedFailure: a rank raised, died or was still running after `timeout_s`. All ranks are dead by then.
+    """
+    os.environ.update(ENVIRONMENT)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        ranks = [
+            context.Process(target=_run_rank, args=(fn, rank, world_size, tuple(args), folder, group_timeout_s), daemon=False)
+            for rank in range(world_size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            timed_out = _wait(ranks, timeout_s)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                if process.pid is not None:
+                    process.join()
+        outcomes = [_read_outcome(Path(folder), rank) for rank in range(world_size)]
+        if timed_out or any(kind != "result" for kind, _ in outcomes):
+            raise _failure(outcomes, ranks, Path(folder), timeout_s if timed_out else None)
+        return [value for _, value in outcomes]
+
+
+def _wait(ranks: list[ForkServerProcess], timeout_s: float) -> bool:
+    """Wait until all have ended, or GRACE_S after the first has failed. Returns whether the time was up."""
+    deadline = time.monotonic() + timeout_s
+    while any(process.is_alive() for process in ranks):
+        if any(process.exitcode not in (None, 0) for process in ranks):
+            deadline = min(deadline, time.monotonic() + GRACE_S)
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], folder: str, group_timeout_s: float) -> None:
+    output = os.open(f"{folder}/output-{rank}", os.O_CREAT | os.O_WRONLY)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=group_timeout_s)
+        )
+        outcome: tuple[str, Any] = ("result", fn(rank, world_size, *args))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the test wants to see it
+        traceback.print_exc()
+        outcome = ("error", error)
+    _write_outcome(Path(folder), rank, outcome)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if outcome[0] == "result" else 1)  # gloo's destructors may wait for peers that have failed
+
+
+def _write_outcome(folder: Path, rank: int, outcome: tuple[str, Any]) -> None:
+    try:
+        data = pickle.dumps(outcome)
+    except Exception as error:  # noqa: BLE001 - an exception that cannot travel still has a text
+        data = pickle.dumps(("error", RuntimeError(f"{outcome[1]!r} ({error})")))
+    temporary = folder / f"outcome-{rank}.tmp"
+    temporary.write_bytes(data)
+    temporary.replace(folder / f"outcome-{rank}")
+
+
+def _read_outcome(folder: Path, rank: int) -> tuple[str, Any]:
+    path = folder / f"outcome-{rank}"
+    return pickle.loads(path.read_bytes()) if path.exists() else ("nothing", None)
+
+
+def _failure(outcomes: list[tuple[str, Any]], ranks: list[ForkServerProcess], folder: Path, timeout_s: float | None) -> DistributedFailure:
+    lines = [f"not all ranks ended within {timeout_s} s" if timeout_s else "a rank failed"]
+    for rank, (kind, value) in enumerate(outcomes):
+        path = folder / f"output-{rank}"
+        output = path.read_text(errors="replace")[-6000:] if path.exists() else ""
+        lines.append(f"--- rank {rank}: {kind}, exit code {ranks[rank].exitcode}\n{output}")
+        if kind == "error":
+            lines.append(repr(value))
+    return DistributedFailure("\n".join(lines), [value if kind == "error" else None for kind, value in outcomes])

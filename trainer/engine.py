@@ -1,0 +1,193 @@
+"""The seam to DeepSpeed: one engine that accumulates, steps, saves and loads at every ZeRO stage with the same arithmetic.
+
+All methods of `Engine` are collective: every rank calls them in the same order.
+"""
+
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from data_pipeline.errors import ConfigError
+from trainer.batch import TensorBatch
+from trainer.config import OptimizerConfig, RunConfig
+from trainer.deepspeed_config import derive_deepspeed_config
+from trainer.model import PretrainingBert, as_loss_sums
+from trainer.objectives import LossSums, LossWeights
+
+__all__ = ["Engine", "StepOutcome", "derive_deepspeed_config", "training_device"]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did. `applied` is False when fp16 gradients overflowed and the step was skipped."""
+
+    grad_norm: float
+    applied: bool
+
+
+def training_device() -> torch.device:
+    """This rank's device: the GPU that it was given, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class Engine:
+    """A model, its optimizer and their ZeRO partitions. Build it with `Engine.build`."""
+
+    def __init__(self, deepspeed_engine: Any, config: RunConfig, device: torch.device) -> None:
+        self._deepspeed = deepspeed_engine
+        self._files: Any = importlib.import_module("trainer.zero_files")  # imports deepspeed, which reads DS_ACCELERATOR when it is
+        self._files.use_safe_files(deepspeed_engine)
+        self._config = config
+        self.device = device
+
+    @classmethod
+    def build(cls, model: PretrainingBert, config: RunConfig) -> "Engine":
+        """Partition `model` over the ranks of the default process group.
+
+        Raises:
+            ConfigError: the device cannot compute in the configured precision, or `zero.deepspeed` is refused.
+        """
+        device = training_device()
+        _refuse_unsupported_precision(config.precision, device)
+        settings = derive_deepspeed_config(config, dist.get_world_size())
+        deepspeed = _import_deepspeed(device)
+        optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), lr=config.optimizer.lr, fused=True)
+        with redirect_stdout(io.StringIO()):  # rank 0 prints its memory for every parameter group
+            wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        engine = cls(wrapped, config, device)
+        engine._make_stage_0_like_the_others()
+        engine._apply_optimizer_settings()
+        return engine
+
+    @property
+    def model(self) -> PretrainingBert:
+        """The network; under ZeRO-3 its parameters are partitioned."""
+        return self._deepspeed.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which the network computes."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self._config.precision]
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the loss of fp16; 1 in other precisions."""
+        return float(self._deepspeed.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
+
+    def accumulate(self, batch: TensorBatch, weights: LossWeights, *, last: bool) -> LossSums:
+        """Forward and backward of one batch; `last` says that the step has no more, so that gradients are reduced."""
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        sums = as_loss_sums(self._deepspeed(batch))
+        loss = weights.loss(sums)
+        if self._config.zero.stage == 0:
+            loss = loss * self.loss_scale  # DeepSpeed 0.19 unscales the gradients at stage 0 but does not scale the loss
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+        return sums
+
+    def step(self, lr: float) -> StepOutcome:
+        """Clip and update with learning rate `lr`."""
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        stage_0, precision, scale = self._config.zero.stage == 0, self._config.precision, self.loss_scale
+        if stage_0 and precision == "fp32":
+            grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.clip_norm))
+            self._deepspeed.step()
+            return StepOutcome(grad_norm, applied=True)
+        self._deepspeed.step()
+        grad_norm = float(self._deepspeed.get_global_grad_norm())
+        return StepOutcome(grad_norm / scale if stage_0 else grad_norm, applied=bool(self._deepspeed.was_step_applied()))
+
+    def evaluate(self, batch: TensorBatch) -> LossSums:
+        """Losses of one batch without dropout and without a graph."""
+        with self._evaluating():
+            return as_loss_sums(self._deepspeed(batch))
+
+    def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """MLM logits (B, T, V) and NSP logits (B, 2), as fp32 on the CPU, computed in the training precision without dropout."""
+        with self._evaluating():
+            mlm, nsp = self.model.logits(*(tensor.to(self.device) for tensor in (input_ids_BT, token_type_ids_BT, attention_mask_BT)))
+            return mlm.cpu(), nsp.cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's files into `folder`, which exists; returns when all ranks have. No `latest` is written."""
+        self._files.save_engine(self._deepspeed, folder)
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote at the same world size, ZeRO stage and precision: bit for bit.
+
+        Optimizer settings are the config's, not the checkpoint's. Files are read as data: a pickle with code in it is refused.
+
+        Raises:
+            DataCorruptError: a file is unreadable, or holds anything but tensors and plain values.
+        """
+        self._files.load_engine(self._deepspeed, folder)
+        self._apply_optimizer_settings()
+
+    @contextmanager
+    def _evaluating(self) -> Generator[None]:
+        self._deepspeed.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._deepspeed.train()
+
+    def _apply_optimizer_settings(self) -> None:
+        settings = self._config.optimizer
+        decays = (settings.weight_decay, 0.0)  # in the order of `parameter_groups`
+        for group, weight_decay in zip(self._deepspeed.optimizer.param_groups, decays, strict=True):
+            group.update(betas=settings.betas, eps=settings.eps, weight_decay=weight_decay)
+
+    def _make_stage_0_like_the_others(self) -> None:
+        """Undo two habits of the optimizer that DeepSpeed takes for 16-bit weights at stage 0.
+
+        While it is built it steps once on zero gradients: AdamW counts a step and decays the weights. And it accumulates gradients in
+        16 bits; `grad_dtype` makes autograd accumulate them in fp32, which it then uses without a copy.
+        """
+        if self._config.zero.stage > 0 or self._config.precision == "fp32":
+            return
+        optimizer = self._deepspeed.optimizer
+        optimizer.state.clear()
+        optimizer.refresh_fp32_params()
+        for parameter in self.model.parameters():
+            parameter.grad_dtype = torch.float32
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """AdamW's two groups: matrices with weight decay; biases and layer norms without."""
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    shared: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    return [{"params": decayed, "weight_decay": config.weight_decay, **shared}, {"params": others, "weight_decay": 0.0, **shared}]
+
+
+def _refuse_unsupported_precision(precision: str, device: torch.device) -> None:
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision fp16 needs a GPU; this rank has none", "Set precision to bf16 (the same range as fp32, no loss scale) or fp32.")
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import and initialise DeepSpeed on top of the process group that is there."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    deepspeed: Any = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # it calls names that torch renames
+    # The shared-memory all-reduce would be compiled on first use, and spins for ever when a peer is killed. Gloo does neither.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed

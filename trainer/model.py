@@ -1,0 +1,149 @@
+"""The network: `BertForPreTraining` of transformers with a forward pass that projects to the vocabulary only where tokens are masked.
+
+Parameters keep their transformers names, so that exported weights load in stock transformers. Shape suffixes: B samples, T tokens,
+D hidden width, N masked positions, V vocabulary.
+"""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, BertConfig, BertForPreTraining, PreTrainedTokenizerBase
+
+from data_pipeline.errors import ConfigError, NotFoundError, UnreachableError
+from trainer.batch import TensorBatch
+from trainer.config import ModelConfig
+from trainer.objectives import LossSums, loss_sums
+
+
+class PretrainingBert(BertForPreTraining):
+    """BERT with both heads. Submodules are called as modules: under ZeRO-3 their hooks gather the parameters."""
+
+    def forward(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The fields of `LossSums`, as a plain tuple because DeepSpeed's hooks look for tensors in tuples.
+
+        All parameters are in the graph whatever the batch holds. Never waits for the device.
+        """
+        hidden_BTD, pooled_BD = self._encode(batch.input_ids_BT, batch.token_type_ids_BT, batch.attention_mask_BT)
+        masked_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.mlm_positions_N)
+        mlm_logits_NV, nsp_logits_B2 = self._heads(masked_ND, pooled_BD)
+        sums = loss_sums(mlm_logits_NV, batch.mlm_labels_N, nsp_logits_B2, batch.nsp_labels_B)
+        return sums.mlm_loss, sums.nsp_loss, sums.mlm_correct, sums.nsp_correct
+
+    def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """fp32 MLM logits (B, T, V) and NSP logits (B, 2) of every token, for comparison with stock transformers."""
+        mlm_logits, nsp_logits = self._heads(*self._encode(input_ids_BT, token_type_ids_BT, attention_mask_BT))
+        return mlm_logits.float(), nsp_logits.float()
+
+    def _encode(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.bert(input_ids=input_ids_BT, token_type_ids=token_type_ids_BT, attention_mask=attention_mask_BT)
+        return output.last_hidden_state, output.pooler_output
+
+    def _heads(self, hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls.predictions(hidden), self.cls.seq_relationship(pooled)
+
+
+def as_loss_sums(output: tuple[Tensor, Tensor, Tensor, Tensor]) -> LossSums:
+    """What `PretrainingBert.forward` returned."""
+    return LossSums(*output)
+
+
+def attention_implementation(device: torch.device) -> str:
+    """Attention kernel by device: on a CPU, SDPA's bf16 kernel takes twice the time of plain matrix products."""
+    return "sdpa" if device.type == "cuda" else "eager"
+
+
+def build_model(
+    config: ModelConfig, tokenizer_folder: str, *, seed: int, sequence_length: int, device: torch.device, reentrant_checkpointing: bool = False
+) -> PretrainingBert:
+    """The network in fp32 on the CPU, in training mode: initialised under `seed`, or with the weights of `init_from`.
+
+    `sequence_length` is the longest row it will see. Leaves torch's random state as it was.
+
+    Raises:
+        ConfigError: `init_from` does not fit the tokenizer, the architecture or the sequence length.
+        NotFoundError: `init_from` is not there.
+        UnreachableError: the hub cannot be reached.
+    """
+    from data_pipeline.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    attention = attention_implementation(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.init_from is None:
+            model = PretrainingBert(_bert_config(config, tokenizer, attention))
+        else:
+            model = _load_weights(config, config.init_from, len(tokenizer), sequence_length, attention)
+    if config.activation_checkpointing:
+        # ZeRO-3 frees parameters after the forward pass; only the re-entrant kind gathers them again before it recomputes.
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant_checkpointing})
+    return model.train()
+
+
+def _bert_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, attention: str) -> BertConfig:
+    result = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.intermediate_size or 4 * config.hidden_size,
+        max_position_embeddings=config.max_positions,
+        hidden_dropout_prob=config.dropout,
+        attention_probs_dropout_prob=config.dropout,
+        pad_token_id=cast(int, tokenizer.pad_token_id),
+    )
+    result._attn_implementation = attention  # pyright: ignore[reportPrivateUsage]
+    return result
+
+
+def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_length: int, attention: str) -> PretrainingBert:
+    found = _read_config(source)
+    if found.model_type != "bert":
+        raise ConfigError(f"model.init_from {source} is a {found.model_type} model; expected bert", "Choose a BERT folder or hub id.")
+    if found.vocab_size != vocab_size:
+        raise ConfigError(
+            f"model.init_from {source} has a vocabulary of {found.vocab_size}; the corpus' tokenizer has {vocab_size}",
+            "Prepare the corpus with the model's own tokenizer: set tokenizer.path to the same folder or hub id.",
+        )
+    if found.max_position_embeddings < sequence_length:
+        raise ConfigError(
+            f"batch.sequence_length {sequence_length} exceeds the {found.max_position_embeddings} positions of model.init_from {source}",
+            "Choose a shorter sequence_length.",
+        )
+    found.hidden_dropout_prob = found.attention_probs_dropout_prob = config.dropout
+    try:
+        return PretrainingBert.from_pretrained(
+            source, config=found, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=attention
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"model.init_from {source} holds no model.safetensors: {_first_line(error)}",
+            "Weights are read from safetensors only; convert the model with save_pretrained(..., safe_serialization=True).",
+        ) from error
+
+
+def _read_config(source: str) -> Any:
+    if not Path(source).expanduser().exists() and _looks_like_a_path(source):
+        raise NotFoundError(f"model.init_from {source} does not exist", "Check the path.")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except OSError as error:
+        if Path(source).exists():
+            raise ConfigError(f"model.init_from {source} is not a Hugging Face model: {_first_line(error)}", "It needs a config.json.") from error
+        raise UnreachableError(
+            f"model.init_from {source} is not a folder, and the hub did not deliver it: {_first_line(error)}",
+            "Check the name and the network, or download the model and give its folder.",
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"model.init_from {source} is not a known architecture: {_first_line(error)}", "Choose a BERT folder or hub id.") from error
+
+
+def _looks_like_a_path(source: str) -> bool:
+    return source.startswith(("/", ".", "~")) or source.count("/") != 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

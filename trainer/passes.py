@@ -1,0 +1,83 @@
+"""Passes over micro-batches: a step's forward and backward, and validation (every function is collective)."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from data_pipeline.config import Phase
+from data_pipeline.hashing import mix64
+from data_pipeline.index import CorpusIndex
+from data_pipeline.stream import MicroBatchStream, empty_micro_batch
+from trainer.batch import tensor_batches
+from trainer.config import RunConfig
+from trainer.engine import Engine
+from trainer.objectives import LossWeights
+from trainer.reading import StepPart, read_steps
+from trainer.totals import StepCounts, StepLosses, raise_together
+
+if TYPE_CHECKING:
+    from data_pipeline.stream import MicroBatch
+
+_DROPOUT = 0xD509  # keeps dropout's seeds apart from those of other uses of `mix64`
+
+
+def forward_backward(engine: Engine, part: StepPart, counts: StepCounts, empty: "MicroBatch", config: RunConfig, world_size: int) -> Tensor:
+    """Accumulate the gradients of this rank's part of a step; returns its sums as `LossSums.detached` does, still on the device.
+
+    Dropout is seeded before every piece by (seed, micro-batch number, piece): it depends neither on the rank nor on restarts, and no
+    random state needs saving. Ranks with fewer micro-batches run empty ones, whose loss has weight zero.
+    """
+    weights = LossWeights.for_step(num_masked=counts.masked, num_pairs=counts.pairs, world_size=world_size)
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+    batches = _padded(part, empty)
+    for place, batch in enumerate(batches):
+        for piece_number, piece in enumerate(tensor_batches(batch, config.batch.split)):
+            torch.manual_seed(dropout_seed(config.seed, batch.number, piece_number))
+            last = place + 1 == len(batches) and piece_number + 1 == config.batch.split
+            sums += engine.accumulate(piece.to(engine.device), weights, last=last).detached()
+    return sums
+
+
+def dropout_seed(seed: int, micro_batch: int, piece: int) -> int:
+    """Seed of dropout in one piece of a micro-batch."""
+    return int(mix64(_DROPOUT, seed, micro_batch, piece)) >> 1
+
+
+class Validation:
+    """Held-out losses: the same micro-batches of the validation split each time, whatever the number of ranks."""
+
+    def __init__(self, index: CorpusIndex, config: RunConfig, rank: int, world_size: int) -> None:
+        self._index = index
+        self._config = config
+        self._rank = rank
+        self._world_size = world_size
+
+    def measure(self, engine: Engine, phase: Phase, step: int) -> StepLosses:
+        """Mean losses and accuracies over the validation micro-batches, in the shape of `phase`. Without dropout.
+
+        Raises:
+            DivergedError: a loss is not finite.
+            MaskwrightError: a rank could not read its part.
+        """
+        stream = self._stream(phase)
+        part = next(read_steps(stream, stream.phases, first_step=0, rank=self._rank, world_size=self._world_size, workers=0))
+        counts = StepCounts.of(part.batches, part.first_position, stop=False, failed=part.error is not None).total(engine.device)
+        if counts.failures:
+            raise_together(part.error, "read the validation data")
+        sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
+        for batch in _padded(part, empty_micro_batch(self._index.vocabulary)):
+            sums += engine.evaluate(tensor_batches(batch)[0].to(engine.device)).detached()
+        return StepLosses.total(sums, counts, engine.device, where=f"validation at step {step}")
+
+    def _stream(self, phase: Phase) -> MicroBatchStream:
+        """The validation split as the one step of a run of its own, with as many micro-batches as there are and as are wanted."""
+        alone = phase.model_copy(update={"first_step": 0, "num_steps": 1, "first_micro_batch": 0})
+        whole = MicroBatchStream(self._index, self._config.objective, (alone,), self._config.seed, split="validation")
+        num_micro_batches = min(self._config.validation.micro_batches, whole.num_validation_micro_batches)
+        part = alone.model_copy(update={"num_micro_batches": num_micro_batches})
+        return MicroBatchStream(self._index, self._config.objective, (part,), self._config.seed, split="validation")
+
+
+def _padded(part: StepPart, empty: "MicroBatch") -> "list[MicroBatch]":
+    return part.batches + [empty] * (part.num_passes - len(part.batches))

@@ -1,0 +1,127 @@
+"""Pretraining: the loop, which runs on every rank and reads top to bottom."""
+
+import math
+import os
+from dataclasses import replace
+
+import torch
+
+from data_pipeline.config import Phase
+from data_pipeline.errors import DivergedError, InterruptedRunError
+from data_pipeline.index import CorpusIndex
+from data_pipeline.storage import Location
+from data_pipeline.stream import MicroBatchStream, empty_micro_batch
+from trainer.config import RunConfig
+from trainer.context import RunContext
+from trainer.engine import Engine, StepOutcome, training_device
+from trainer.metrics import StepLog
+from trainer.model import build_model
+from trainer.passes import Validation, forward_backward
+from trainer.reading import read_steps
+from trainer.runlog import RunFolder
+from trainer.saving import Saver
+from trainer.schedule import learning_rate
+from trainer.state import TrainState
+from trainer.totals import StepCounts, StepLosses, raise_together
+
+MAX_SKIPPED_STEPS = 1000
+"""Newest skipped steps that a checkpoint remembers."""
+
+
+def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, attempt: int) -> None:
+    """Train to the last step of the schedule, resuming from the newest intact checkpoint in `run`.
+
+    Runs on every rank, with torch.distributed initialised. Returns when the last step is committed.
+
+    Raises:
+        InterruptedRunError: a stop was requested; a checkpoint has been committed.
+        DivergedError: a loss or the gradients are not finite.
+        ConfigError: the configuration or the run folder does not fit the corpus.
+        MaskwrightError: a rank could not read its data; the same error on every rank.
+    """
+    context.heartbeat(0, "set-up")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    folder, index = RunFolder(Location.at(run)), CorpusIndex.open(Location.at(corpus))
+    engine = build_engine(config, index)
+    saver = Saver.open(folder, config, context, attempt)
+    state = saver.resume(engine, TrainState(corpus_fingerprint=index.fingerprint, tokenizer_digest=index.tokenizer_digest))
+    stream = MicroBatchStream(index, config.objective, config.phases, config.seed, split="train")
+    validation, empty = Validation(index, config, context.rank, context.world_size), empty_micro_batch(index.vocabulary)
+    log = StepLog(folder, engine, context, attempt, first_step=state.step)
+    parts = read_steps(
+        stream, config.phases, first_step=state.step, rank=context.rank, world_size=context.world_size, workers=config.batch.loader_workers
+    )
+    while state.step < config.schedule.steps:
+        context.heartbeat(state.step, "data")
+        log.start_step()
+        part = next(parts)
+        own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None)
+        counts = own.total(engine.device)
+        if counts.failures:
+            raise_together(part.error, f"read the data of step {state.step}")
+        if counts.stops:
+            saver.save(engine, state)
+            log.stopped(state)
+            raise InterruptedRunError(f"stopped at step {state.step} on request; it is saved", "Continue with `maskwright resume`.")
+
+        context.heartbeat(state.step, "forward")
+        sums = forward_backward(engine, part, counts, empty, config, context.world_size)
+        losses = StepLosses.total(sums, counts, engine.device, where=f"step {state.step}")
+
+        context.heartbeat(state.step, "optimizer")
+        lr = learning_rate(config.optimizer.lr, config.schedule, state.step)
+        outcome = engine.step(lr)
+        require_sound(outcome, config.precision, state.step)
+        log.step(state, counts, losses, outcome, lr, wait_s=part.wait_s, stall_s=saver.take_stall_s())
+        state = advanced(state, outcome, counts, part.num_micro_batches)
+
+        if is_due(state.step, config.validation.every_steps, config):
+            context.heartbeat(state.step, "validation")
+            log.validated(state, validation.measure(engine, phase_of(config.phases, state.step - 1), state.step), index.unigram_entropy)
+        if is_due(state.step, config.checkpoint.every_steps, config):
+            saver.save(engine, state)
+    log.close()
+
+
+def build_engine(config: RunConfig, index: CorpusIndex) -> Engine:
+    """The network of `config` over the corpus' vocabulary, in an engine on this rank's device."""
+    model = build_model(
+        config.model,
+        index.tokenizer_folder,
+        seed=config.seed,
+        sequence_length=max(config.batch.sequence_lengths),
+        device=training_device(),
+        reentrant_checkpointing=config.zero.stage == 3,
+    )
+    return Engine.build(model, config)
+
+
+def require_sound(outcome: StepOutcome, precision: str, step: int) -> None:
+    """Refuse gradients that are not finite, except in fp16, where the loss scale is lowered and the step skipped.
+
+    Raises:
+        DivergedError: they are not finite, on all ranks: the norm is global.
+    """
+    if precision != "fp16" and not (outcome.applied and math.isfinite(outcome.grad_norm)):
+        raise DivergedError(
+            f"the gradients of step {step} are not finite (norm {outcome.grad_norm}) although its loss is",
+            "Lower optimizer.lr or lengthen the warm-up, then resume from an earlier checkpoint.",
+        )
+
+
+def advanced(state: TrainState, outcome: StepOutcome, counts: StepCounts, num_micro_batches: int) -> TrainState:
+    """The state after a step. A step that overflowed in fp16 counts, and its data is consumed; that it was skipped is kept."""
+    after = state.advance(micro_batches=num_micro_batches, tokens=counts.tokens)
+    if outcome.applied:
+        return after
+    return replace(after, skipped_steps=(*state.skipped_steps, state.step)[-MAX_SKIPPED_STEPS:])
+
+
+def is_due(step: int, every_steps: int, config: RunConfig) -> bool:
+    """Whether something that happens every so many steps, and after the last, happens after `step` steps."""
+    return step % every_steps == 0 or step == config.schedule.steps
+
+
+def phase_of(phases: tuple[Phase, ...], step: int) -> Phase:
+    """The phase that governs a step."""
+    return next(phase for phase in reversed(phases) if phase.first_step <= step)

@@ -1,0 +1,121 @@
+"""What the ranks tell each other about a step: counts before the first forward pass, loss sums before the optimizer moves.
+
+Both are one small all-reduce of float64, in which counts and 16-bit limbs add up exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.errors import DivergedError, MaskwrightError
+
+if TYPE_CHECKING:
+    from data_pipeline.stream import MicroBatch
+
+_LIMBS = 4
+_LIMB_BITS = 16
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Counts of a rank's part of a global batch; `total` makes them those of the whole batch."""
+
+    masked: int = 0
+    pairs: int = 0
+    tokens: int = 0
+    samples: int = 0
+    squared_lengths: int = 0
+    digest: int = 0
+    stops: int = 0
+    failures: int = 0
+
+    @classmethod
+    def of(cls, batches: Sequence["MicroBatch"], first_position: int, *, stop: bool, failed: bool) -> "StepCounts":
+        """Count the micro-batches at positions `first_position`, … of the step."""
+        from data_pipeline.stream import step_digest
+
+        return cls(
+            masked=sum(batch.num_masked for batch in batches),
+            pairs=sum(batch.num_pairs for batch in batches),
+            tokens=sum(batch.num_tokens for batch in batches),
+            samples=sum(batch.num_samples for batch in batches),
+            squared_lengths=sum(int((batch.lengths.astype("int64") ** 2).sum()) for batch in batches),
+            digest=step_digest([(first_position + place, batch.digest) for place, batch in enumerate(batches)]),
+            stops=int(stop),
+            failures=int(failed),
+        )
+
+    def total(self, device: torch.device) -> "StepCounts":
+        """Sum over ranks (the digest modulo 2**64). Collective; waits for the slowest reader."""
+        numbers = [getattr(self, name) for name in _COUNTS] + _limbs(self.digest)
+        summed = [int(value) for value in _summed(torch.tensor(numbers, dtype=torch.float64), device)]
+        return StepCounts(**dict(zip(_COUNTS, summed, strict=False)), digest=_from_limbs(summed[len(_COUNTS) :]))
+
+
+_COUNTS = [field.name for field in fields(StepCounts) if field.name != "digest"]
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Mean losses and accuracies of a global batch; NaN where the batch has nothing to predict."""
+
+    mlm_loss: float
+    nsp_loss: float
+    mlm_accuracy: float
+    nsp_accuracy: float
+
+    @property
+    def loss(self) -> float:
+        """What is minimised; a term without labels does not count."""
+        return self.mlm_loss + (self.nsp_loss if self.nsp_loss == self.nsp_loss else 0.0)
+
+    @classmethod
+    def total(cls, sums: Tensor, counts: StepCounts, device: torch.device, *, where: str) -> "StepLosses":
+        """Add the ranks' vectors of `LossSums.detached` and divide by the global counts. Collective; waits for the device.
+
+        Raises:
+            DivergedError: a loss is not finite, on all ranks.
+        """
+        mlm_loss, nsp_loss, mlm_correct, nsp_correct = _summed(sums, device)
+        if not torch.isfinite(torch.tensor([mlm_loss, nsp_loss])).all():
+            raise DivergedError(
+                f"the loss of {where} is not finite (MLM {mlm_loss}, NSP {nsp_loss}, summed over the batch)",
+                "Lower optimizer.lr or lengthen the warm-up, then resume from an earlier checkpoint; `maskwright inspect` shows the batch.",
+            )
+        masked, pairs = counts.masked or float("nan"), counts.pairs or float("nan")
+        return cls(mlm_loss / masked, nsp_loss / pairs, mlm_correct / masked, nsp_correct / pairs)
+
+
+def raise_together(error: Exception | None, what: str) -> None:
+    """Raise on every rank the error of the lowest rank that has one; at least one has. Collective.
+
+    Raises:
+        MaskwrightError: always; with the type, cause and remedy of the original where it had them.
+    """
+    errors: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else _portable(error, f"rank {dist.get_rank()} could not {what}"))
+    raise next(other for other in errors if other is not None) from error
+
+
+def _portable(error: Exception, prefix: str) -> MaskwrightError:
+    if isinstance(error, MaskwrightError):
+        return type(error)(f"{prefix}: {error.cause}", error.remedy)
+    return MaskwrightError(f"{prefix}: {type(error).__name__}: {error}", "See that rank's log for the traceback.")
+
+
+def _summed(values: Tensor, device: torch.device) -> list[float]:
+    values = values.to(device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def _limbs(number: int) -> list[int]:
+    return [(number >> (_LIMB_BITS * place)) & (2**_LIMB_BITS - 1) for place in range(_LIMBS)]
+
+
+def _from_limbs(limbs: Sequence[int]) -> int:
+    return sum(limb << (_LIMB_BITS * place) for place, limb in enumerate(limbs)) % 2 ** (_LIMB_BITS * _LIMBS)
