@@ -39,11 +39,12 @@ class LeaseState:
 
 
 def process_start(pid: int) -> str:
-    """When a process of this machine started, in clock ticks since boot: tells a process from a later one with its number."""
+    """When a living process of this machine started, in clock ticks since boot: tells it from a later one with its number. Else empty."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    return "" if state in "ZX" else fields[18]  # a killed process whose parent has not asked for it yet
 
 
 def read_lease(run: RunFolder) -> LeaseState | None:

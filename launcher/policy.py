@@ -46,6 +46,12 @@ class History:
     failures_without_progress: int = 0
     """Infrastructure failures in a row since the newest committed checkpoint last moved, including this one."""
 
+    def after(self, failure: Failure, *, progressed: bool) -> "History":
+        """The history with one more failed attempt; `progressed` when it committed a checkpoint."""
+        if failure.kind is not FailureKind.INFRASTRUCTURE:
+            return self
+        return History(self.infrastructure_failures + 1, 1 if progressed else self.failures_without_progress + 1)
+
 
 @dataclass(frozen=True)
 class Retry:

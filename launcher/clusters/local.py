@@ -10,6 +10,7 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from launcher.config import ClusterConfig
@@ -126,12 +127,18 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
             raise EnvironmentMismatchError(f"Ray did not start: {error}", f"Logs, if any: {folder}/ray; is the disk or memory full?") from error
         finally:
             os.chdir(home)
+        _silence_driver(ray)
         yield folder
     finally:
         ray.shutdown()
         for name in environment:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _silence_driver(ray: Any) -> None:
+    """Keep Ray from printing a paragraph on stdout when a worker dies: the launcher says it in a line, and records it."""
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
 def _session_folder() -> Path:

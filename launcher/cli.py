@@ -1,0 +1,75 @@
+"""The command `maskwright`: its verbs, its exit codes, and how an error is told (imports no torch, Ray or transformers at start-up)."""
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import typer
+
+from data_pipeline.errors import ExitCode, MaskwrightError
+from launcher import verbs_data, verbs_model, verbs_run
+
+app = typer.Typer(
+    name="maskwright",
+    help="Pretrain text encoders on your own text: from a folder of text to a fine-tuned model, on a laptop or a cluster.",
+    epilog="Start with: maskwright init, then maskwright run cluster_configs/runs/demo.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _module in (verbs_data, verbs_run, verbs_model):
+    for _verb in _module.VERBS:
+        app.command(_verb.__name__.rstrip("_"))(_verb)
+
+
+@app.callback()
+def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error; also accepted after the verb.")) -> None:
+    del debug  # taken out of the arguments by `main`, so that it works in every place
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the console script: run a verb and exit with its documented code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    sys.exit(run([argument for argument in given if argument != "--debug"], debug=debug))
+
+
+def run(arguments: Sequence[str], *, debug: bool) -> int:
+    """Run a verb and return its exit code; errors are told on stderr in two lines: the cause, and what to do."""
+    try:
+        return _invoke(arguments)
+    except MaskwrightError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error.cause}\n{error.remedy}", file=sys.stderr)
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return int(ExitCode.CTRL_C)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; Python would complain about it at exit
+        return int(ExitCode.OK)
+    except Exception as error:  # noqa: BLE001  # the last resort: an exit code and a line, whatever happened
+        if debug:
+            traceback.print_exc()
+        first = next(iter(str(error).splitlines()), "")
+        print(f"internal error: {type(error).__name__}: {first}\nThis is a bug; run again with --debug to see where.", file=sys.stderr)
+        return int(ExitCode.INTERNAL)
+
+
+def _invoke(arguments: Sequence[str]) -> int:
+    """Run the verb. Typer's own complaints about the command line print themselves and have exit code 2."""
+    try:
+        code = app(args=list(arguments), prog_name="maskwright", standalone_mode=False)
+    except Exception as error:
+        show: Callable[[], None] | None = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        return int(ExitCode.USAGE)
+    return code if isinstance(code, int) else int(ExitCode.OK)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Drives a run from its configuration to its report: takes the lease, runs the stages, records how it ended."""
+
+import os
+import time
+import traceback
+
+from rich.console import Console
+
+from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError
+from data_pipeline.storage import Location
+from launcher.clusters.local import resolve_workers, this_machine
+from launcher.config import ClusterConfig, dump_yaml
+from launcher.continuation import resolve_diff
+from launcher.control import clear_stop
+from launcher.job import Job, Stage
+from launcher.lease import Lease
+from launcher.progress import MetricsTail, TrainingProgress, clock
+from launcher.run_status import record_lost_driver
+from launcher.runs import cluster_file, read_config
+from launcher.stages import MODEL_NAME, STAGES
+from launcher.supervision import RayOnDemand, Supervisor
+from trainer.config import RunConfig
+from trainer.runlog import RunFolder
+
+
+def run_job(
+    config: RunConfig,
+    cluster: ClusterConfig,
+    console: Console,
+    *,
+    verb: str,
+    deliberate: bool = False,
+    stages: tuple[Stage, ...] = STAGES,
+    model: Location | None = None,
+) -> RunFolder:
+    """Drive a run through its stages, from wherever it stands.
+
+    `deliberate` admits changes of learning rate and schedule (`resume --set`); `model` is what is fine-tuned instead of the run's own.
+
+    Raises:
+        ConfigError: the configuration cannot continue this run. ConflictError: somebody drives it. MaskwrightError: as the run ended.
+    """
+    config = config.model_copy(update={"storage": Location.at(config.storage).url})
+    run = RunFolder(Location.at(config.storage) / config.name)
+    machine = this_machine()
+    workers = resolve_workers(cluster, machine)
+    with Lease.acquire(run) as lease:
+        _write_configs(run, config, cluster, deliberate=deliberate)
+        clear_stop(run)
+        record_lost_driver(run)
+        progress = TrainingProgress(console, MetricsTail(run.metrics).skip_old(), config.schedule.steps)
+        model = model or run.models / MODEL_NAME
+        job = Job(config, run, lease, RayOnDemand(cluster, workers, machine), console, progress, model, resumed=verb == "resume")
+        run.append_event("command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host)
+        supervisor = Supervisor(run, lease, job.ray, job.say, progress.update, saves_on_stop=lambda: job.stage in {"pretrain", "finetune"})
+        try:
+            supervisor.supervise(lambda: _run_stages(job, stages))
+        except BaseException as error:
+            _record_end(job, error)
+            raise
+        finally:
+            progress.close()
+        run.append_event("finished", attempt=job.attempt, step=config.schedule.steps)
+    return run
+
+
+def _write_configs(run: RunFolder, config: RunConfig, cluster: ClusterConfig, *, deliberate: bool) -> None:
+    if run.config.exists():
+        for change in resolve_diff(read_config(run), config, deliberate=deliberate):
+            run.append_event("config_changed", attempt=0, path=change.path, before=change.before, after=change.after)
+    run.config.write_bytes(dump_yaml(config))
+    cluster_file(run).write_bytes(dump_yaml(cluster))
+
+
+def _record_end(job: Job, error: BaseException) -> None:
+    """Say in the run folder how the command ended; what ended it is raised either way."""
+    known = isinstance(error, MaskwrightError)
+    code = error.exit_code if known else ExitCode.INTERNAL
+    kind = "stopped" if isinstance(error, InterruptedRunError) or code == ExitCode.INTERRUPTED else "failed"
+    cause = error.cause if known else f"{type(error).__name__}: {error}"
+    remedy = error.remedy if known else f"This is a bug; the traceback is in {driver_log(job.run)}."
+    try:
+        job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy)
+        driver_log(job.run).append_line("".join(traceback.format_exception(error)))
+    except (MaskwrightError, OSError):
+        job.say(f"could not record the end of the run in {job.run.root}")
+
+
+def driver_log(run: RunFolder) -> Location:
+    """Log of the commands that drove the run."""
+    return run.root / "logs" / "driver.log"
+
+
+def _run_stages(job: Job, stages: tuple[Stage, ...]) -> None:
+    job.say(f"run {job.config.name}  {job.run.root}")
+    for stage in stages:
+        job.stage = stage.name
+        job.lease.beat(stage=stage.name)
+        started_at = time.monotonic()
+        outcome = stage.work(job)
+        elapsed_s = time.monotonic() - started_at
+        if outcome.worked:
+            job.run.append_event("stage_finished", attempt=job.attempt, stage=stage.name, elapsed_s=round(elapsed_s, 3), **outcome.details)
+        job.say(f"{stage.name:<9} {clock(elapsed_s) if outcome.worked else 'skipped':>8}  {outcome.text}")

@@ -1,0 +1,62 @@
+"""Options that verbs share, and how they print (writes to the console)."""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a run YAML.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id (looked for in the storage), or the run's folder or URL.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. schedule.steps=1000; the value is YAML. Repeatable.")
+]
+Storage = Annotated[
+    str | None, typer.Option("--storage", metavar="PATH|URL", help="Where corpora and runs lie. Else $MASKWRIGHT_STORAGE, else ./runs.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Cluster = Annotated[
+    str | None, typer.Option("--cluster", metavar="PATH|NAME", help="Cluster YAML, or the name of a built-in one.", show_default="local")
+]
+
+
+def console() -> Console:
+    """Where human output goes. Paths must not be broken when nobody looks at a screen."""
+    return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on one line, so that several make JSON lines."""
+    print(json.dumps(value), flush=True)
+
+
+def say(text: str) -> None:
+    """A line for people."""
+    console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def next_command(*commands: str) -> None:
+    """What one would do next."""
+    say("\n".join(f"{'next:' if index == 0 else '     '} {command}" for index, command in enumerate(commands)))
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """A table without ornament."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console().print(table)
+
+
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """Names and values, those that have one."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in fields.items():
+        if value not in (None, ""):
+            table.add_row(name, str(value))
+    console().print(table)

@@ -1,0 +1,126 @@
+"""Shows a run's progress: a bar on a terminal, a line every tenth part elsewhere (reads metrics, writes to the console)."""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from data_pipeline.storage import Location
+
+_REMOTE_POLL_S = 10.0
+
+
+@dataclass
+class MetricsTail:
+    """New lines of metrics.jsonl since the last look."""
+
+    metrics: Location
+    _offset: int = 0
+    _looked_at: float = 0.0
+
+    def read(self) -> list[dict[str, Any]]:
+        """Records appended since the last call; a torn last line waits for the next."""
+        if self.metrics.is_local:
+            lines = self._read_local()
+        elif time.monotonic() - self._looked_at < _REMOTE_POLL_S:
+            lines = []
+        else:
+            self._looked_at = time.monotonic()
+            everything = self.metrics.read_lines()
+            lines, self._offset = everything[self._offset :], len(everything)
+        return [json.loads(line) for line in lines]
+
+    def skip_old(self) -> "MetricsTail":
+        """Begin at the present end."""
+        self.read()
+        return self
+
+    def _read_local(self) -> list[str]:
+        if not os.path.exists(self.metrics.url):
+            return []
+        with open(self.metrics.url, "rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        complete = data[: data.rfind(b"\n") + 1]
+        self._offset += len(complete)
+        return [line.decode() for line in complete.splitlines()]
+
+
+@dataclass
+class TrainingProgress:
+    """Follows pretraining. Call `update` often; it costs a look at the end of a file."""
+
+    console: Console
+    tail: MetricsTail
+    steps: int
+    _bar: Progress | None = None
+    _task: TaskID | None = None
+    _shown: int = -1
+    _pace: list[tuple[float, int]] = field(default_factory=list)
+
+    def update(self) -> None:
+        """Show what is new."""
+        for record in self.tail.read():
+            done = int(record["step"]) + 1
+            if self._pace and done <= self._pace[-1][1]:
+                self._pace.clear()  # resumed: earlier steps again
+            self._pace = [*self._pace[-20:], (time.monotonic(), done)]
+            if self.console.is_terminal:
+                self._draw(record, done)
+            elif done == self.steps or done * 10 // self.steps != self._shown:
+                self._shown = done * 10 // self.steps
+                self.console.print(f"  step {done}/{self.steps}  {self.describe(record, done)}", highlight=False)
+
+    def describe(self, record: dict[str, Any], done: int) -> str:
+        """`mlm 7.012  nsp 0.693  12.3k tokens/s  1:20 left`."""
+        left = self._seconds_left(done)
+        parts = [f"mlm {_number(record.get('mlm_loss'))}", f"nsp {_number(record.get('nsp_loss'))}", f"{human(record['tokens_per_s'])} tokens/s"]
+        return "  ".join([*parts, *([f"{clock(left)} left"] if left is not None else [])])
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _draw(self, record: dict[str, Any], done: int) -> None:
+        if self._bar is None:
+            columns = (TextColumn("  pretrain"), BarColumn(bar_width=30), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self.steps, text="")
+        assert self._task is not None
+        self._bar.update(self._task, completed=done, text=f"{done}/{self.steps}  {self.describe(record, done)}")
+
+    def _seconds_left(self, done: int) -> float | None:
+        if len(self._pace) < 2 or done >= self.steps:
+            return None
+        (first_at, first), (last_at, last) = self._pace[0], self._pace[-1]
+        return (self.steps - done) * (last_at - first_at) / max(1, last - first)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def human(value: float | None) -> str:
+    """`12.3k`, `4.56M`."""
+    if value is None:
+        return "-"
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def clock(seconds: float | None) -> str:
+    """`1:20`, `2:03:10`."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,59 @@
+"""Runs a stage's worker code, attempt after attempt, as the policy decides (records every attempt and every failure)."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from data_pipeline.errors import ExitCode, InterruptedRunError
+from launcher.attempts import claim_attempt
+from launcher.control import read_stop
+from launcher.job import Job
+from launcher.policy import Failure, FailureKind, History, Retry, decide
+from launcher.run_status import committed_steps
+
+
+def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Callable[[], bool]) -> None:
+    """Run an entry on the workers until it is done, retrying what the policy retries.
+
+    Raises:
+        MaskwrightError: the error that ended it, or RetriesSpentError.
+    """
+    history, newest = History(), max(committed_steps(job.run), default=0)
+    while True:
+        failure = _attempt(job, entry, arguments)
+        if failure is None and done():
+            return
+        if failure is None:
+            failure = Failure(FailureKind.BUG, f"{entry} returned before it was done", "See `maskwright logs`.", ExitCode.INTERNAL)
+        reached = max(committed_steps(job.run), default=0)
+        history = history.after(failure, progressed=reached > newest)
+        newest = reached
+        if failure.kind is not FailureKind.INTERRUPTED:
+            job.run.append_event("worker_failed", attempt=job.attempt, failure=failure.kind.value, rank=failure.rank, cause=failure.cause)
+        decision = decide(failure, history, job.ray.config.max_failures)
+        if not isinstance(decision, Retry):
+            raise decision.error
+        if read_stop(job.run) is not None:
+            raise InterruptedRunError(f"stopped after {failure.cause}", f"Run `maskwright resume {job.config.name}`.")
+        job.say(f"  attempt {job.attempt} failed: {failure.cause}; starting again from step {reached}")
+        time.sleep(decision.delay_s)
+
+
+def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
+    scratch = job.ray.scratch()
+    from launcher.ray_worker import run_attempt
+    from launcher.worker_process import WorkerTask
+
+    job.attempt = claim_attempt(job.run)
+    job.lease.beat(attempt=job.attempt)
+    workers = job.workers
+    job.run.append_event(
+        "attempt_started",
+        attempt=job.attempt,
+        stage=job.stage,
+        world_size=workers.num_workers,
+        threads_per_worker=workers.threads_per_worker,
+        device="cuda" if workers.use_gpu else "cpu",
+    )
+    task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
+    return run_attempt(task, workers, scratch)

@@ -1,0 +1,131 @@
+"""What a run does, did, or needs, derived from what lies in its folder (reads storage; loads no torch)."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from data_pipeline.errors import ExitCode
+from launcher.attempts import last_attempt
+from launcher.lease import LeaseState, holder
+from launcher.runs import read_config
+from trainer.manifest import MANIFEST
+from trainer.runlog import RunFolder
+
+State = Literal["running", "finished", "stopped", "failed", "interrupted", "created"]
+
+_TERMINAL = {"finished", "failed", "stopped"}
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment; `--json` prints it as it is."""
+
+    id: str
+    folder: str
+    state: State
+    exit_code: int
+    """Of the run's last command; 20 while it runs."""
+    stage: str
+    stages: dict[str, float]
+    """Seconds of each finished stage."""
+    attempt: int
+    step: int
+    """Optimizer steps done."""
+    steps: int
+    loss: float | None
+    mlm_loss: float | None
+    nsp_loss: float | None
+    tokens_per_s: float | None
+    seconds_left: float | None
+    """Of pretraining, at the pace of the last steps."""
+    last_checkpoint: int | None
+    recoveries: int
+    """Times that training resumed from a checkpoint."""
+    steps_lost: int
+    cause: str
+    remedy: str
+    pid: int | None
+    host: str
+    started_at: float | None
+    updated_at: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object."""
+        return asdict(self)
+
+
+def read_status(run: RunFolder) -> RunStatus:
+    """The status of a run from its lease, events, metrics and checkpoints."""
+    config, lease, events, metrics = read_config(run), holder(run), run.read_events(), run.read_metrics()
+    state, exit_code, last = _state(lease, events)
+    resumed = [event for event in events if event["kind"] == "resumed"]
+    newest: dict[str, Any] = metrics[-1] if metrics else {}
+    times = [event["time"] for event in events]
+    step = int(newest["step"]) + 1 if newest else 0
+    return RunStatus(
+        id=run.root.name,
+        folder=run.root.url,
+        state=state,
+        exit_code=int(exit_code),
+        stage=lease.stage if lease else "",
+        stages={event["stage"]: event["elapsed_s"] for event in events if event["kind"] == "stage_finished"},
+        attempt=last_attempt(run),
+        step=step,
+        steps=config.schedule.steps,
+        loss=newest.get("loss"),
+        mlm_loss=newest.get("mlm_loss"),
+        nsp_loss=newest.get("nsp_loss"),
+        tokens_per_s=newest.get("tokens_per_s"),
+        seconds_left=_seconds_left(events, metrics, config.schedule.steps, time.time()) if lease else None,
+        last_checkpoint=max(committed_steps(run), default=None),
+        recoveries=len(resumed),
+        steps_lost=sum(int(event.get("steps_lost") or 0) for event in resumed),
+        cause=str(last.get("cause", "")),
+        remedy=str(last.get("remedy", "")),
+        pid=lease.pid if lease else None,
+        host=lease.host if lease else "",
+        started_at=min(times, default=None),
+        updated_at=max([*times, *([lease.time] if lease else [])], default=None),
+    )
+
+
+def _state(lease: LeaseState | None, events: list[dict[str, Any]]) -> tuple[State, ExitCode, dict[str, Any]]:
+    """Who holds a lease runs; otherwise the last word counts, unless work began after it and nobody said how it ended."""
+    if lease is not None:
+        return "running", ExitCode.RUNNING, {}
+    told = [event for event in events if event["kind"] in _TERMINAL or event["kind"] in {"command_started", "attempt_started"}]
+    if not told:
+        return "created", ExitCode.INTERRUPTED, {}
+    last = told[-1]
+    if last["kind"] == "finished":
+        return "finished", ExitCode.OK, last
+    if last["kind"] == "stopped":
+        return "stopped", ExitCode.INTERRUPTED, last
+    if last["kind"] == "failed":
+        return "failed", ExitCode(last.get("exit_code", ExitCode.FAILED)), last
+    cause = {"cause": "the command that ran it was killed", "remedy": "Run `maskwright resume`."}
+    return "interrupted", ExitCode.INTERRUPTED, cause
+
+
+def record_lost_driver(run: RunFolder) -> None:
+    """Call when taking over a run: says in its events that the command before was killed, if nobody said how it ended."""
+    state, _, told = _state(None, run.read_events())
+    if state == "interrupted":
+        run.append_event("worker_failed", attempt=last_attempt(run), failure="infrastructure", rank=None, cause=told["cause"])
+
+
+def committed_steps(run: RunFolder) -> list[int]:
+    """Steps of the committed checkpoints, ascending (a checkpoint is committed when its manifest exists)."""
+    names = run.checkpoints.children()
+    plain = [name for name in names if name.startswith("step-") and name.removeprefix("step-").isdigit()]
+    return [int(name.removeprefix("step-")) for name in plain if (run.checkpoints / name / MANIFEST).exists()]
+
+
+def _seconds_left(events: Iterable[dict[str, Any]], metrics: list[dict[str, Any]], steps: int, now: float) -> float | None:
+    """Steps left at the mean pace of the present attempt, its set-up included."""
+    starts = [event for event in events if event["kind"] == "attempt_started"]
+    done = sum(record["attempt"] == starts[-1]["attempt"] for record in metrics) if starts else 0
+    if not done:
+        return None
+    return (steps - 1 - metrics[-1]["step"]) * (now - starts[-1]["time"]) / done

@@ -1,0 +1,145 @@
+"""The stages of a run: prepare, pretrain, export, finetune, report; each returns at once when its output is already there."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.storage import Location
+from launcher.job import Job, Outcome, Stage
+from launcher.retries import run_with_retries
+from launcher.run_status import committed_steps
+from trainer.config import RunConfig
+from trainer.runlog import RunFolder
+
+PRETRAIN = "trainer.pretrain:pretrain"
+FINETUNE = "launcher.finetuning:finetune_tasks"
+MODEL_NAME = "final"
+
+
+def _prepare(job: Job) -> Outcome:
+    recorded = recorded_corpus(job.run)
+    if recorded is not None and job.resumed and (recorded / "corpus.json").exists():
+        return Outcome(str(recorded), worked=False)
+    prepared = prepare_corpus(job.config, job.ray.scratch, job.say)
+    if recorded is not None and recorded.name != prepared.folder.name and committed_steps(job.run):
+        raise ConfigError(
+            f"run {job.config.name!r} was trained on corpus {recorded.name}, the sources now give {prepared.folder.name}",
+            "Restore the sources, continue on the old corpus with `maskwright resume`, or give the configuration another name.",
+        )
+    text = f"{prepared.folder}" if prepared.created else f"{prepared.folder} (already there)"
+    return Outcome(text, worked=prepared.created or recorded != prepared.folder, details={"corpus": prepared.folder.url})
+
+
+def prepare_corpus(config: RunConfig, start_ray: Callable[[], object], say: Callable[[str], None]) -> Any:
+    """The prepared corpus of a configuration; Ray starts only if there is something to do."""
+    from data_pipeline.executor import InProcessExecutor
+    from data_pipeline.prepare import find_prepared, prepare
+
+    arguments = (config.corpus, config.tokenizer, config.batch.sequence_lengths, Location.at(config.storage))
+    try:
+        find_prepared(*arguments)
+        return prepare(*arguments, InProcessExecutor(), say)
+    except NotFoundError:
+        start_ray()
+    from launcher.ray_data import RayExecutor
+
+    return prepare(*arguments, RayExecutor(os.getcwd()), lambda text: say(f"  {text}"))
+
+
+def recorded_corpus(run: RunFolder) -> Location | None:
+    """The corpus that the run was begun on; None before its first preparation."""
+    found = [event["corpus"] for event in run.read_events() if event["kind"] == "stage_finished" and event["stage"] == "prepare"]
+    return Location(found[-1]) if found else None
+
+
+def require_corpus(run: RunFolder) -> Location:
+    """The corpus that the run was begun on.
+
+    Raises:
+        NotFoundError: the run has none yet.
+    """
+    corpus = recorded_corpus(run)
+    if corpus is None:
+        raise NotFoundError(f"run {run.root.name} has no corpus yet", f"Continue it with `maskwright resume {run.root.name}`.")
+    return corpus
+
+
+def _pretrain(job: Job) -> Outcome:
+    steps = job.config.schedule.steps
+    if max(committed_steps(job.run), default=0) >= steps:
+        return Outcome(f"{steps} steps, {job.run.checkpoints}", worked=False)
+    arguments = {"config": job.config, "corpus": require_corpus(job.run).url, "run": job.run.root.url}
+    run_with_retries(job, PRETRAIN, arguments, done=lambda: max(committed_steps(job.run), default=0) >= steps)
+    return Outcome(f"{steps} steps, {job.run.checkpoints}", worked=True)
+
+
+def _export(job: Job) -> Outcome:
+    model = job.run.models / MODEL_NAME
+    steps = job.config.schedule.steps
+    if (model / "lineage.json").exists() and _last_finished(job.run, "export").get("exported_step") == steps:
+        return Outcome(str(model), worked=False)
+    from trainer.export import export
+
+    export(job.run, job.config, require_corpus(job.run), name=MODEL_NAME)
+    return Outcome(str(model), worked=True, details={"exported_step": steps})
+
+
+def _finetune(job: Job) -> Outcome:
+    if not job.config.finetune.tasks:
+        return Outcome("no tasks in the configuration", worked=False)
+    settings = {**job.config.finetune.model_dump(mode="json"), "model": job.model.url}
+    if not all(_results(job.run, task).exists() for task in _task_names(job)) or not _is_current(job.run, settings):
+        arguments = {"config": job.config.finetune, "model": job.model.url, "output": job.run.finetune.url}
+        run_with_retries(job, FINETUNE, arguments, done=lambda: all(_results(job.run, task).exists() for task in _task_names(job)))
+        worked = True
+    else:
+        worked = False
+    for task in _task_names(job):
+        job.say(f"  {describe_results(_results(job.run, task).read_json())}")
+    return Outcome(str(job.run.finetune), worked=worked, details={"settings": settings})
+
+
+def _task_names(job: Job) -> list[str]:
+    return [task.name for task in job.config.finetune.tasks]
+
+
+def _results(run: RunFolder, task: str) -> Location:
+    return run.finetune / task / "results.json"
+
+
+def _is_current(run: RunFolder, settings: dict[str, Any]) -> bool:
+    """Whether the results belong to these settings and to the newest export."""
+    finetuned, exported = _last_finished(run, "finetune"), _last_finished(run, "export")
+    return finetuned.get("settings") == settings and finetuned.get("time", 0.0) > exported.get("time", 0.0)
+
+
+def describe_results(results: dict[str, Any]) -> str:
+    """`sst2  pretrained 0.812 ± 0.004   scratch 0.701 ± 0.010   tfidf 0.780`."""
+    parts = [f"{results['task']:<16}"]
+    for system in ("pretrained", "scratch", "tfidf"):
+        scores = results.get(system)
+        if scores:
+            spread = f" ± {scores['std']:.3f}" if len(scores.get("seeds", ())) > 1 else ""
+            parts.append(f"{system} {scores['mean']:.3f}{spread}")
+    return "   ".join(parts)
+
+
+def _report(job: Job) -> Outcome:
+    from launcher.report import write_report
+
+    newer = [event for event in job.run.read_events() if event["kind"] == "stage_finished" and event["stage"] != "report"]
+    fresh = _last_finished(job.run, "report").get("time", 0.0) > max((event["time"] for event in newer), default=0.0)
+    if fresh and job.run.report.exists():
+        return Outcome(str(job.run.report), worked=False)
+    write_report(job.run)
+    return Outcome(str(job.run.report), worked=True)
+
+
+def _last_finished(run: RunFolder, stage: str) -> dict[str, Any]:
+    found = [event for event in run.read_events() if event["kind"] == "stage_finished" and event["stage"] == stage]
+    return found[-1] if found else {}
+
+
+FINETUNE_STAGE, REPORT_STAGE = Stage("finetune", _finetune), Stage("report", _report)
+STAGES = (Stage("prepare", _prepare), Stage("pretrain", _pretrain), Stage("export", _export), FINETUNE_STAGE, REPORT_STAGE)

@@ -1,0 +1,157 @@
+"""The main thread of a run: starts Ray when a stage wants it, shows progress, and obeys stop requests, signals and the lease."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+from data_pipeline.errors import ConflictError, ExitCode, InterruptedRunError
+from launcher.clusters.local import Machine, Workers, local_cluster
+from launcher.config import ClusterConfig
+from launcher.control import StopRequest, read_stop, request_stop
+from launcher.lease import Lease
+from trainer.runlog import RunFolder
+
+T = TypeVar("T")
+
+POLL_S = 0.25
+CTRL_C_GRACE_S = 60.0
+
+
+class CtrlCError(InterruptedRunError):
+    """Ctrl-C ended the run; it can be resumed."""
+
+    exit_code = ExitCode.CTRL_C
+
+
+@dataclass
+class RayOnDemand:
+    """Ray, started when a stage first asks. Stages ask on their own thread; it starts on the main one (see `local_cluster`)."""
+
+    config: ClusterConfig
+    workers: Workers
+    machine: Machine
+    _wanted: threading.Event = field(default_factory=threading.Event)
+    _answered: threading.Event = field(default_factory=threading.Event)
+    _folder: Path | None = None
+    _error: BaseException | None = None
+
+    def scratch(self) -> Path:
+        """Wait for Ray and return its scratch folder; raises what starting it raised."""
+        self._wanted.set()
+        self._answered.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._folder is not None
+        return self._folder
+
+    def serve(self, stack: ExitStack) -> None:
+        """Start Ray if somebody waits for it; `stack` ends it."""
+        if not self._wanted.is_set() or self._answered.is_set():
+            return
+        try:
+            self._folder = stack.enter_context(local_cluster(self.config, self.workers, self.machine))
+        except Exception as error:  # noqa: BLE001  # the stage raises it
+            self._error = error
+        self._answered.set()
+
+
+@dataclass
+class _Work(Generic[T]):
+    """A function on a thread, and how it ended."""
+
+    function: Callable[[], T]
+    result: list[T] = field(default_factory=list)
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.result.append(self.function())
+        except BaseException as error:  # noqa: BLE001  # raised again on the main thread
+            self.error = error
+
+
+@dataclass
+class Supervisor:
+    """Runs the stages of a run on a thread and watches over them from the main thread."""
+
+    run: RunFolder
+    lease: Lease
+    ray: RayOnDemand
+    say: Callable[[str], None]
+    tick: Callable[[], None]
+    saves_on_stop: Callable[[], bool]
+    """Whether the present stage saves by itself when asked to stop; other stages are simply ended."""
+    _signals: list[int] = field(default_factory=list)
+
+    def supervise(self, stages: Callable[[], T]) -> T:
+        """Run `stages` to their end.
+
+        Raises:
+            CtrlCError, InterruptedRunError: the run was asked to stop. ConflictError: another command took the run.
+            Whatever `stages` raises.
+        """
+        work = _Work(stages)
+        thread = threading.Thread(target=work.run, daemon=True, name="stages")
+        with ExitStack() as stack, self._catch_signals():
+            thread.start()
+            while thread.is_alive():
+                thread.join(POLL_S)
+                self.ray.serve(stack)
+                self.tick()
+                self._obey()
+            self.tick()
+        if work.error is not None:
+            raise self._as_ctrl_c(work.error)
+        return work.result[0]
+
+    def _obey(self) -> None:
+        if self.lease.lost.is_set():
+            raise ConflictError(
+                f"run {self.run.root.name} was taken over by another command", "This one ends; follow the other with `maskwright status`."
+            )
+        if self._signals:
+            self._obey_signals()
+        request = read_stop(self.run)
+        if request is not None and (not self.saves_on_stop() or time.time() > request.deadline):
+            raise self._as_ctrl_c(_stopped(request))
+
+    def _obey_signals(self) -> None:
+        if self._signals.count(signal.SIGINT) > 1:
+            raise CtrlCError("Ctrl-C twice: ended without saving", f"Run `maskwright resume {self.run.root.name}`.")
+        if read_stop(self.run) is None:
+            name = signal.Signals(self._signals[0]).name
+            request_stop(self.run, grace_s=CTRL_C_GRACE_S, save=True, by=name)
+            if self.saves_on_stop():
+                self.say(f"{name}: saving a checkpoint, then stopping (Ctrl-C again ends at once)")
+
+    def _as_ctrl_c(self, error: BaseException) -> BaseException:
+        interrupted = getattr(error, "exit_code", None) == ExitCode.INTERRUPTED
+        if interrupted and signal.SIGINT in self._signals:
+            return CtrlCError(getattr(error, "cause", str(error)), getattr(error, "remedy", ""))
+        return error
+
+    @contextmanager
+    def _catch_signals(self) -> Generator[None]:
+        def note(number: int, frame: FrameType | None) -> None:
+            del frame
+            self._signals.append(number)
+
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _stopped(request: StopRequest) -> InterruptedRunError:
+    how = "without saving" if not request.save else "between checkpoints"
+    return InterruptedRunError(f"stopped {how}, asked by {request.by}", "Run `maskwright resume`.")

@@ -1,0 +1,146 @@
+"""Verbs about configurations and data: init, schema, prepare, inspect, verify."""
+
+import json
+import shutil
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.errors import ConflictError, DataCorruptError, NoCheckpointError, NotFoundError, UsageError
+from data_pipeline.storage import Location
+from launcher.config import example_configs, json_schema, load_cluster_config, load_run_config
+from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, next_command, print_fields, print_json, print_table, say
+from trainer.config import RunConfig
+
+
+def init(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to copy the example configurations.")] = "cluster_configs",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+) -> None:
+    """Copy the example configurations.
+
+    Example: maskwright init my-configs
+    """
+    source, target = example_configs(), Path(folder)
+    files = [path for path in sorted(source.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    existing = [path for path in files if (target / path.relative_to(source)).exists()]
+    if existing and not force:
+        raise ConflictError(f"{target / existing[0].relative_to(source)} exists", "Choose another folder, or overwrite with --force.")
+    for path in files:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        say(str(copy))
+    runs = sorted((target / "runs").glob("*.yaml"), key=lambda path: path.stem != "demo")
+    next_command(f"maskwright run {runs[0]}" if runs else "maskwright schema")
+
+
+def schema() -> None:
+    """Print the JSON schemas of run YAMLs and cluster YAMLs.
+
+    Example: maskwright schema > maskwright.schema.json
+    """
+    print(json.dumps(json_schema(), indent=2))
+
+
+def prepare(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None, as_json: Json = False) -> None:
+    """Turn text into a corpus of shards; returns at once when it is already there.
+
+    Example: maskwright prepare my.yaml --set corpus.source=articles.jsonl.gz
+    """
+    run_config = load_run_config(config, overrides or (), storage)
+    prepared = _prepare(run_config, load_cluster_config(cluster or "local"), quiet=as_json)
+    if as_json:
+        print_json({"folder": prepared.folder.url, "created": prepared.created, **prepared.summary})
+        return
+    print_fields({"corpus": prepared.folder, "created": "now" if prepared.created else "earlier", **prepared.summary})
+    next_command(f"maskwright inspect {config} --step 0", f"maskwright run {config}")
+
+
+def _prepare(config: RunConfig, cluster: Any, *, quiet: bool) -> Any:
+    from launcher.clusters.local import local_cluster, resolve_workers, this_machine
+    from launcher.stages import prepare_corpus
+
+    machine = this_machine()
+    with ExitStack() as stack:
+        return prepare_corpus(
+            config,
+            start_ray=lambda: stack.enter_context(local_cluster(cluster, resolve_workers(cluster, machine), machine)),
+            say=(lambda text: None) if quiet else say,
+        )
+
+
+def inspect(
+    config: ConfigArgument,
+    step: Annotated[int, typer.Option("--step", min=0, help="First optimizer step, counted from 0.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="How many steps.")] = 1,
+    world_size: Annotated[int, typer.Option("--world-size", "-W", min=1, help="Assemble the batch from the streams of this many ranks.")] = 1,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="Only this rank's part.")] = None,
+    overrides: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Show what the model sees at a step, on any number of ranks, before or after training.
+
+    Example: maskwright inspect my.yaml --step 1000 --world-size 8 --json
+    """
+    from data_pipeline.index import CorpusIndex
+    from data_pipeline.inspection import inspect_steps
+    from data_pipeline.prepare import find_prepared
+    from data_pipeline.stream import MicroBatchStream
+
+    run_config = load_run_config(config, overrides or (), storage)
+    _check_range(run_config, step, steps, world_size, rank)
+    folder = find_prepared(run_config.corpus, run_config.tokenizer, run_config.batch.sequence_lengths, Location.at(run_config.storage))
+    stream = MicroBatchStream(CorpusIndex.open(folder), run_config.objective, run_config.phases, run_config.seed, split="train")
+    found = inspect_steps(stream, run_config.phases, step, steps, world_size, rank)
+    if as_json:
+        for batch in found:
+            print_json(batch)
+        return
+    print_table(("step", "digest", "samples", "tokens"), ((b["step"], b["digest"], b["num_samples"], b["num_tokens"]) for b in found))
+    next_command(f"maskwright run {config}")
+
+
+def _check_range(config: RunConfig, step: int, steps: int, world_size: int, rank: int | None) -> None:
+    if step + steps > config.schedule.steps:
+        raise UsageError(
+            f"--step {step} --steps {steps}: the run has steps 0 to {config.schedule.steps - 1}", "Ask for fewer, or --set schedule.steps=N."
+        )
+    fewest = min(phase.num_micro_batches for phase in config.phases)
+    if world_size > fewest:
+        raise UsageError(f"--world-size {world_size}: a step has {fewest} micro-batches, so at most {fewest} ranks", "Ask for fewer ranks.")
+    if rank is not None and rank >= world_size:
+        raise UsageError(f"--rank {rank}: --world-size {world_size} has ranks 0 to {world_size - 1}", "Raise --world-size or lower --rank.")
+
+
+def verify(
+    path: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, such as runs/demo/checkpoints/step-00001000.")],
+    as_json: Json = False,
+) -> None:
+    """Re-hash a checkpoint; exit code 13 when it is damaged.
+
+    Example: maskwright verify runs/demo/checkpoints/step-00001000
+    """
+    from trainer.manifest import MANIFEST
+
+    folder = Location.at(path)
+    if not folder.exists():
+        raise NotFoundError(f"{folder} does not exist", "Give the folder of a checkpoint.")
+    if not (folder / MANIFEST).exists():
+        raise DataCorruptError(f"{folder} has no {MANIFEST}: it is not a committed checkpoint", "Give the folder of a committed checkpoint.")
+    from trainer.checkpoint import verify as verify_checkpoint
+
+    problems = [str(problem) for problem in verify_checkpoint(folder.path)]
+    if as_json:
+        print_json({"path": folder.url, "intact": not problems, "problems": problems})
+    if problems:
+        raise NoCheckpointError(f"{folder} is damaged: {'; '.join(problems)}", "Resume the run: it falls back to the checkpoint before, by itself.")
+    if not as_json:
+        say(f"{folder} is intact")
+        next_command(f"maskwright export {folder.parent.parent}")
+
+
+VERBS = (init, prepare, inspect, schema, verify)

@@ -1,0 +1,152 @@
+"""Verbs about models: export, finetune, evaluate, report."""
+
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.errors import NotFoundError, UsageError
+from data_pipeline.storage import Location
+from launcher.config import ClusterConfig, load_cluster_config, override_run_config
+from launcher.options import Cluster, Json, RunArgument, Set, Storage, console, next_command, print_json, print_table, say
+from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read_config, resolve_storage
+from trainer.config import RunConfig, TaskConfig
+from trainer.runlog import RunFolder
+
+RunOrModel = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run id, run folder or URL; or the folder of an exported model.")]
+
+
+def export(
+    run: RunArgument,
+    step: Annotated[int | None, typer.Option("--step", min=0, help="Of which checkpoint.", show_default="the newest")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Folder below models/.", show_default="final, or step-N with --step")] = None,
+    storage: Storage = None,
+) -> None:
+    """Write a Hugging Face model folder from a checkpoint, and check that it gives the same logits.
+
+    Example: maskwright export demo --step 500
+    """
+    from trainer.export import export as export_model
+
+    from launcher.stages import MODEL_NAME, require_corpus
+
+    folder = find_run(run, storage)
+    target = name or (MODEL_NAME if step is None else f"step-{step:08d}")
+    model = export_model(folder, read_config(folder), require_corpus(folder), step=step, name=target)
+    say(str(model))
+    next_command(f"maskwright finetune {model} --set 'finetune.tasks=[{{name: mytask, path: DIR}}]'")
+
+
+def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
+    """Fine-tune a run's model, or any model folder, on labelled tasks: pretrained, from scratch, and TF-IDF beside them.
+
+    Example: maskwright finetune demo --set 'finetune.tasks=[{name: sst2, path: data/sst2}]'
+    """
+    from launcher.jobs import run_job
+    from launcher.stages import FINETUNE_STAGE, MODEL_NAME, REPORT_STAGE
+
+    target = find_run_or_model(model, storage)
+    if isinstance(target, Model):
+        config, folder, where = _config_for(target, overrides, storage), target.folder, ClusterConfig()
+        stages = (FINETUNE_STAGE,)
+    else:
+        config, folder, where = override_run_config(read_config(target), overrides or ()), target.models / MODEL_NAME, read_cluster(target)
+        stages = (FINETUNE_STAGE, REPORT_STAGE)
+    if not config.finetune.tasks:
+        raise UsageError("there is no task to fine-tune on", "Add one: --set 'finetune.tasks=[{name: sst2, path: data/sst2}]'")
+    if not (folder / "config.json").exists():
+        raise NotFoundError(f"there is no model in {folder}", f"Run `maskwright export {model}` first.")
+    run = run_job(
+        config, load_cluster_config(cluster) if cluster else where or ClusterConfig(), console(), verb="finetune", stages=stages, model=folder
+    )
+    next_command(f"maskwright evaluate {run.finetune}/{config.finetune.tasks[0].name}/model --set 'finetune.tasks=[...]'")
+
+
+def _config_for(model: Model, overrides: list[str] | None, storage: str | None) -> RunConfig:
+    """A run of its own for a model that has none: only its fine-tune section matters."""
+    name = f"{model.folder.parent.parent.name}-{model.folder.name}-finetune"
+    base = RunConfig.model_validate({"name": name, "storage": resolve_storage(storage).url, "model": {"init_from": model.folder.url}})
+    return override_run_config(base, overrides or ())
+
+
+def evaluate(
+    model: RunOrModel,
+    text: Annotated[str | None, typer.Option("--text", metavar="TEXT", help="Fill in the [MASK]s of a text instead.")] = None,
+    overrides: Set = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Score fine-tuned classifiers on their tasks' test rows, or fill in masks.
+
+    Example: maskwright evaluate demo --text "Returns a new [MASK] with the same shape."
+    """
+    target = find_run_or_model(model, storage)
+    if text is not None:
+        _fill_mask(target, text, as_json=as_json)
+        return
+    scores = [_evaluate(folder, task) for folder, task in _classifiers(target, overrides, storage)]
+    if as_json:
+        print_json(scores)
+        return
+    print_table(
+        ("task", "rows", "accuracy", "macro F1"), ((s["task"], s["num_rows"], f"{s['accuracy']:.4f}", f"{s['macro_f1']:.4f}") for s in scores)
+    )
+    next_command(f"maskwright report {model}" if isinstance(target, RunFolder) else f"maskwright finetune {model}")
+
+
+def _classifiers(target: RunFolder | Model, overrides: list[str] | None, storage: str | None) -> list[tuple[Location, TaskConfig]]:
+    if isinstance(target, Model):
+        tasks = _config_for(target, overrides, storage).finetune.tasks
+        found = [(target.folder, task) for task in tasks]
+    else:
+        tasks = override_run_config(read_config(target), overrides or ()).finetune.tasks
+        found = [(target.finetune / task.name / "model", task) for task in tasks]
+    if not found:
+        raise UsageError("there is no task to evaluate on", "Add one: --set 'finetune.tasks=[{name: sst2, path: data/sst2}]'")
+    return found
+
+
+def _evaluate(folder: Location, task: TaskConfig) -> dict[str, Any]:
+    import tempfile
+
+    from trainer.context import LocalContext
+    from trainer.evaluate import evaluate_model
+
+    if not (folder / "config.json").exists():
+        raise NotFoundError(f"there is no classifier in {folder}", "Run `maskwright finetune` first.")
+    with tempfile.TemporaryDirectory() as work_folder:
+        return evaluate_model(folder.url, task, work_folder, LocalContext())
+
+
+def _fill_mask(target: RunFolder | Model, text: str, *, as_json: bool) -> None:
+    from launcher.stages import MODEL_NAME
+    from trainer.evaluate import fill_mask
+
+    folder = target.folder if isinstance(target, Model) else target.models / MODEL_NAME
+    if not (folder / "config.json").exists():
+        raise NotFoundError(f"there is no model in {folder}", "Run `maskwright export` first.")
+    places = fill_mask(folder.url, text)
+    if as_json:
+        print_json([[{"token": token, "probability": probability} for token, probability in place] for place in places])
+        return
+    for number, place in enumerate(places, 1):
+        say(f"[MASK] {number}: " + "  ".join(f"{token} {probability:.3f}" for token, probability in place))
+    next_command(f"maskwright finetune {folder}")
+
+
+def report(run: RunArgument, storage: Storage = None, as_json: Json = False) -> None:
+    """Write one HTML page about a run: curves, data, attempts, recoveries, scores.
+
+    Example: maskwright report demo
+    """
+    from launcher.report import write_report
+
+    folder = find_run(run, storage)
+    write_report(folder)
+    if as_json:
+        print_json({"report": folder.report.url})
+        return
+    say(str(folder.report))
+    next_command(f"open {folder.report}")
+
+
+VERBS = (export, finetune, evaluate, report)

@@ -1,0 +1,235 @@
+"""Verbs about runs: run, resume, stop, list, status, logs."""
+
+import os
+import signal
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.errors import ConflictError, NotFoundError
+from launcher.attempts import attempt_folder, last_attempt
+from launcher.config import ClusterConfig, load_cluster_config, load_run_config, override_run_config
+from launcher.control import request_stop
+from launcher.lease import LeaseState, holder, process_start
+from launcher.options import (
+    Cluster,
+    ConfigArgument,
+    Json,
+    RunArgument,
+    Set,
+    Storage,
+    console,
+    next_command,
+    print_fields,
+    print_json,
+    print_table,
+    say,
+)
+from launcher.progress import clock, human
+from launcher.run_status import RunStatus, read_status
+from launcher.runs import find_run, read_cluster, read_config, resolve_storage, run_ids
+from trainer.runlog import RunFolder
+
+KILL_AFTER_S = 15.0
+"""A driver that has not ended so long after its grace is killed."""
+
+
+def run(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
+    """Run all stages on this machine: prepare, pretrain, export, finetune, report. Run it again and it continues.
+
+    Example: maskwright run my.yaml --set schedule.steps=2000
+    """
+    from launcher.jobs import run_job
+
+    finished = run_job(load_run_config(config, overrides or (), storage), load_cluster_config(cluster or "local"), console(), verb="run")
+    _say_finished(finished)
+
+
+def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
+    """Continue a run from its newest checkpoint; with --set also with another learning rate, schedule or number of steps.
+
+    Example: maskwright resume demo --set schedule.steps=5000
+    """
+    from launcher.jobs import run_job
+
+    folder = find_run(run, storage)
+    config = override_run_config(read_config(folder), overrides or ())
+    where = load_cluster_config(cluster) if cluster else read_cluster(folder) or ClusterConfig()
+    _say_finished(run_job(config, where, console(), verb="resume", deliberate=bool(overrides)))
+
+
+def _say_finished(run: RunFolder) -> None:
+    commands = [f"maskwright status {run.root}"]
+    if run.report.exists():
+        commands.insert(0, f"open {run.report}")
+    next_command(*commands)
+
+
+def stop(
+    run: RunArgument,
+    grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds to save a checkpoint in; then everything ends.")] = 60.0,
+    now: Annotated[bool, typer.Option("--now", help="End without saving.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Save a checkpoint and end a run; `resume` continues it.
+
+    Example: maskwright stop demo --grace 120
+    """
+    folder = find_run(run, storage)
+    lease = holder(folder)
+    if lease is None:
+        raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
+    request_stop(folder, grace_s=grace, save=not now, by="maskwright stop")
+    deadline = time.monotonic() + (0.0 if now else grace) + KILL_AFTER_S
+    while (current := holder(folder)) is not None and current.token == lease.token and time.monotonic() < deadline:
+        time.sleep(0.25)
+    current = holder(folder)
+    if current is not None and current.token == lease.token:
+        _kill(current)
+    status = read_status(folder)
+    saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
+    say(f"run {folder.root.name} {status.state}; {saved}")
+    next_command(f"maskwright resume {run}")
+
+
+def _kill(lease: LeaseState) -> None:
+    """End a driver that does not answer. Its Ray processes go with it."""
+    if lease.host != os.uname().nodename:
+        raise ConflictError(
+            f"the run's process {lease.pid} on {lease.host} does not answer", "End it there; the run is free when its heartbeat is 30 s old."
+        )
+    if process_start(lease.pid) == lease.pid_started:
+        os.kill(lease.pid, signal.SIGKILL)
+        while process_start(lease.pid) == lease.pid_started:
+            time.sleep(0.05)
+
+
+def list_(storage: Storage = None, as_json: Json = False) -> None:
+    """List the runs in a storage.
+
+    Example: maskwright list --storage /data/runs
+    """
+    root = resolve_storage(storage)
+    statuses = [read_status(RunFolder(root / name)) for name in run_ids(root)]
+    if as_json:
+        print_json([status.to_json() for status in statuses])
+        return
+    if not statuses:
+        say(f"no runs in {root}")
+        next_command("maskwright run CONFIG")
+        return
+    rows = ((s.id, s.state, f"{s.step}/{s.steps}", _rounded(s.mlm_loss), human(s.tokens_per_s), s.recoveries, _ago(s.updated_at)) for s in statuses)
+    print_table(("run", "state", "step", "mlm loss", "tokens/s", "recoveries", "updated"), rows)
+    next_command(f"maskwright status {statuses[-1].id}")
+
+
+def status(
+    run: RunArgument,
+    storage: Storage = None,
+    as_json: Json = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 0 finished, 20 running, otherwise the code the run ended with.")] = False,
+) -> None:
+    """Show where a run is: stage, step, losses, speed, checkpoints, recoveries, and how it ended.
+
+    Example: maskwright status demo --exit-code
+    """
+    found = read_status(find_run(run, storage))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        print_fields(_status_fields(found))
+        next_command(_after_status(found, run))
+    if exit_code:
+        raise typer.Exit(found.exit_code)
+
+
+def _status_fields(status: RunStatus) -> dict[str, Any]:
+    return {
+        "run": status.id,
+        "folder": status.folder,
+        "state": f"{status.state} ({status.stage})" if status.stage else status.state,
+        "cause": status.cause,
+        "remedy": status.remedy,
+        "stages": ", ".join(f"{name} {clock(seconds)}" for name, seconds in status.stages.items()),
+        "step": f"{status.step} of {status.steps}",
+        "mlm loss": _rounded(status.mlm_loss),
+        "nsp loss": _rounded(status.nsp_loss),
+        "tokens/s": human(status.tokens_per_s),
+        "time left": clock(status.seconds_left) if status.seconds_left else None,
+        "checkpoint": None if status.last_checkpoint is None else f"step {status.last_checkpoint}",
+        "attempts": f"{status.attempt}, {status.recoveries} resumed, {status.steps_lost} steps lost" if status.attempt else None,
+        "process": f"{status.pid} on {status.host}" if status.pid else None,
+        "updated": _ago(status.updated_at),
+    }
+
+
+def _after_status(status: RunStatus, run: str) -> str:
+    return {
+        "running": f"maskwright logs {run} -f",
+        "finished": f"maskwright report {run}",
+        "failed": f"maskwright logs {run}",
+    }.get(status.state, f"maskwright resume {run}")
+
+
+def logs(
+    run: RunArgument,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Whose log.")] = 0,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="Of which attempt.", show_default="the newest")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Print a rank's log.
+
+    Example: maskwright logs demo --rank 1 -f
+    """
+    folder = find_run(run, storage)
+    number = attempt or last_attempt(folder)
+    shown = 0
+    while True:
+        log = folder.rank_log(number, rank)
+        if log.exists():
+            shown = _print_log(log.read_bytes(), shown, number, rank, as_json=as_json, whole=not follow)
+        elif not follow:
+            raise _no_log(folder, number, rank)
+        if not follow or (holder(folder) is None and (not log.exists() or shown == len(log.read_bytes()))):
+            return
+        time.sleep(0.5)
+        if attempt is None and last_attempt(folder) > number:
+            number, shown = last_attempt(folder), 0
+
+
+def _print_log(data: bytes, shown: int, attempt: int, rank: int, *, as_json: bool, whole: bool) -> int:
+    """Print what is new and return how far it goes; only whole lines while the log grows."""
+    end = len(data) if whole else data.rfind(b"\n") + 1
+    text = data[shown:end].decode(errors="replace")
+    if as_json:
+        for line in text.splitlines():
+            print_json({"attempt": attempt, "rank": rank, "line": line})
+    else:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    return max(shown, end)
+
+
+def _no_log(run: RunFolder, attempt: int, rank: int) -> NotFoundError:
+    if attempt == 0:
+        return NotFoundError(f"run {run.root.name} has not trained yet, so it has no rank's log", f"See `maskwright status {run.root.name}`.")
+    there = [name for name in attempt_folder(run, attempt).children() if name.startswith("rank-")]
+    return NotFoundError(f"attempt {attempt} of run {run.root.name} has no log of rank {rank}", f"There: {', '.join(there) or 'none'}.")
+
+
+def _rounded(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _ago(then: float | None) -> str:
+    if then is None:
+        return "-"
+    seconds = max(0, round(time.time() - then))
+    return f"{seconds} s ago" if seconds < 120 else f"{clock(seconds)} ago" if seconds < 86400 else time.strftime("%Y-%m-%d", time.localtime(then))
+
+
+VERBS = (run, resume, stop, list_, status, logs)
