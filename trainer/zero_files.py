@@ -19,8 +19,10 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from data_pipeline.errors import DataCorruptError
+from data_pipeline.storage import Location
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
+MODEL_CONFIG = "config.json"
 PARAM_NAMES = "maskwright_param_names"
 _ALLOWED: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -62,12 +64,17 @@ def save_engine(engine: DeepSpeedEngine, folder: Path) -> None:
 
     Raises:
         OSError: this rank could not write; all ranks have left DeepSpeed's collectives by then.
+        StorageError: the same, of the model's config.
     """
     files = engine.checkpoint_engine
     assert isinstance(files, SafeFiles)
     files.failure = None
     names = {PARAM_NAMES: _param_names(engine)}
     engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=names, save_latest=False)
+    if engine.global_rank == 0 and files.failure is None:
+        # So that weights can be exported without asking a hub again for the dimensions of `init_from`.
+        model_config: Any = getattr(engine.module, "config", None)
+        Location.at(folder / MODEL_CONFIG).write_json(model_config.to_dict() if model_config is not None else {})
     if files.failure is not None:
         raise files.failure
 

@@ -1,0 +1,195 @@
+"""Export: a committed checkpoint becomes a model folder that stock transformers loads, and is compared with the training code before it counts.
+
+One process, no torch.distributed, no network. Owns `models/` of a run.
+"""
+
+import importlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForPreTraining
+
+from data_pipeline.errors import ConfigError, MaskwrightError, NoCheckpointError, NotFoundError
+from data_pipeline.index import CorpusIndex
+from data_pipeline.storage import Location, storage_errors, sync_folder
+from trainer.checkpoint import Checkpoint, list_checkpoints, verify
+from trainer.config import RunConfig
+from trainer.export_check import Agreement, check_export
+from trainer.manifest import FileDigest, Problem, check_files, fsync_file
+from trainer.model import PretrainingBert
+from trainer.model_card import CardFacts, render_model_card
+from trainer.runlog import RunFolder
+
+FORMAT_VERSION = 1
+LINEAGE = "lineage.json"
+
+
+def export(run: RunFolder, config: RunConfig, corpus: Location, step: int | None = None, name: str = "final") -> Location:
+    """Export the checkpoint of `step` (the newest by default) to `models/<name>` and return that folder.
+
+    The folder appears at once, after stock transformers has been seen to compute the training code's logits from it. Exporting the same
+    checkpoint again does nothing.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        NoCheckpointError: it is damaged.
+        ConfigError: `corpus` is not what the checkpoint was trained on.
+        MaskwrightError: the exported model does not compute the same logits; nothing is left in `models/<name>` that was not there before.
+    """
+    checkpoint, index = _choose(run, step), CorpusIndex.open(corpus)
+    if checkpoint.state.corpus_fingerprint != index.fingerprint:
+        raise ConfigError(
+            f"{checkpoint.folder} was trained on corpus {checkpoint.state.corpus_fingerprint[:12]}; {corpus} is {index.fingerprint[:12]}",
+            "Name the corpus of the run.",
+        )
+    target = run.models / name
+    if _is_done(target.path, checkpoint):
+        return target
+    partial = target.path.with_name(f"{name}.partial")
+    try:
+        with storage_errors(str(target)):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write(partial, run, config, checkpoint, index)
+            _publish(partial, target.path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def verify_model(folder: Path) -> list[Problem]:
+    """Re-hash an exported model against its lineage; empty when it is intact.
+
+    Raises:
+        NotFoundError: there is no exported model.
+    """
+    path = folder / LINEAGE
+    if not path.exists():
+        raise NotFoundError(f"{folder} is not an exported model: it has no {LINEAGE}", "Run `maskwright export` or check the path.")
+    try:
+        files = {name: FileDigest(**file) for name, file in json.loads(path.read_bytes())["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return [Problem(LINEAGE, f"damaged: {error}")]
+    return check_files(folder, files, files)
+
+
+def _choose(run: RunFolder, step: int | None) -> Checkpoint:
+    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run)}
+    if not found:
+        raise NotFoundError(f"{run.checkpoints} has no committed checkpoint", "Train first: `maskwright run CONFIG`.")
+    if step is not None and step not in found:
+        raise NotFoundError(f"{run.checkpoints} has no checkpoint of step {step}", f"Choose one of {', '.join(map(str, sorted(found)))}.")
+    checkpoint = found[max(found) if step is None else step]
+    if problems := verify(checkpoint.folder):
+        raise NoCheckpointError(
+            f"{checkpoint.folder} is damaged: {problems[0]}", "Resume the run, which falls back to an intact one, or export another --step."
+        )
+    return checkpoint
+
+
+def _is_done(target: Path, checkpoint: Checkpoint) -> bool:
+    try:
+        lineage: Any = json.loads((target / LINEAGE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(lineage.get("checkpoint_digest") == checkpoint.manifest.digest and not verify_model(target))
+
+
+def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpoint, index: CorpusIndex) -> None:
+    trained = load_trained(checkpoint)
+    _save_stock(trained, partial)
+    _copy_tokenizer(Path(index.tokenizer_folder), partial)
+    agreement = check_export(partial, trained, checkpoint.probe, config.precision)
+    facts = _facts(run, config, checkpoint, trained, agreement)
+    (partial / "README.md").write_text(render_model_card(facts), encoding="utf-8")
+    files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
+    for path in files.values():
+        fsync_file(path)
+    lineage = {
+        "format_version": FORMAT_VERSION,
+        "run": run.root.name,
+        "step": checkpoint.step,
+        "attempt": checkpoint.manifest.attempt,
+        "checkpoint_digest": checkpoint.manifest.digest,
+        "corpus_fingerprint": index.fingerprint,
+        "tokenizer_digest": index.tokenizer_digest,
+        "versions": checkpoint.manifest.circumstances.versions,
+        "files": {name: asdict(FileDigest.of(path)) for name, path in files.items()},
+        "verification": asdict(agreement),
+    }
+    Location.at(partial / LINEAGE).write_json(lineage)
+
+
+def load_trained(checkpoint: Checkpoint) -> PretrainingBert:
+    """The training code's network with a checkpoint's fp32 weights, in evaluation mode on the CPU.
+
+    Raises:
+        MaskwrightError: the weights are not this network's.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    zero_files: Any = importlib.import_module("trainer.zero_files")
+    weights: dict[str, Tensor] = zero_files.consolidate(checkpoint.zero_folder)
+    settings: Any = json.loads((checkpoint.zero_folder / zero_files.MODEL_CONFIG).read_bytes())
+    model = PretrainingBert(BertConfig.from_dict({**settings, "dtype": "float32"}))  # pyright: ignore[reportArgumentType]
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise MaskwrightError(
+            f"{checkpoint.zero_folder} does not hold this network's weights: {error}", "Export it with the release that wrote it."
+        ) from error
+    return model.eval()
+
+
+def _save_stock(trained: PretrainingBert, folder: Path) -> None:
+    """config.json and model.safetensors, written by stock transformers' own class: no name of ours gets into them."""
+    stock = BertForPreTraining(trained.config)
+    stock.load_state_dict(trained.state_dict(), strict=True)
+    stock.save_pretrained(folder)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
+
+
+def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: PretrainingBert, agreement: Agreement) -> CardFacts:
+    measured = [e for e in run.read_events() if e["kind"] == "validation" and (e["step"] or 0) <= checkpoint.step]
+    return CardFacts(
+        name=run.root.name,
+        layers=trained.config.num_hidden_layers,
+        width=trained.config.hidden_size,
+        num_parameters=sum(parameter.numel() for parameter in trained.parameters()),
+        vocab_size=trained.config.vocab_size,
+        objective=config.objective.sentence_objective,
+        corpus=config.corpus.name,
+        fingerprint=checkpoint.state.corpus_fingerprint,
+        steps=checkpoint.step,
+        planned_steps=config.schedule.steps,
+        tokens=checkpoint.state.tokens_seen,
+        batch_size=config.batch.global_batch_size,
+        sequence_length=max(config.batch.sequence_lengths),
+        learning_rate=config.optimizer.lr,
+        precision=config.precision,
+        checkpoint=checkpoint.manifest.digest,
+        validation=measured[-1] if measured else None,
+        max_difference=max(agreement.mlm_max_difference, agreement.nsp_max_difference),
+    )
+
+
+def _publish(partial: Path, target: Path) -> None:
+    sync_folder(partial)
+    aside = target.with_name(f"{target.name}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    if target.exists():
+        target.rename(aside)
+    partial.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,134 @@
+"""Whether an exported model is the trained one: loads it the way users will and compares logits. Reads the folder, writes nothing."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+from transformers.utils import logging
+
+from data_pipeline.errors import MaskwrightError
+from trainer.model import PretrainingBert
+
+MAX_DIFFERENCE = 1e-4
+"""Largest difference of a logit between stock transformers and the training code, both in fp32 on this machine."""
+
+PROBE_TOLERANCE = {"fp32": 1e-4, "fp16": 0.00625, "bf16": 0.05}
+"""Largest root-mean-square difference from the engine's own logits, as a share of their root mean square, by the engine's precision.
+
+In bf16 two correct attention kernels differ by up to 0.017 on 12 layers, and fp32 from bf16 by as much."""
+
+_SMALLEST_RMS = 0.01  # below it, a share means nothing: heads that have learned nothing give logits of about zero
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TEXT = [
+    ("The committee met on Tuesday to discuss the new railway.", "It decided to wait for the engineer's report before spending more money."),
+    ("Return a list of the files in the folder, sorted by name.", "The moon was already high when they reached the harbour."),
+    ("Water boils at 100 degrees Celsius at sea level, but at about 70 on the highest mountains.", "Cooking takes longer there."),
+    ("Yes.", "She opened the letter, read it twice, and put it back into the drawer without a word to anybody in the room."),
+]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How close the exported model came. The first three compare fp32 logits of real text; the last two share the engine's precision."""
+
+    mlm_max_difference: float
+    nsp_max_difference: float
+    masked_lm_max_difference: float
+    probe_mlm_relative_difference: float
+    probe_nsp_relative_difference: float
+    probe_precision: str
+
+
+def check_export(folder: Path, trained: PretrainingBert, probe: Path, precision: str) -> Agreement:
+    """Compare stock transformers on `folder` with the trained network and with the engine's own logits in `probe`.
+
+    Raises:
+        MaskwrightError: they do not load or do not agree.
+    """
+    with _quiet(), torch.no_grad():
+        batch = _tokenize(folder, trained.config.max_position_embeddings)
+        expected_mlm, expected_nsp = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        _load(AutoModel, folder)
+        masked_lm = _load(AutoModelForMaskedLM, folder)(**batch).logits
+        stock = _load(AutoModelForPreTraining, folder)
+        found = stock(**batch)
+        probe_mlm, probe_nsp = _against_probe(stock, load_file(probe), _DTYPES[precision])
+    agreement = Agreement(
+        mlm_max_difference=_largest(found.prediction_logits, expected_mlm),
+        nsp_max_difference=_largest(found.seq_relationship_logits, expected_nsp),
+        masked_lm_max_difference=_largest(masked_lm, expected_mlm),
+        probe_mlm_relative_difference=probe_mlm,
+        probe_nsp_relative_difference=probe_nsp,
+        probe_precision=precision,
+    )
+    _require(agreement, folder)
+    return agreement
+
+
+def _require(agreement: Agreement, folder: Path) -> None:
+    tolerance = PROBE_TOLERANCE[agreement.probe_precision]
+    for what, found, limit in [
+        ("masked-LM logits of stock transformers and of the training code", agreement.mlm_max_difference, MAX_DIFFERENCE),
+        ("next-sentence logits of stock transformers and of the training code", agreement.nsp_max_difference, MAX_DIFFERENCE),
+        ("logits of AutoModelForMaskedLM and of the training code", agreement.masked_lm_max_difference, MAX_DIFFERENCE),
+        ("masked-LM logits now and when the checkpoint was taken", agreement.probe_mlm_relative_difference, tolerance),
+        ("next-sentence logits now and when the checkpoint was taken", agreement.probe_nsp_relative_difference, tolerance),
+    ]:
+        if not found <= limit:  # also when it is not a number
+            raise MaskwrightError(
+                f"the model exported to {folder} is not the trained one: {what} differ by {found:.2g}; at most {limit:g} is allowed",
+                "Nothing was exported. Check that transformers has the version of the checkpoint's MANIFEST.json, and report it if so.",
+            )
+
+
+def _tokenize(folder: Path, max_length: int) -> dict[str, Tensor]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    first, second = zip(*_TEXT, strict=True)
+    return dict(
+        tokenizer(list(first), list(second), padding=True, truncation=True, max_length=max_length, return_tensors="pt", return_token_type_ids=True)
+    )
+
+
+def _load(auto_class: Any, folder: Path) -> Any:
+    model, report = auto_class.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        raise MaskwrightError(
+            f"{auto_class.__name__} does not find all weights in {folder}: {sorted(report['missing_keys'])[:5]}, {report['mismatched_keys']}",
+            "Check that transformers has the version of the checkpoint's MANIFEST.json, and report it if so.",
+        )
+    return model.eval()
+
+
+def _against_probe(stock: Any, probe: dict[str, Tensor], dtype: torch.dtype) -> tuple[float, float]:
+    inputs = {name: probe[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
+    output = stock.to(dtype)(**inputs)
+    seen = inputs["attention_mask"].bool()  # padding attends to what its kernel likes
+    return _relative(output.prediction_logits[seen], probe["mlm_logits"][seen]), _relative(output.seq_relationship_logits, probe["nsp_logits"])
+
+
+def _largest(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected.float()).abs().max())
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    difference, scale = (found.float() - expected.float()).square().mean().sqrt(), expected.float().square().mean().sqrt()
+    return float(difference / max(float(scale), _SMALLEST_RMS))
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without transformers' report on weights that a smaller model has no use for."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,97 @@
+"""The model card of an exported model, README.md: what it learned from, how far it got and how to load it (pure)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: fill-mask
+tags:
+- bert
+- masked-lm
+- pretraining
+---
+
+# {{ name }}
+
+A {{ layers }}-layer BERT encoder of width {{ width }}, {{ "{:,}".format(num_parameters) }} parameters and a vocabulary of
+{{ "{:,}".format(vocab_size) }} tokens, pretrained with masked-language modelling{{ " and next-sentence prediction" if objective == "nsp" }} by Maskwright.
+
+## Load it
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")
+```
+
+`AutoModelForPreTraining` loads both heads, `AutoModel` the encoder alone.
+
+## Training
+
+| | |
+|---|---|
+| Corpus | {{ corpus }}, fingerprint `{{ fingerprint[:12] }}` |
+| Optimizer steps | {{ "{:,}".format(steps) }} of {{ "{:,}".format(planned_steps) }} |
+| Tokens seen | {{ "{:,}".format(tokens) }} |
+| Samples per step | {{ "{:,}".format(batch_size) }} |
+| Longest row | {{ sequence_length }} tokens |
+| Peak learning rate | {{ learning_rate }} |
+| Precision | {{ precision }} |
+| Run and checkpoint | {{ name }}, step {{ steps }}, manifest `{{ checkpoint[:12] }}` |
+
+## Held-out losses
+{% if validation %}
+Measured after step {{ validation.step }} on documents that were kept out of training.
+
+| | |
+|---|---|
+| Masked-language modelling loss | {{ "%.4f"|format(validation.mlm_loss) }} nats |
+| Masked-language modelling accuracy | {{ "%.4f"|format(validation.mlm_accuracy) }} |
+{% if objective == "nsp" -%}
+| Next-sentence loss | {{ "%.4f"|format(validation.nsp_loss) }} nats |
+| Next-sentence accuracy | {{ "%.4f"|format(validation.nsp_accuracy) }} |
+{% endif -%}
+| Loss of guessing by word frequency | {{ "%.4f"|format(validation.unigram_entropy) }} nats |
+{% else %}
+Not measured before this checkpoint.
+{% endif %}
+## Verification
+
+Stock transformers computes the logits that the training code computes: largest difference {{ "%.1e"|format(max_difference) }} in fp32.
+Every file's sha256 is in `lineage.json`.
+"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the model card says."""
+
+    name: str
+    layers: int
+    width: int
+    num_parameters: int
+    vocab_size: int
+    objective: str
+    corpus: str
+    fingerprint: str
+    steps: int
+    planned_steps: int
+    tokens: int
+    batch_size: int
+    sequence_length: int
+    learning_rate: float
+    precision: str
+    checkpoint: str
+    validation: dict[str, Any] | None
+    max_difference: float
+
+
+def render_model_card(facts: CardFacts) -> str:
+    """The card as Markdown with the front matter of the Hugging Face hub."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(_TEMPLATE).render(vars(facts))
