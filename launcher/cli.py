@@ -1,5 +1,6 @@
 """The command `maskwright`: its verbs, its exit codes, and how an error is told (imports no torch, Ray or transformers at start-up)."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -8,6 +9,9 @@ import typer
 
 from data_pipeline.errors import ExitCode, MaskwrightError
 from launcher import verbs_data, verbs_model, verbs_run
+
+_QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+"""For the libraries that verbs import: the launcher says itself what happens."""
 
 app = typer.Typer(
     name="maskwright",
@@ -30,6 +34,8 @@ def _options(debug: bool = typer.Option(False, "--debug", help="Show the traceba
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the console script: run a verb and exit with its documented code."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     sys.exit(run([argument for argument in given if argument != "--debug"], debug=debug))

@@ -25,9 +25,8 @@ def export(
 
     Example: maskwright export demo --step 500
     """
-    from trainer.export import export as export_model
-
     from launcher.stages import MODEL_NAME, require_corpus
+    from trainer.export import export as export_model
 
     folder = find_run(run, storage)
     target = name or (MODEL_NAME if step is None else f"step-{step:08d}")

@@ -78,6 +78,7 @@ def run_task(task: WorkerTask, rank: int, world_size: int, preempted: Callable[[
         os.chdir(task.home)
     context = WorkerContext(rank, world_size, preempted)
     with _log_to(run.rank_log(task.attempt, rank)), _watch(run, task.attempt, context):
+        logging.getLogger(__name__).info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:
             _limit_threads(task.threads)
             resolve(task.entry)(**task.arguments, context=context)

@@ -1,0 +1,106 @@
+"""Runs the `maskwright` command in processes of its own, and ends exactly those (never by name)."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MARK = "MASKWRIGHT_TEST_SESSION"
+
+
+@dataclass
+class Command:
+    """One `maskwright` command; everything it starts carries its mark in the environment, Ray's processes included."""
+
+    arguments: list[str]
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+    mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def start(self) -> "Command":
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKWRIGHT_"))}
+        self.output = self.folder / f"output-{self.mark}.txt"
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "launcher.cli", *self.arguments],
+                cwd=self.folder,
+                env={**clean, "OMP_NUM_THREADS": "1", **self.environment, MARK: self.mark},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self, timeout_s: float = 150.0) -> int:
+        """The exit code; on time-out everything is killed and the output shown."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill_everything()
+            raise AssertionError(f"{self.arguments} took over {timeout_s} s\n{self.text()}") from None
+
+    def text(self) -> str:
+        """Everything it printed so far."""
+        return self.output.read_text(errors="replace")
+
+    def wait_until(self, condition: Callable[[], Any], timeout_s: float = 120.0) -> None:
+        """Poll until `condition` holds while the command runs."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                code = self.process.poll()
+                self.kill_everything()
+                raise AssertionError(f"{self.arguments} never came so far (exit code {code})\n{self.text()}")
+            time.sleep(0.01)
+
+    def processes(self) -> list[int]:
+        """Every living process of this command."""
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid)]
+
+    def _is_ours(self, pid: int) -> bool:
+        try:
+            return f"{MARK}={self.mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes()
+        except OSError:
+            return False
+
+    def kill_driver(self) -> None:
+        """SIGKILL to the command itself."""
+        self.process.kill()
+        self.process.wait()
+
+    def kill_everything(self) -> None:
+        """SIGKILL to the command and all that it started, again until nothing is left."""
+        deadline = time.monotonic() + 30
+        while (alive := self.processes()) and time.monotonic() < deadline:
+            for pid in alive:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+            time.sleep(0.05)
+            self.process.poll()
+        assert not self.processes(), "processes survived SIGKILL"
+
+
+def maskwright(*arguments: str, folder: Path, timeout_s: float = 150.0, **environment: str) -> tuple[int, str]:
+    """Run a command to its end: exit code and output."""
+    command = Command(list(arguments), folder, environment).start()
+    try:
+        return command.wait(timeout_s), command.text()
+    finally:
+        command.kill_everything()
+
+
+def worker_pid(run: Path, attempt: int, rank: int) -> int | None:
+    """Process of a rank, from the first line of its log; None before it has written it."""
+    log = run / f"logs/attempt-{attempt:04d}/rank-{rank:05d}.log"
+    found = re.search(r"rank \d+ of \d+, process (\d+)", log.read_text(errors="replace")) if log.exists() else None
+    return int(found[1]) if found else None

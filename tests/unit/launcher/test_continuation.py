@@ -1,0 +1,65 @@
+"""What may change when a run is continued."""
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from launcher.config import override_run_config
+from launcher.continuation import changes, resolve_diff
+from trainer.config import RunConfig
+
+BASE = RunConfig(name="a")
+
+
+def changed(*overrides: str) -> RunConfig:
+    return override_run_config(BASE, overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "zero.stage=3",
+        "batch.split=2",
+        "batch.loader_workers=1",
+        "checkpoint.every_steps=7",
+        "validation.micro_batches=3",
+        "finetune.num_seeds=1",
+        "storage=x",
+    ],
+)
+def test_free_changes(override: str) -> None:
+    (change,) = resolve_diff(BASE, changed(override), deliberate=False)
+    assert str(change.path) == override.partition("=")[0]
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=1e-3", "schedule.steps=2000000", "schedule.kind=cosine"])
+def test_deliberate_changes_name_the_command(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_diff(BASE, changed(override), deliberate=False)
+    assert f"maskwright resume a --set {override.partition('=')[0]}=" in caught.value.remedy
+    assert resolve_diff(BASE, changed(override), deliberate=True)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=1",
+        "corpus.source=other.txt",
+        "tokenizer.vocab_size=1000",
+        "model.num_layers=3",
+        "objective.mask_rate=0.3",
+        "batch.micro_batch_size=16",
+        "batch.global_batch_size=512",
+        "precision=fp32",
+    ],
+)
+@pytest.mark.parametrize("deliberate", [True, False])
+def test_refused_changes(override: str, deliberate: bool) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_diff(BASE, changed(override), deliberate=deliberate)
+    assert override.partition("=")[0] in caught.value.cause
+
+
+def test_all_refusals_are_listed_and_nothing_changed_is_nothing() -> None:
+    assert changes(BASE, BASE) == []
+    with pytest.raises(ConfigError, match=r"precision.*seed"):
+        resolve_diff(BASE, changed("seed=1", "precision=fp32", "zero.stage=2"), deliberate=False)

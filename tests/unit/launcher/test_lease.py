@@ -1,0 +1,92 @@
+"""The lease: one driver at a time, and a dead one does not block the run."""
+
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConflictError
+from data_pipeline.storage import Location
+from launcher.lease import STALE_AFTER_S, Lease, LeaseState, holder, process_start, read_lease
+from trainer.runlog import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(Location.at(tmp_path / "run"))
+
+
+def test_held_lease_refuses_a_second_and_is_free_after(run: RunFolder) -> None:
+    with Lease.acquire(run) as lease:
+        lease.beat(stage="pretrain", attempt=3)
+        with pytest.raises(ConflictError, match="already running") as caught:
+            Lease.acquire(run)
+        assert "pretrain" in caught.value.cause
+        held = holder(run)
+        assert held is not None
+        assert (held.stage, held.attempt, held.pid) == ("pretrain", 3, os.getpid())
+    assert holder(run) is None
+    with Lease.acquire(run) as again:
+        assert again.state.number == lease.state.number + 1
+
+
+def test_of_many_commands_at_once_one_wins(run: RunFolder) -> None:
+    def attempt(_: int) -> Lease | None:
+        try:
+            return Lease.acquire(run)
+        except ConflictError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        leases = [lease for lease in pool.map(attempt, range(8)) if lease]
+    for lease in leases:
+        lease.beat()
+    assert [lease for lease in leases if not lease.lost.is_set()] == [max(leases, key=lambda lease: lease.state.number)]
+
+
+def dead_process() -> LeaseState:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    started = process_start(process.pid)
+    assert started
+    process.kill()
+    process.wait()
+    now = time.time()
+    return LeaseState(1, "token", process.pid, started, os.uname().nodename, now, now)
+
+
+def test_dead_holder_is_taken_over_at_once(run: RunFolder) -> None:
+    run.lease.write_json(asdict(dead_process()))
+    assert holder(run) is None
+    with Lease.acquire(run):
+        pass
+
+
+def test_zombie_is_dead(run: RunFolder) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    while Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.01)
+    assert process_start(process.pid) == ""
+    process.wait()
+
+
+def test_other_hosts_are_judged_by_their_heartbeat(run: RunFolder) -> None:
+    far = replace(dead_process(), host="elsewhere")
+    assert far.is_live(far.time + STALE_AFTER_S - 1)
+    assert not far.is_live(far.time + STALE_AFTER_S + 1)
+
+
+def test_superseded_holder_notices_and_leaves_the_new_lease_alone(run: RunFolder) -> None:
+    old = Lease.acquire(run)
+    run.lease.write_json(asdict(replace(old.state, time=time.time() - 2 * STALE_AFTER_S)))
+    with Lease.acquire(run) as new:
+        old.beat()
+        assert old.lost.is_set()
+        old.__exit__()
+        current = read_lease(run)
+        assert current is not None
+        assert current.token == new.state.token
