@@ -18,7 +18,8 @@ tags:
 # {{ name }}
 
 A {{ layers }}-layer BERT encoder of width {{ width }}, {{ "{:,}".format(num_parameters) }} parameters and a vocabulary of
-{{ "{:,}".format(vocab_size) }} tokens, pretrained with masked-language modelling{{ " and next-sentence prediction" if objective == "nsp" }} by Maskwright.
+{{ "{:,}".format(vocab_size) }} tokens.
+Pretrained with masked-language modelling{{ " and next-sentence prediction" if objective == "nsp" }} by Maskwright.
 
 ## Load it
 

@@ -5,8 +5,9 @@ The second seam to DeepSpeed beside `trainer.engine`, which saves and loads thro
 
 import os
 import pickle
+import re
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from data_pipeline.errors import DataCorruptError
 from data_pipeline.storage import Location
 
-MODEL_FILE = "mp_rank_00_model_states.pt"
 MODEL_CONFIG = "config.json"
 PARAM_NAMES = "maskwright_param_names"
 _ALLOWED: list[Any] = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -92,7 +91,7 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
         raise DataCorruptError(f"DeepSpeed found nothing to load in {folder}", "Resume from another checkpoint.")
 
 
-def read_file(path: Path, map_location: Any = "cpu") -> Any:
+def read_file(path: Path, map_location: Any = "cpu", *, mmap: bool = False) -> Any:
     """Load one of DeepSpeed's files: tensors, plain values and the few DeepSpeed types on the allow-list.
 
     Raises:
@@ -100,7 +99,7 @@ def read_file(path: Path, map_location: Any = "cpu") -> Any:
     """
     try:
         with torch.serialization.safe_globals(_ALLOWED):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise _refusal(path, error) from error
 
@@ -113,17 +112,57 @@ def consolidate(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         DataCorruptError: a file is unreadable, or holds anything but tensors and plain values.
     """
-    if not any(folder.glob("*_optim_states.pt")):
-        return _consolidate_replicated(read_file(folder / MODEL_FILE))
+    # Mapped, not read: of the optimizer's state only the weights, a third, are wanted.
+    partitions = [read_file(path, mmap=True)["optimizer_state_dict"] for path in _by_rank(folder, "*_optim_states.pt")]
+    saved = read_file(_by_rank(folder, "*_model_states.pt")[0])
+    if not partitions:
+        return _consolidate_replicated(saved)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(_weights_only())
-            silence = stack.enter_context(open(os.devnull, "w"))  # it prints, and draws progress bars
-            stack.enter_context(redirect_stdout(silence))
-            stack.enter_context(redirect_stderr(silence))
-            return dict(get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name) or {})
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        _require_all_ranks(partitions, folder)
+        shapes: dict[str, torch.Size] = {name: shape for group in saved["param_shapes"] for name, shape in group.items()}
+        weights = _join_stage_3(partitions, shapes) if "fp32_flat_groups" in partitions[0] else _join_fragments(partitions, shapes)
+        weights |= {name: saved["module"][name] for name in saved["buffer_names"]}
+        weights |= {name: weights[source] for name, source in saved["shared_params"].items()}
+    except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise _refusal(folder, error) from error
+    return {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+
+
+def _by_rank(folder: Path, pattern: str) -> list[Path]:
+    """DeepSpeed's files of one kind, in rank order; a single file without a rank is in its place."""
+    return sorted(folder.glob(pattern), key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
+
+
+def _require_all_ranks(partitions: list[dict[str, Any]], folder: Path) -> None:
+    counts = partitions[0]["partition_count"]  # one number, or one for each group of parameters
+    expected = max(counts) if isinstance(counts, list) else counts
+    if expected != len(partitions):
+        raise DataCorruptError(f"{folder} has the optimizer's files of {len(partitions)} ranks instead of {expected}", "Restore the missing ones.")
+
+
+def _join_fragments(partitions: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Stages 1 and 2: each rank owns a stretch of each group's flat vector, and says which parts of it belong to which parameter.
+
+    DeepSpeed's own `zero_to_fp32` cannot read what its bf16 optimizer with fp32 gradients writes at stage 1; both write these addresses.
+    """
+    pieces: dict[str, list[torch.Tensor]] = {name: [] for name in shapes}
+    for partition in partitions:
+        for flat, addresses in zip(partition["single_partition_of_fp32_groups"], partition["param_slice_mappings"], strict=True):
+            for name, address in addresses.items():
+                pieces[name].append(flat.detach().narrow(0, address.start, address.numel))
+    return {name: torch.cat(parts).view(shapes[name]) for name, parts in pieces.items()}
+
+
+def _join_stage_3(partitions: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Stage 3: each rank owns an equal, padded part of every parameter; its parts follow one another in the order of `shapes`."""
+    flats = [torch.cat([group.detach() for group in partition["fp32_flat_groups"]]) for partition in partitions]
+    weights: dict[str, torch.Tensor] = {}
+    offset = 0
+    for name, shape in shapes.items():
+        part = -(-shape.numel() // len(flats))
+        weights[name] = torch.cat([flat.narrow(0, offset, part) for flat in flats])[: shape.numel()].view(shape)
+        offset += part
+    return weights
 
 
 def _consolidate_replicated(saved: dict[str, Any]) -> dict[str, torch.Tensor]:
