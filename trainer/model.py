@@ -93,6 +93,7 @@ def _bert_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, attent
         max_position_embeddings=config.max_positions,
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
+        initializer_range=config.initializer_range,
         pad_token_id=cast(int, tokenizer.pad_token_id),
     )
     result._attn_implementation = attention  # pyright: ignore[reportPrivateUsage]
@@ -130,15 +131,14 @@ def _read_config(source: str) -> Any:
         raise NotFoundError(f"model.init_from {source} does not exist", "Check the path.")
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except OSError as error:
-        if Path(source).exists():
-            raise ConfigError(f"model.init_from {source} is not a Hugging Face model: {_first_line(error)}", "It needs a config.json.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or Path(source).expanduser().exists():
+            cause = f"model.init_from {source} is not a model that transformers knows: {_first_line(error)}"
+            raise ConfigError(cause, "It needs the config.json of a BERT model.") from error
         raise UnreachableError(
             f"model.init_from {source} is not a folder, and the hub did not deliver it: {_first_line(error)}",
             "Check the name and the network, or download the model and give its folder.",
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"model.init_from {source} is not a known architecture: {_first_line(error)}", "Choose a BERT folder or hub id.") from error
 
 
 def _looks_like_a_path(source: str) -> bool:

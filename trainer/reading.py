@@ -34,11 +34,11 @@ def read_steps(
 ) -> Iterator[StepPart]:
     """This rank's parts of the steps from `first_step` to the end of the last phase. Never raises: the last part may hold an error."""
     steps = range(first_step, phases[-1].first_step + phases[-1].num_steps)
-    numbers = (number for step in steps for number in _share(micro_batches_of_step(phases, step), rank, world_size))
+    numbers = (number for step in steps for number in share_of(micro_batches_of_step(phases, step), rank, world_size))
     loader: Iterator[MicroBatch] | None = None
     for step in steps:
         whole = micro_batches_of_step(phases, step)
-        share = _share(whole, rank, world_size)
+        share = share_of(whole, rank, world_size)
         batches: list[MicroBatch] = []
         error: Exception | None = None
         started_at = time.monotonic()
@@ -59,6 +59,7 @@ def read_steps(
             return
 
 
-def _share(numbers: range, rank: int, world_size: int) -> range:
+def share_of(numbers: range, rank: int, world_size: int) -> range:
+    """The part of a step's micro-batches, by run-wide number, that a rank computes."""
     own = rank_micro_batches(len(numbers), rank, world_size)
     return range(numbers.start + own.start, numbers.start + own.stop)

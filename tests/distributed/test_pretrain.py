@@ -1,0 +1,165 @@
+"""The whole loop on two ranks and a real corpus: stops, resumes, refuses, fails together."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError, InterruptedRunError, MaskwrightError
+from data_pipeline.storage import Location
+from tests.support.batches import small_config
+from tests.support.corpus import small_corpus
+from tests.support.distributed import run_distributed
+from trainer.config import RunConfig
+from trainer.context import LocalContext
+from trainer.pretrain import pretrain
+from trainer.runlog import RunFolder
+
+STEPS = 6
+
+
+class StoppingContext(LocalContext):
+    """Asks for a stop before step `at`, on one rank only."""
+
+    def __init__(self, rank: int, world_size: int, at: int) -> None:
+        super().__init__(rank, world_size)
+        self.at = at
+        self.step = 0
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        self.step = step
+
+    def stop_requested(self) -> bool:
+        return self.rank == 1 and self.step >= self.at
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return small_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def config_of(stage: int, precision: str, **sections: Any) -> RunConfig:
+    defaults: dict[str, Any] = {
+        "zero": {"stage": stage},
+        "precision": precision,
+        "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 64, "dropout": 0.1},
+        "batch": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 32},
+        "schedule": {"steps": STEPS, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 100},
+        "validation": {"every_steps": 4, "micro_batches": 3},
+    }
+    return small_config(**(defaults | sections))
+
+
+def folder_of(root: str, config: RunConfig, name: str) -> str:
+    return f"{root}/{config.zero.stage}-{config.precision}-{name}"
+
+
+def whole_and_halves(rank: int, world_size: int, configs: list[RunConfig], corpus: str, root: str) -> None:
+    """Each config uninterrupted, and stopped before step 3 and resumed."""
+    for config in configs:
+        pretrain(config, corpus, folder_of(root, config, "whole"), LocalContext(rank, world_size), 1)
+        halves = folder_of(root, config, "halves")
+        with pytest.raises(InterruptedRunError):
+            pretrain(config, corpus, halves, StoppingContext(rank, world_size, at=3), 1)
+        pretrain(config, corpus, halves, LocalContext(rank, world_size), 2)
+
+
+def exact(record: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on time or attempt."""
+    names = ("step", "loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "grad_norm", "lr", "batch_digest")
+    return {name: record[name] for name in names}
+
+
+SAMPLE = [(1, "bf16"), (3, "bf16"), (0, "fp32")]
+REST = [(0, "bf16"), (2, "bf16"), (1, "fp32"), (2, "fp32"), (3, "fp32")]
+
+
+@pytest.mark.parametrize("variants", [pytest.param(SAMPLE, id="sample"), pytest.param(REST, id="rest", marks=pytest.mark.full)])
+def test_a_stopped_run_resumes_bit_for_bit(corpus: str, tmp_path: Path, variants: list[tuple[int, str]]) -> None:
+    configs = [config_of(stage, precision) for stage, precision in variants]
+    run_distributed(whole_and_halves, 2, (configs, corpus, str(tmp_path)), timeout_s=100)
+    for config in configs:
+        whole, halves = (RunFolder(Location.at(folder_of(str(tmp_path), config, name))) for name in ("whole", "halves"))
+        records = whole.read_metrics()
+        assert [record["step"] for record in records] == list(range(STEPS))
+        assert [exact(record) for record in halves.read_metrics()] == [exact(record) for record in records]
+        assert [record["attempt"] for record in halves.read_metrics()] == [1, 1, 1, 2, 2, 2]
+        assert list((tmp_path / folder_of("", config, "whole").lstrip("/") / "tensorboard").iterdir())
+
+        events = halves.read_events()
+        stopped, resumed = (next(event for event in events if event["kind"] == kind) for kind in ("stopped", "resumed"))
+        assert stopped["step"] == resumed["step"] == 3
+        assert (resumed["repeated"], resumed["skipped"], resumed["steps_lost"]) == (0, 0, 0)
+        assert resumed["not_bit_exact_because"] == []
+        held_out = [[event for event in run.read_events() if event["kind"] == "validation"] for run in (whole, halves)]
+        assert [event["step"] for event in held_out[0]] == [4, 6]
+        assert [event["mlm_loss"] for event in held_out[0]] == [event["mlm_loss"] for event in held_out[1]]
+        assert held_out[0][0]["unigram_entropy"] > 1
+
+
+def train(rank: int, world_size: int, config: RunConfig, corpus: str, run: str) -> None:
+    pretrain(config, corpus, run, LocalContext(rank, world_size), 1)
+
+
+def test_the_number_of_ranks_does_not_matter(corpus: str, tmp_path: Path) -> None:
+    config = config_of(0, "fp32")
+    runs = {world_size: RunFolder(Location.at(tmp_path / str(world_size))) for world_size in (1, 2, 3)}
+    for world_size, run in runs.items():
+        run_distributed(train, world_size, (config, corpus, str(run.root)), timeout_s=60)
+    alone = runs[1].read_metrics()
+    for run in runs.values():
+        records = run.read_metrics()
+        assert [record["batch_digest"] for record in records] == [record["batch_digest"] for record in alone]
+        assert [record["loss"] for record in records] == pytest.approx([record["loss"] for record in alone], rel=1e-5)
+        assert [record["grad_norm"] for record in records] == pytest.approx([record["grad_norm"] for record in alone], rel=1e-4)
+        losses = [[event["mlm_loss"] for event in found.read_events() if event["kind"] == "validation"] for found in (run, runs[1])]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len({record["batch_digest"] for record in alone}) == STEPS
+
+
+def caught(action: Callable[[], None]) -> tuple[MaskwrightError | None, float]:
+    started_at = time.monotonic()
+    try:
+        action()
+    except MaskwrightError as error:
+        return error, time.monotonic() - started_at
+    return None, time.monotonic() - started_at
+
+
+def troubles(rank: int, world_size: int, corpus: str, damaged: str, other: str, root: str) -> dict[str, tuple[MaskwrightError | None, float]]:
+    """What each rank is told when a run cannot go on."""
+    context = LocalContext(rank, world_size)
+    config = config_of(1, "bf16")
+    wild = config_of(1, "fp32", optimizer={"lr": 1e30, "clip_norm": 1e30}, schedule={"steps": STEPS, "warmup_steps": 0})
+    pretrain(config, corpus, f"{root}/good", context, 1)
+    return {
+        "data": caught(lambda: pretrain(config, damaged if rank == 1 else corpus, f"{root}/data", context, 1)),
+        "diverged": caught(lambda: pretrain(wild, corpus, f"{root}/wild", context, 1)),
+        "corpus": caught(lambda: pretrain(config, other, f"{root}/good", context, 2)),
+        "fp16": caught(lambda: pretrain(config_of(1, "fp16"), corpus, f"{root}/fp16", context, 1)),
+        "finished": caught(lambda: pretrain(config, corpus, f"{root}/good", context, 3)),
+    }
+
+
+def test_all_ranks_fail_together_with_the_cause(corpus: str, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus, damaged)
+    for shard in damaged.glob("train-*.tar"):  # what one rank would see of a failing disk
+        data = bytearray(shard.read_bytes())
+        data[600 : len(data) : 97] = b"\xff" * len(range(600, len(data), 97))
+        shard.write_bytes(data)
+    other = small_corpus(tmp_path / "other", seed=1)
+    for heard in run_distributed(troubles, 2, (corpus, str(damaged), other, str(tmp_path)), timeout_s=100):
+        expected = {"data": DataCorruptError, "diverged": DivergedError, "corpus": ConfigError, "fp16": ConfigError, "finished": type(None)}
+        assert {name: type(error) for name, (error, _) in heard.items()} == expected
+        error, elapsed_s = heard["data"]
+        assert error is not None
+        assert error.cause.startswith("rank 1 could not read the data of step 0: ")
+        assert elapsed_s < 20
+        assert "was trained on corpus" in str(heard["corpus"][0])
+        assert "bf16" in str(heard["fp16"][0])
+    assert len(RunFolder(Location.at(tmp_path / "good")).read_metrics()) == STEPS

@@ -1,0 +1,78 @@
+"""The derived DeepSpeed configuration."""
+
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from tests.support.batches import small_config
+from trainer.deepspeed_config import derive_deepspeed_config
+
+GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
+    (0, "fp32"): {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 12,
+        "gradient_clipping": 0.0,
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 0},
+    },
+    (0, "bf16"): {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 12,
+        "gradient_clipping": 1.0,
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 0},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
+    },
+    (2, "bf16"): {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 12,
+        "gradient_clipping": 1.0,
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": True, "check_grad_overflow": False},
+    },
+    (3, "fp16"): {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 12,
+        "gradient_clipping": 1.0,
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 50_000_000},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "fp16": {"enabled": True, "loss_scale": 0},
+    },
+}
+
+
+@pytest.mark.parametrize(("stage", "precision"), GOLDEN)
+def test_golden(stage: int, precision: str) -> None:
+    assert derive_deepspeed_config(small_config(zero={"stage": stage}, precision=precision), world_size=3) == GOLDEN[stage, precision]
+
+
+def test_overrides_are_merged_last() -> None:
+    overrides = {"zero_optimization": {"reduce_bucket_size": 7, "overlap_comm": True}, "wall_clock_breakdown": True}
+    derived = derive_deepspeed_config(small_config(zero={"stage": 1, "deepspeed": overrides}), world_size=2)
+    assert derived["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 7, "overlap_comm": True}
+    assert derived["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named", "instead"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size", "batch"),
+        ({"bf16": {"enabled": False}}, "bf16", "precision"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "zero.stage"),
+        ({"gradient_clipping": 2.0}, "gradient_clipping", "optimizer.clip_norm"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer", "optimizer"),
+    ],
+)
+def test_derived_keys_are_refused(overrides: dict[str, Any], named: str, instead: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        derive_deepspeed_config(small_config(zero={"stage": 1, "deepspeed": overrides}), world_size=2)
+    assert f"zero.deepspeed.{named} is derived" in caught.value.cause
+    assert f"`{instead}`" in caught.value.remedy
