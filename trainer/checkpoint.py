@@ -20,7 +20,7 @@ from data_pipeline.errors import ConfigError, NoCheckpointError, NotFoundError, 
 from data_pipeline.storage import Location, storage_errors, sync_folder
 from trainer.agreement import Ranks
 from trainer.config import RunConfig
-from trainer.manifest import Circumstances, FileDigest, Manifest, Problem, check_files, fsync_file, read_manifest, shares, write_manifest
+from trainer.manifest import MANIFEST, Circumstances, FileDigest, Manifest, Problem, check_files, fsync_file, read_manifest, shares, write_manifest
 from trainer.runlog import RunFolder
 from trainer.state import TrainState
 
@@ -132,14 +132,9 @@ def newest_usable(
     steps = ranks.rank_zero_does("list the checkpoints", lambda: _tidy(run, attempt))
     for name in steps:
         folder = _folder(run) / name
-        manifest = ranks.rank_zero_does("read the manifest", lambda folder=folder: read_manifest(folder))
-        if isinstance(manifest, Manifest):
-            part = shares(manifest.files, world_size)[rank]
-            found = ranks.all_do("verify the checkpoint", lambda m=manifest, f=folder, p=part: check_files(f, m.files, p))
-            problems = [problem for part_problems in found for problem in part_problems]
-        else:
-            problems = [manifest]
-        if not problems and isinstance(manifest, Manifest):
+        manifest = ranks.rank_zero_does("read the manifest", lambda f=folder: _read_named(f))
+        problems = _verify_together(ranks, folder, manifest) if isinstance(manifest, Manifest) else [manifest]
+        if isinstance(manifest, Manifest) and not problems:
             return Checkpoint(folder, manifest)
         ranks.rank_zero_does("set the damaged checkpoint aside", lambda f=folder, p=problems: _quarantine(run, f, p, attempt))
     if ranks.rank_zero_does("look for damaged checkpoints", lambda: any(entry.kind == "damaged" for entry in _entries(run))):
@@ -209,6 +204,20 @@ def _entries(run: RunFolder) -> list[_Entry]:
     names = sorted(os.listdir(_folder(run))) if _folder(run).is_dir() else []
     matches = [(name, match) for name in names if (match := _NAME.fullmatch(name))]
     return [_Entry(name, int(match[1]), match[2] or "", int(match[3] or 0)) for name, match in matches]
+
+
+def _read_named(folder: Path) -> Manifest | Problem:
+    manifest = read_manifest(folder)
+    if isinstance(manifest, Manifest) and folder.name != f"step-{manifest.step:08d}":
+        return Problem(MANIFEST, f"is of step {manifest.step}")
+    return manifest
+
+
+def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest) -> list[Problem]:
+    """Re-hash the files, each on one rank; every rank gets all problems."""
+    part = shares(manifest.files, ranks.world_size)[ranks.rank]
+    found = ranks.all_do("verify the checkpoint", lambda: check_files(folder, manifest.files, part))
+    return [problem for problems in found for problem in problems]
 
 
 def _tidy(run: RunFolder, attempt: int) -> list[str]:

@@ -1,0 +1,231 @@
+"""Only an intact checkpoint is ever resumed from, and a save is selectable at once or not at all (one rank; see also tests/distributed)."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError, StorageError
+from data_pipeline.storage import Location
+from tests.support.checkpoints import GOLDEN, golden_run, run_config, run_folder
+from trainer.checkpoint import Checkpoint, commit, list_checkpoints, newest_usable, require_same_layout, verify, why_not_exact
+from trainer.manifest import MANIFEST, Manifest, read_manifest
+from trainer.runlog import RunFolder
+from trainer.state import TrainState
+
+FILES = sorted(path.relative_to(GOLDEN).as_posix() for path in GOLDEN.rglob("*") if path.is_file())
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def newest(run: RunFolder, attempt: int = 2) -> Checkpoint | None:
+    return newest_usable(run, rank=0, world_size=1, attempt=attempt, group=None)
+
+
+def save(run: RunFolder, step: int, *, attempt: int = 1, content: bytes = b"weights", keep_last: int = 3) -> None:
+    def write(folder: Path) -> None:
+        (folder / "mp_rank_00_model_states.pt").write_bytes(content)
+
+    commit_with(run, step, write, attempt=attempt, keep_last=keep_last)
+
+
+def commit_with(run: RunFolder, step: int, write: Callable[[Path], None], *, attempt: int = 1, keep_last: int = 3) -> None:
+    seconds = commit(
+        run,
+        TrainState(step=step),
+        attempt=attempt,
+        config=run_config(1, checkpoint={"keep_last": keep_last}),
+        rank=0,
+        world_size=1,
+        write_rank_files=write,
+        probe=lambda: {"logits": torch.zeros(2)},
+        group=None,
+    )
+    assert seconds > 0
+
+
+def names(run: RunFolder) -> list[str]:
+    return run.checkpoints.children()
+
+
+def test_the_golden_checkpoint_is_still_read() -> None:
+    assert verify(GOLDEN) == []
+    manifest = read_manifest(GOLDEN)
+    assert isinstance(manifest, Manifest)
+    assert (manifest.step, manifest.circumstances.world_size, manifest.circumstances.zero_stage) == (2, 2, 1)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_file_means_the_checkpoint_before(tmp_path: Path, file: str, damage: Callable[[Path], None]) -> None:
+    run = golden_run(tmp_path, 1, 2)
+    damage(run.checkpoints.path / "step-00000002" / file)
+    found = newest(run)
+    assert found is not None
+    assert found.step == found.state.step == 1
+    assert names(run) == ["step-00000001", "step-00000002.damaged-2"]
+    (event,) = run.read_events()
+    assert (event["kind"], event["step"], event["file"]) == ("checkpoint_damaged", 2, file)
+    assert event["cause"].startswith(f"{file}: ")
+
+
+def test_a_checkpoint_under_another_step_s_name_is_damaged(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1)
+    shutil.copytree(run.checkpoints.path / "step-00000001", run.checkpoints.path / "step-00000009")
+    found = newest(run)
+    assert found is not None
+    assert found.step == 1
+    assert run.read_events()[0]["cause"] == "MANIFEST.json: is of step 1"
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert newest(run_folder(tmp_path)) is None
+    assert list_checkpoints(run_folder(tmp_path)) == []
+
+
+def test_no_intact_checkpoint_is_an_error_also_the_next_time(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1, 2)
+    for step in (1, 2):
+        truncate(run.checkpoints.path / f"step-{step:08d}" / "state.json")
+    for attempt in (2, 3):
+        with pytest.raises(NoCheckpointError):
+            newest(run, attempt)
+    assert names(run) == ["step-00000001.damaged-2", "step-00000002.damaged-2"]
+
+
+def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1, 2)
+    path = run.checkpoints.path / "step-00000002" / MANIFEST
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    with pytest.raises(EnvironmentMismatchError, match="format_version 2"):
+        newest(run)
+    assert names(run) == ["step-00000001", "step-00000002"]
+
+
+def test_commit_then_resume(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    save(run, 5)
+    found = newest(run)
+    assert found is not None
+    assert found.state == TrainState(step=5)
+    assert (found.zero_folder / "mp_rank_00_model_states.pt").read_bytes() == b"weights"
+    assert json.loads((found.folder / "state.json").read_text())["step"] == 5
+    assert found.probe.exists()
+    assert verify(found.folder) == []
+    (event,) = run.read_events()
+    assert (event["kind"], event["step"], event["bytes"]) == ("checkpoint_committed", 5, found.manifest.num_bytes)
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_only_the_last_are_kept(tmp_path: Path, keep_last: int) -> None:
+    run = run_folder(tmp_path)
+    for step in (1, 2, 3, 4):
+        save(run, step, keep_last=keep_last)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [1, 2, 3, 4][-keep_last:]
+    assert len(names(run)) == keep_last
+
+
+def test_the_one_just_committed_is_kept_although_later_ones_exist(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    for step in (10, 20):
+        save(run, step)
+    save(run, 5, keep_last=1)
+    assert names(run) == ["step-00000005"]
+
+
+def test_a_step_is_committed_again(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    save(run, 5, content=b"old")
+    save(run, 5, content=b"new", attempt=2)
+    found = newest(run)
+    assert found is not None
+    assert (found.zero_folder / "mp_rank_00_model_states.pt").read_bytes() == b"new"
+    assert (found.manifest.attempt, names(run)) == (2, ["step-00000005"])
+
+
+def test_a_replacement_that_was_killed_half_way_is_undone(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1)
+    folder = run.checkpoints.path / "step-00000001"
+    folder.rename(folder.with_name("step-00000001.replaced-1"))
+    found = newest(run)
+    assert found is not None
+    assert names(run) == ["step-00000001"]
+
+
+def test_leftovers_of_dead_attempts_go_and_a_later_attempt_is_left_alone(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1)
+    for name in ("step-00000002.partial-1", "step-00000003.partial-2", "step-00000004.partial-3"):
+        shutil.copytree(GOLDEN, run.checkpoints.path / name)
+    found = newest(run, attempt=2)
+    assert found is not None
+    assert found.step == 1
+    assert names(run) == ["step-00000001", "step-00000004.partial-3"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [(OSError(28, "No space left on device"), StorageError), (OSError(5, "EIO"), StorageError), (ValueError("odd"), MaskwrightError)],
+)
+def test_a_failed_write_leaves_nothing(tmp_path: Path, raised: Exception, expected: type[MaskwrightError]) -> None:
+    run = run_folder(tmp_path)
+    save(run, 1)
+
+    def write(folder: Path) -> None:
+        (folder / "half").write_bytes(b"1")
+        raise raised
+
+    with pytest.raises(expected, match="rank 0 could not write its part of the checkpoint") as error:
+        commit_with(run, 2, write)
+    assert type(error.value) is expected
+    assert names(run) == ["step-00000001"]
+
+
+def test_verify_names_every_problem(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1)
+    folder = run.checkpoints.path / "step-00000001"
+    truncate(folder / "state.json")
+    flip(folder / "zero/config.json")
+    assert {problem.file for problem in verify(folder)} == {"state.json", "zero/config.json"}
+    with pytest.raises(NotFoundError):
+        verify(folder / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "config", "setting"),
+    [(4, run_config(1), "number of workers"), (2, run_config(3), "zero.stage"), (2, run_config(1, "fp32"), "precision")],
+)
+def test_another_layout_is_refused(world_size: int, config: Any, setting: str) -> None:
+    manifest = read_manifest(GOLDEN)
+    assert isinstance(manifest, Manifest)
+    require_same_layout(manifest, run_config(1), 2)
+    with pytest.raises(ConfigError, match="the checkpoint of step 2 was written with") as error:
+        require_same_layout(manifest, config, world_size)
+    assert setting in error.value.remedy
+
+
+def test_what_breaks_exactness_is_said() -> None:
+    manifest = read_manifest(GOLDEN)
+    assert isinstance(manifest, Manifest)
+    assert why_not_exact(manifest, manifest.circumstances) == []
+    assert why_not_exact(manifest, replace(manifest.circumstances, threads_per_rank=7)) == ["threads per rank: 1, now 7"]
+
+
+def test_an_object_store_is_refused_for_now() -> None:
+    run = RunFolder(Location.at("s3://bucket/run"))
+    with pytest.raises(ConfigError, match="s3://bucket/run"):
+        list_checkpoints(run)
+    with pytest.raises(ConfigError, match="s3://bucket/run"):
+        save(run, 1)
