@@ -72,7 +72,10 @@ def choose_partners(a_length: IntArray, b_length: IntArray, document: IntArray, 
         return partner
     seed = np.bitwise_xor.reduce(keys)
     slack = limit - a_length - b_length
-    order = np.lexsort((keys, slack, b_length))
+    # Within a length, rows with the least room lie in the middle and swap among equals: couples of unequal lengths, which change the
+    # length of a row, are made of rows with room to spare, where one token more or less tells nothing.
+    side = np.where(keys & np.uint64(1), slack, -slack)
+    order = np.lexsort((keys, side, b_length))
     rest = len(keys) % 4
     at = int(mix64(seed, _RANK) % np.uint64(len(keys) - rest + 1))  # those left over come from anywhere, not from the longest
     fours = np.delete(order, slice(at, at + rest)).reshape(-1, 4)

@@ -24,7 +24,7 @@ from data_pipeline.index import FORMAT_VERSION, INDEX, MANIFEST, TOKENIZER, reco
 from data_pipeline.masking import Vocabulary
 from data_pipeline.partitions import Job, Receipt, encode_partition, load_partition, load_tables, read_partition
 from data_pipeline.reading import count_documents
-from data_pipeline.sources import Partition, describe_source, limit_documents, list_inputs, source_names
+from data_pipeline.sources import PYTHON_DOCS, Inputs, Partition, describe_source, limit_documents, list_inputs, source_names
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer, loaded_digest, tokenizer_digest, train_tokenizer, vocabulary_of, write_tokenizer
 
@@ -138,7 +138,7 @@ def _build(
     """Read, train the tokenizer, encode, index. Every step returns at once when an earlier attempt finished it."""
     inputs = list_inputs(corpus)
     job = plan_job(folder, corpus.seed, inputs.text_bytes, sequence_lengths)
-    partitions = _limited(inputs.partitions, corpus.max_documents, executor)
+    partitions = _limited(inputs, corpus, executor)
     progress(f"reading {len(partitions)} partitions")
     read = list(executor.map(partial(read_partition, job), list(enumerate(partitions))))
     spills = [name for receipt in read for name in receipt["spills"]]
@@ -166,8 +166,11 @@ def plan_job(folder: Location, seed: int, text_bytes: int, sequence_lengths: tup
     return Job(folder, seed, num_partitions, block_tokens, sequence_lengths)
 
 
-def _limited(partitions: Sequence[Partition], max_documents: int | None, executor: Executor) -> Sequence[Partition]:
-    if max_documents is None or not partitions:
+def _limited(inputs: Inputs, corpus: CorpusConfig, executor: Executor) -> Sequence[Partition]:
+    """The first `max_documents` documents in the order of the sources; `python-docs` alone limits itself, without parsing twice."""
+    partitions, max_documents = inputs.partitions, corpus.max_documents
+    source_is_limited = source_names(corpus) == (PYTHON_DOCS,)
+    if max_documents is None or not partitions or source_is_limited:
         return partitions
     counts = [max_documents] if len(partitions) == 1 else list(executor.map(count_documents, list(partitions)))
     return limit_documents(partitions, counts, max_documents)

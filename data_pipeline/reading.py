@@ -1,6 +1,7 @@
 """Reads the documents of a partition from text, JSON lines and Parquet; an error names the file and the place in it."""
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Generator, Iterator
@@ -21,6 +22,7 @@ ONE_DOCUMENT_BYTES = 1_000_000
 """A .txt up to this size is one document. In a longer one, two or more blank lines separate documents, and a document that has
 reached this size ends at the next blank line, one of four times this size at the next line end."""
 _ROWS = 1024
+_ZSTD_READ_BYTES = 64 << 10
 _REPAIR = "Repair or remove the file."
 
 
@@ -147,13 +149,49 @@ def _read_line(file: IO[bytes], piece: Piece, number: int) -> bytes:
 
 
 def _open(file: SourceFile) -> IO[bytes]:
-    if file.compression == "zstd" and "zstd" not in set[Any](fsspec.available_compressions()):
-        raise EnvironmentMismatchError(f"{file.url} needs the package zstandard", 'Install it: pip install "maskwright[zst]".')
+    gzipped = file.compression if file.compression == "gzip" else None
     try:
-        opener: Any = fsspec.open(file.url, "rb", compression=file.compression)
-        return opener.open()
+        opener: Any = fsspec.open(file.url, "rb", compression=gzipped)
+        opened: Any = opener.open()
     except FileNotFoundError as error:
         raise NotFoundError(f"{file.url} does not exist any more", "Do not change the source while it is being prepared.") from error
+    return io.BufferedReader(_ZstdReader(opened, file.url)) if file.compression == "zstd" else opened
+
+
+class _ZstdReader(io.RawIOBase):
+    """Zstandard frames one after the other. The package's own reader takes a cut file for a short one and stops after the first frame."""
+
+    def __init__(self, compressed: IO[bytes], url: str) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise EnvironmentMismatchError(f"{url} needs the package zstandard", 'Install it: pip install "maskwright[zst]".') from error
+        self._compressed = compressed
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._output:
+            self._input = self._input or self._compressed.read(_ZSTD_READ_BYTES)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._output, self._input = self._frame.decompress(self._input), b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._output))
+        buffer[:count], self._output = self._output[:count], self._output[count:]
+        return count
+
+    def close(self) -> None:
+        self._compressed.close()
+        super().close()
 
 
 @contextmanager

@@ -16,10 +16,12 @@ _BOUNDARY = re.compile(
     r"""|[。！？]+["'”’」』）]*"""  # scripts that write no space after a stop
     r"""|\n+"""
 )
-_ABBREVIATIONS = frozenset(
-    "adm al approx apr asst aug ave bros ca capt cf cmdr co col corp dec dept dr ed eds eq eqs est feb fig figs gen gov hon inc jan jr jul jun lt "
-    "ltd maj mar messrs mme mr mrs ms mt no nos nov oct op pl pp prof pt rep rev sec sen sep sept sgt sr st str supt univ viz vol vols vs".split()  # noqa: SIM905 -- as a list it is unreadable
+_ABBREVIATIONS = (
+    "a.k.a adm al approx apr asst aug ave bros ca capt cf cmdr co col corp dec dept dr e.g ed eds eq eqs est feb fig figs gen "
+    "gov hon i.e inc jan jr jul jun lt ltd maj mar messrs mme mr mrs ms mt no nos nov oct op pl pp prof pt rep rev sec sen "
+    "sep sept sgt sr st str supt u.k u.s univ viz vol vols vs"
 )
+_ABBREVIATION_SET = frozenset(_ABBREVIATIONS.split())
 _LAST_WORD = re.compile(r"([\w.]+)\.\s+$")
 
 
@@ -56,4 +58,4 @@ def _is_abbreviation(ending: str) -> bool:
     word = match.group(1)
     if len(word) == 1:
         return word.isupper() and word != "I"
-    return word.lower() in _ABBREVIATIONS or word.lower() in {"e.g", "i.e", "u.s", "u.k", "a.k.a"}
+    return word.lower() in _ABBREVIATION_SET

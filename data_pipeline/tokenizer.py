@@ -137,9 +137,13 @@ def _untrained(model: models.WordPiece, config: TokenizerConfig) -> Tokenizer:
 def _alphabet(texts: Iterable[str], shape: Tokenizer) -> tuple[list[str], list[str]]:
     """The most frequent characters of the normalised texts, sorted: all of them, and those that can stand inside a word."""
     normalizer: Any = shape.normalizer
-    counts: Counter[str] = Counter()
+    raw: Counter[str] = Counter()
     for text in texts:
-        counts.update(normalizer.normalize_str(text))
+        raw.update(text)
+    counts: Counter[str] = Counter()
+    for character, count in raw.items():  # the normaliser works on single characters: no need to run it on the whole text
+        for normalised in normalizer.normalize_str(character).strip():
+            counts[normalised] += count
     characters = [character for character in counts if not character.isspace()]
     kept = sorted(sorted(characters, key=lambda character: (-counts[character], character))[:_ALPHABET])
     return kept, [character for character in kept if not _stands_alone(character, normalizer)]

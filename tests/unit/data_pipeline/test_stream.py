@@ -1,0 +1,287 @@
+"""The stream is a function of the micro-batch's number: pure, complete, the same for any world size, offset and worker."""
+
+import pickle
+from collections import Counter
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipeline.chunks import cut_chunks
+from data_pipeline.config import BatchConfig, ObjectiveConfig, Phase, PhaseConfig
+from data_pipeline.errors import ConfigError
+from data_pipeline.index import CorpusIndex
+from data_pipeline.inspection import inspect_steps
+from data_pipeline.micro_batch import MicroBatch, empty_micro_batch, step_digest
+from data_pipeline.order import micro_batches_of_step, rank_micro_batches
+from data_pipeline.prepare import Prepared
+from data_pipeline.shards import Block
+from data_pipeline.stream import MicroBatchStream, build_loader
+
+Segment = tuple[int, ...]
+
+
+@pytest.fixture(scope="module")
+def index(tiny_corpus: Prepared) -> CorpusIndex:
+    return CorpusIndex.open(tiny_corpus.folder)
+
+
+def _phases(
+    global_batch: int = 24, micro_batch: int = 4, length: int = 32, steps: int = 1000, later: tuple[PhaseConfig, ...] = ()
+) -> tuple[Phase, ...]:
+    return BatchConfig(global_batch_size=global_batch, micro_batch_size=micro_batch, sequence_length=length, phases=later).phases_until(steps)
+
+
+def _same(one: MicroBatch, two: MicroBatch) -> bool:
+    names = ("input_ids", "token_type_ids", "lengths", "mlm_positions", "mlm_labels", "nsp_labels")
+    return one.number == two.number and all(np.array_equal(getattr(one, name), getattr(two, name)) for name in names)
+
+
+def _segments(batch: MicroBatch) -> list[tuple[Segment, Segment, int]]:
+    """(A, B, label) of each row, masks undone."""
+    ids = batch.input_ids.copy()
+    ids.reshape(-1)[batch.mlm_positions] = batch.mlm_labels
+    rows: list[tuple[Segment, Segment, int]] = []
+    for row, types, length, label in zip(ids, batch.token_type_ids, batch.lengths, batch.nsp_labels, strict=True):
+        num_b = int(types.sum())
+        a = row[1 : length - num_b - 1]
+        rows.append((tuple(a.tolist()), tuple(row[length - num_b : length - 1].tolist()) if num_b else (), int(label)))
+    return rows
+
+
+def _epoch(stream: MicroBatchStream, phase: Phase, epoch: int) -> list[MicroBatch]:
+    """With one sample per micro-batch, the micro-batches of an epoch."""
+    num_samples, lanes = stream.index.num_samples("train", phase.sequence_length), phase.num_micro_batches
+    lengths = [num_samples * (lane + 1) // lanes - num_samples * lane // lanes for lane in range(lanes)]
+    return [stream[depth * lanes + lane] for lane in range(lanes) for depth in range(epoch * lengths[lane], (epoch + 1) * lengths[lane])]
+
+
+def _chunks(index: CorpusIndex, length: int) -> Counter[Segment]:
+    chunks: Counter[Segment] = Counter()
+    for record in index.blocks("train"):
+        block = index.read_block(record)
+        cut = cut_chunks(block.sentence_ends, block.document_ends, length)
+        bounds = zip(cut.token_start(cut.first_piece), cut.token_start(cut.stop_piece), strict=True)
+        chunks.update(tuple(block.ids[start:stop].tolist()) for start, stop in bounds)
+    return chunks
+
+
+@pytest.mark.parametrize("lanes", [5, pytest.param(1, marks=pytest.mark.full), pytest.param(64, marks=pytest.mark.full)])
+def test_an_epoch_uses_every_chunk_once(index: CorpusIndex, lanes: int) -> None:
+    phases = _phases(lanes, 1, 64)
+    stream = MicroBatchStream(index, ObjectiveConfig(sentence_objective="none"), phases, seed=5)
+    expected = _chunks(index, 64)
+    orders = []
+    for epoch in (0, 1):
+        found = [segments[0] for batch in _epoch(stream, phases[0], epoch) for segments in _segments(batch)]
+        assert all(b == () and label == -100 for _, b, label in found)
+        assert Counter(a for a, _, _ in found) == expected
+        orders.append([a for a, _, _ in found])
+    assert orders[0] != orders[1]
+
+
+def test_pairs_of_an_epoch_cover_the_corpus(index: CorpusIndex) -> None:
+    phases = _phases(4, 1, 64)
+    rows = [row for batch in _epoch(MicroBatchStream(index, ObjectiveConfig(), phases, seed=5), phases[0], 0) for row in _segments(batch)]
+    chunks = _chunks(index, 64)
+    tokens = Counter(token for chunk, count in chunks.items() for token in chunk for _ in range(count))
+    assert Counter(token for a, b, _ in rows for token in a + b) == tokens
+    # What is not swapped is a chunk of the corpus; what is swapped is (all but surely) not.
+    assert all(a + b in chunks for a, b, label in rows if label != 1)
+    swapped = [a + b in chunks for a, b, label in rows if label == 1]
+    assert sum(swapped) < 0.01 * len(swapped)
+    labels = [label for _, _, label in rows if label >= 0]
+    assert abs(sum(labels) / len(labels) - 0.5) < 0.01
+
+
+def test_same_chunk_other_masks_in_the_next_epoch(index: CorpusIndex) -> None:
+    phases = _phases(2, 1, 32)
+    stream = MicroBatchStream(index, ObjectiveConfig(sentence_objective="none"), phases, seed=5)
+    masks: list[dict[Segment, Segment]] = []
+    for epoch in (0, 1):
+        batches = _epoch(stream, phases[0], epoch)
+        masks.append({_segments(batch)[0][0]: tuple(batch.mlm_positions.tolist()) for batch in batches if batch.num_tokens > 20})
+    shared = set(masks[0]) & set(masks[1])
+    assert len(shared) > 500
+    assert sum(masks[0][chunk] == masks[1][chunk] for chunk in shared) < 0.1 * len(shared)
+
+
+def test_layout_of_a_micro_batch(index: CorpusIndex) -> None:
+    stream = MicroBatchStream(index, ObjectiveConfig(), _phases(length=64), seed=1)
+    vocabulary = index.vocabulary
+    for number in range(40):
+        batch = stream[number]
+        rows, width = batch.input_ids.shape
+        assert (rows, width % 8) == (4, 0)
+        assert width <= 64
+        assert width - batch.lengths.max() < 8
+        assert (np.diff(batch.mlm_positions) > 0).all()
+        assert {array.dtype for array in (batch.input_ids, batch.token_type_ids, batch.lengths, batch.mlm_positions)} == {np.dtype(np.int64)}
+        assert (batch.input_ids[:, 0] == vocabulary.cls).all()
+        for row, types, length, label in zip(batch.input_ids, batch.token_type_ids, batch.lengths, batch.nsp_labels, strict=True):
+            assert row[length - 1] == vocabulary.sep
+            assert (row[length:] == vocabulary.pad).all()
+            assert (types[length:] == 0).all()
+            assert np.count_nonzero(row == vocabulary.sep) == (1 if label == -100 else 2)
+            assert (types.sum() == 0) == (label == -100)
+        assert batch.num_masked == len(batch.mlm_positions)
+        assert batch.num_pairs == (batch.nsp_labels >= 0).sum()
+
+
+def test_any_number_at_any_time_in_any_order(index: CorpusIndex) -> None:
+    phases = _phases(later=(PhaseConfig(from_step=500, sequence_length=64, global_batch_size=6),))
+    steady = MicroBatchStream(index, ObjectiveConfig(), phases, seed=9)
+    numbers = [*range(2985, 3015), 17, 2999, 0, 3500, len(steady) - 1, 2990]
+    read = {number: steady[number] for number in numbers}
+    for number in numbers[::4]:
+        assert _same(MicroBatchStream(index, ObjectiveConfig(), phases, seed=9)[number], read[number])
+    again = pickle.loads(pickle.dumps(steady))
+    assert all(_same(again[number], read[number]) for number in reversed(numbers))
+    assert len({batch.digest for batch in read.values()}) == len(read)
+    with pytest.raises(IndexError):
+        steady[len(steady)]
+
+
+def test_micro_batches_straddle_windows_and_epochs(index: CorpusIndex) -> None:
+    """A lane read with micro-batches of 7 is the lane read with micro-batches of 1."""
+    length = index.num_samples("train", 64) // 2
+    ones = MicroBatchStream(index, ObjectiveConfig(), _phases(2, 1, 64, steps=9000), seed=3)
+    sevens = MicroBatchStream(index, ObjectiveConfig(), _phases(14, 7, 64), seed=3)
+    first = length // 7 - 2
+    for depth in range(first, first + 5):
+        expected = [row for position in range(7 * depth, 7 * depth + 7) for row in _segments(ones[2 * position])]
+        assert _segments(sevens[2 * depth]) == expected
+    assert pytest.approx(length, abs=20) == 7 * (first + 2)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.full), pytest.param(2**40, marks=pytest.mark.full)])
+def test_every_world_size_sees_the_same_steps(index: CorpusIndex, seed: int) -> None:
+    phases = _phases(later=(PhaseConfig(from_step=300, sequence_length=64),))
+    stream = MicroBatchStream(index, ObjectiveConfig(), phases, seed)
+    for first_step in (0, 299, 777):
+        expected = list(inspect_steps(stream, phases, first_step, 3, world_size=1, rank=None))
+        assert [set(line) for line in expected] == [{"step", "digest", "num_samples", "num_tokens"}] * 3
+        assert [line["num_samples"] for line in expected] == [24] * 3
+        for world_size in (2, 3, 4, 6):
+            assert list(inspect_steps(stream, phases, first_step, 3, world_size, rank=None)) == expected
+    parts = [next(inspect_steps(stream, phases, 777, 1, world_size=4, rank=rank)) for rank in range(4)]
+    assert sum(int(part["digest"], 16) for part in parts) % 2**64 == int(expected[0]["digest"], 16)
+    assert sum(part["num_tokens"] for part in parts) == expected[0]["num_tokens"]
+
+
+def test_seed_rate_and_phase_matter(index: CorpusIndex) -> None:
+    phases = _phases()
+    digests = {
+        MicroBatchStream(index, objective, phases, seed)[0].digest
+        for objective, seed in [
+            (ObjectiveConfig(), 0),
+            (ObjectiveConfig(), 1),
+            (ObjectiveConfig(mask_rate=0.3), 0),
+            (ObjectiveConfig(sentence_objective="none"), 0),
+        ]
+    }
+    assert len(digests) == 4
+
+
+def test_digest_ignores_padding_and_sees_everything_else(index: CorpusIndex) -> None:
+    batch = MicroBatchStream(index, ObjectiveConfig(), _phases(length=64), seed=1)[3]
+    rows, width = batch.input_ids.shape
+
+    def changed(**fields: Any) -> int:
+        return MicroBatch(**{name: fields.get(name, getattr(batch, name)) for name in MicroBatch.__dataclass_fields__}).digest
+
+    wider = {name: np.pad(getattr(batch, name), ((0, 0), (0, 8)), constant_values=3) for name in ("input_ids", "token_type_ids")}
+    positions = batch.mlm_positions // width * (width + 8) + batch.mlm_positions % width
+    assert changed(**wider, mlm_positions=positions) == batch.digest
+    other_ids = batch.input_ids.copy()
+    other_ids[rows - 1, 1] += 1
+    other = [
+        changed(input_ids=other_ids),
+        changed(mlm_labels=batch.mlm_labels + 1),
+        changed(mlm_positions=np.append(batch.mlm_positions[:-1], batch.mlm_positions[-1] - 1)),
+        changed(nsp_labels=batch.nsp_labels[::-1] + 5),
+    ]
+    assert len({batch.digest, *other}) == 5
+
+
+def test_step_digest_depends_on_position_not_on_order() -> None:
+    assert step_digest([(0, 5), (1, 7)]) == step_digest([(1, 7), (0, 5)])
+    assert step_digest([(0, 5), (1, 7)]) != step_digest([(0, 7), (1, 5)])
+    assert step_digest([(0, 5), (1, 7)]) == (step_digest([(0, 5)]) + step_digest([(1, 7)])) % 2**64
+
+
+def test_empty_micro_batch(index: CorpusIndex) -> None:
+    empty = empty_micro_batch(index.vocabulary)
+    assert (empty.num_samples, empty.num_tokens, empty.num_masked, empty.num_pairs) == (1, 2, 0, 0)
+    assert empty.input_ids.tolist() == [[2, 3, 0, 0, 0, 0, 0, 0]]
+
+
+def test_validation_is_finite_and_fixed(index: CorpusIndex) -> None:
+    phases = _phases(later=(PhaseConfig(from_step=500, sequence_length=64),))
+    stream = MicroBatchStream(index, ObjectiveConfig(), phases, seed=4, split="validation")
+    batches = [stream[number] for number in range(len(stream))]
+    assert len(stream) == stream.num_validation_micro_batches
+    assert sum(batch.num_samples for batch in batches) == index.num_samples("validation", 64)
+    assert all(_same(stream[number], batches[number]) for number in reversed(range(len(stream))))
+    tokens = sum(len(a) + len(b) for batch in batches for a, b, _ in _segments(batch))
+    assert tokens == int(index.blocks("validation")["tokens"].sum())
+
+
+def test_too_small_a_corpus_is_refused(index: CorpusIndex) -> None:
+    num_samples = index.num_samples("train", 64)
+    stream = MicroBatchStream(index, ObjectiveConfig(), _phases(num_samples + 1, 1, 64), seed=0)
+    with pytest.raises(ConfigError, match=rf"too small: {num_samples} training samples of length 64, but a step has {num_samples + 1}"):
+        stream[0]
+
+
+def test_an_unprepared_length_is_refused(index: CorpusIndex) -> None:
+    with pytest.raises(ConfigError, match="prepared for sequence lengths 32, 64, not 48"):
+        MicroBatchStream(index, ObjectiveConfig(), _phases(length=48), seed=0)[0]
+
+
+class _CountingIndex(CorpusIndex):
+    """Counts the bytes of the blocks that are read."""
+
+    bytes_read: Counter[str] = Counter()
+
+    def read_block(self, record: np.void) -> Block:
+        self.bytes_read["train"] += int(record["bytes"])
+        return super().read_block(record)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_epoch_reads_the_corpus_about_once(index: CorpusIndex, world_size: int) -> None:
+    """Two lanes over 18 blocks: only the block on the lanes' border is read twice."""
+    phases = _phases(8, 4, 64)
+    counting = _CountingIndex(index.folder, index.manifest, index.fingerprint, index.records)
+    counting.bytes_read.clear()
+    for rank in range(world_size):
+        stream = MicroBatchStream(counting, ObjectiveConfig(), phases, seed=2)
+        for step in range(index.num_samples("train", 64) // 8):
+            numbers = micro_batches_of_step(phases, step)
+            for position in rank_micro_batches(2, rank, world_size):
+                stream[numbers[position]]
+    assert counting.bytes_read["train"] <= 1.1 * int(index.blocks("train")["bytes"].sum())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_keeps_the_order(index: CorpusIndex, workers: int) -> None:
+    stream = MicroBatchStream(index, ObjectiveConfig(), _phases(), seed=6)
+    numbers = [4, 5, 10, 11, 3]
+    loaded = list(build_loader(stream, iter(numbers), workers))
+    assert [batch.number for batch in loaded] == numbers
+    assert all(_same(batch, stream[batch.number]) for batch in loaded)
+
+
+def test_documents_are_shuffled_across_a_window(index: CorpusIndex) -> None:
+    """Neighbouring samples of a lane rarely come from neighbouring chunks of one document."""
+    stream = MicroBatchStream(index, ObjectiveConfig(sentence_objective="none"), _phases(1, 1, 64), seed=0)
+    order = [_segments(stream[number])[0][0] for number in range(400)]
+    chunks = [chunk for record in index.blocks("train") for chunk in [index.read_block(record)]]
+    place: dict[Segment, int] = {}
+    for block in chunks:
+        cut = cut_chunks(block.sentence_ends, block.document_ends, 64)
+        for start, stop in zip(cut.token_start(cut.first_piece), cut.token_start(cut.stop_piece), strict=True):
+            place[tuple(block.ids[start:stop].tolist())] = len(place)
+    assert sum(abs(place[one] - place[two]) == 1 for one, two in pairwise(order)) < 10

@@ -1,0 +1,102 @@
+"""Training a tokenizer is deterministic across processes; loading one checks what masking needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.encoding import Encoder
+from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.storage import Location
+from data_pipeline.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_of, write_tokenizer
+from tests.support.text import generate_documents
+
+CONFIG = TokenizerConfig(vocab_size=400)
+_TRAIN = """
+import hashlib
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenizer import train_tokenizer
+from tests.support.text import generate_documents
+texts = generate_documents(200, 5) + ["日本語 naïve Ωμέγα"] * 2
+print(hashlib.sha256(train_tokenizer(texts, TokenizerConfig(vocab_size=400)).to_str().encode()).hexdigest())
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(train_tokenizer(generate_documents(200, 5), CONFIG), CONFIG, path)
+    return str(path)
+
+
+def test_every_process_trains_the_same_tokenizer() -> None:
+    root = Path(__file__).parents[3]
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", _TRAIN],
+            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
+        ).stdout
+        for seed, threads in (("1", "1"), ("2", "2"), ("3", "1"))
+    }
+    assert len(digests) == 1
+
+
+def test_size_and_special_tokens(folder: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    vocabulary = vocabulary_of(tokenizer)
+    assert len(tokenizer) == CONFIG.vocab_size
+    assert (vocabulary.pad, vocabulary.unk, vocabulary.cls, vocabulary.sep, vocabulary.mask) == (0, 1, 2, 3, 4)
+    assert vocabulary.ordinary_ranges == ((5, 400),)
+    assert tokenizer_digest(folder) == tokenizer_digest(folder)
+
+
+def test_transformers_encodes_as_prepare_does(folder: str) -> None:
+    text = "Café naïve, the tokenizer IS one; 日本"
+    ids = load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
+    assert Encoder.load(Location(folder)).encode([text]) == [[ids]]
+    assert load_tokenizer(folder)("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
+
+
+def test_special_tokens_in_a_text_are_text(folder: str) -> None:
+    [[ids]] = Encoder.load(Location(folder)).encode(["see [MASK] and [SEP]"])
+    assert not {2, 3, 4} & set(ids)
+
+
+def test_too_small_a_vocabulary_is_refused() -> None:
+    letters = " ".join(chr(code) for code in range(0x430, 0x460)) + " abcdefghijklmnopqrstuvwxyz" + " ".join(chr(c) for c in range(0x3B1, 0x3CA))
+    with pytest.raises(ConfigError, match="vocab_size 128 does not exceed"):
+        train_tokenizer([letters], TokenizerConfig(vocab_size=128, lowercase=False))
+
+
+def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "absent"))
+
+
+def test_a_tokenizer_without_mask_token_is_refused(folder: str, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "vocab.txt"):
+        (tmp_path / name).write_bytes((Path(folder) / name).read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="has no mask_token"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_placeholders_and_gaps_are_not_ordinary(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"[PAD]": 0, "[unused0]": 1, "[UNK]": 2, "[CLS]": 3, "[SEP]": 4, "[MASK]": 5, "a": 6, "b": 8}
+    special = {f"{role}_token": f"[{role.upper()}]" for role in ("pad", "unk", "cls", "sep", "mask")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")), **special)
+    found = vocabulary_of(tokenizer)
+    assert found.size == 9
+    assert found.ordinary_ids.tolist() == [6, 8]
