@@ -1,8 +1,9 @@
 """The stages of a run: prepare, pretrain, export, finetune, report; each returns at once when its output is already there."""
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.storage import Location
@@ -15,6 +16,9 @@ from trainer.runlog import RunFolder
 PRETRAIN = "trainer.pretrain:pretrain"
 FINETUNE = "launcher.finetuning:finetune_tasks"
 MODEL_NAME = "final"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def _prepare(job: Job) -> Outcome:
@@ -32,19 +36,28 @@ def _prepare(job: Job) -> Outcome:
 
 
 def prepare_corpus(config: RunConfig, start_ray: Callable[[], object], say: Callable[[str], None]) -> Any:
-    """The prepared corpus of a configuration; Ray starts only if there is something to do."""
-    from data_pipeline.executor import InProcessExecutor
-    from data_pipeline.prepare import find_prepared, prepare
+    """The prepared corpus of a configuration; Ray starts only if there is something to do in parallel."""
+    from data_pipeline.prepare import prepare
 
-    arguments = (config.corpus, config.tokenizer, config.batch.sequence_lengths, Location.at(config.storage))
-    try:
-        find_prepared(*arguments)
-        return prepare(*arguments, InProcessExecutor(), say)
-    except NotFoundError:
-        start_ray()
-    from launcher.ray_data import RayExecutor
+    executor = ExecutorOnDemand(start_ray)
+    lengths, storage = config.batch.sequence_lengths, Location.at(config.storage)
+    return prepare(config.corpus, config.tokenizer, lengths, storage, executor, lambda text: say(f"  {text}"))
 
-    return prepare(*arguments, RayExecutor(os.getcwd()), lambda text: say(f"  {text}"))
+
+@dataclass(frozen=True)
+class ExecutorOnDemand:
+    """`data_pipeline.executor.Executor` on Ray, which is started for the first work of more than one item."""
+
+    start_ray: Callable[[], object]
+
+    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        """See `Executor.map`. A single item would wait for Ray longer than it takes."""
+        if len(items) <= 1:
+            return map(function, items)
+        self.start_ray()
+        from launcher.ray_data import RayExecutor
+
+        return RayExecutor(os.getcwd()).map(function, items)
 
 
 def recorded_corpus(run: RunFolder) -> Location | None:

@@ -1,5 +1,6 @@
 """Verbs about configurations and data: init, schema, prepare, inspect, verify."""
 
+import functools
 import json
 import shutil
 from contextlib import ExitStack
@@ -65,11 +66,8 @@ def _prepare(config: RunConfig, cluster: Any, *, quiet: bool) -> Any:
 
     machine = this_machine()
     with ExitStack() as stack:
-        return prepare_corpus(
-            config,
-            start_ray=lambda: stack.enter_context(local_cluster(cluster, resolve_workers(cluster, machine), machine)),
-            say=(lambda text: None) if quiet else say,
-        )
+        start_ray = functools.cache(lambda: stack.enter_context(local_cluster(cluster, resolve_workers(cluster, machine), machine)))
+        return prepare_corpus(config, start_ray, say=(lambda text: None) if quiet else say)
 
 
 def inspect(

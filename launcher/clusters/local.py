@@ -106,27 +106,17 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
     os.environ.update(environment)
     import ray  # after the environment: some of it is read at import
 
-    home = os.getcwd()
     try:
-        # Ray puts the current folder on its workers' import path, where a user's own `trainer` folder would hide ours.
-        os.chdir(folder)
-        try:
-            ray.init(
-                address="local",
-                num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
-                num_gpus=machine.num_gpus if workers.use_gpu else 0,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
-                _node_ip_address=_LOOPBACK,
-                _temp_dir=str(folder / "ray"),
-            )
-        except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
-            raise EnvironmentMismatchError(f"Ray did not start: {error}", f"Logs, if any: {folder}/ray; is the disk or memory full?") from error
-        finally:
-            os.chdir(home)
+        for tries_left in (1, 0):
+            try:
+                _start(ray, config, workers, machine, folder / f"ray{tries_left}")
+                break
+            except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
+                ray.shutdown()
+                if not tries_left:
+                    raise EnvironmentMismatchError(
+                        f"Ray did not start: {error}", "Is the disk or the memory full, or the machine overloaded?"
+                    ) from error
         _silence_driver(ray)
         yield folder
     finally:
@@ -136,6 +126,28 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _start(ray: Any, config: ClusterConfig, workers: Workers, machine: Machine, folder: Path) -> None:
+    folder.mkdir()
+    home = os.getcwd()
+    # Ray puts the current folder on its workers' import path, where a user's own `trainer` folder would hide ours.
+    os.chdir(folder)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
+            num_gpus=machine.num_gpus if workers.use_gpu else 0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
+            _node_ip_address=_LOOPBACK,
+            _temp_dir=str(folder),
+        )
+    finally:
+        os.chdir(home)
+
+
 def _silence_driver(ray: Any) -> None:
     """Keep Ray from printing a paragraph on stdout when a worker dies: the launcher says it in a line, and records it."""
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
@@ -143,7 +155,7 @@ def _silence_driver(ray: Any) -> None:
 
 def _session_folder() -> Path:
     base = tempfile.gettempdir()
-    if len(base) + len("/maskwright-0000000-abcdefgh/ray") > _LONGEST_SOCKET_FOLDER:
+    if len(base) + len("/maskwright-0000000-abcdefgh/ray1") > _LONGEST_SOCKET_FOLDER:
         base = "/tmp"
     return Path(tempfile.mkdtemp(prefix=f"maskwright-{os.getpid()}-", dir=base))
 

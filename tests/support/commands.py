@@ -29,7 +29,7 @@ class Command:
         self.output = self.folder / f"output-{self.mark}.txt"
         with self.output.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "launcher.cli", *self.arguments],
+                [sys.executable, "-P", "-m", "launcher.cli", *self.arguments],
                 cwd=self.folder,
                 env={**clean, "OMP_NUM_THREADS": "1", **self.environment, MARK: self.mark},
                 stdout=out,

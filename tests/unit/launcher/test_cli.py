@@ -1,0 +1,269 @@
+"""The command line: exit codes, two-line errors, start-up without heavy libraries, `--json`."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.errors import ExitCode
+from data_pipeline.storage import Location
+from launcher import cli, verbs_run
+from launcher.config import dump_yaml
+from launcher.lease import Lease
+from trainer.config import RunConfig
+from trainer.manifest import Circumstances, FileDigest, Manifest
+from trainer.runlog import RunFolder
+from trainer.state import TrainState
+
+HEAVY = ("torch", "ray", "transformers", "pandas", "deepspeed", "accelerate", "webdataset", "pyarrow", "matplotlib", "sklearn")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MASKWRIGHT_STORAGE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def made(here: Path) -> RunFolder:
+    """A run of ten steps that has a configuration and nothing else."""
+    run = RunFolder(Location.at(here / "runs/made"))
+    run.config.write_bytes(dump_yaml(RunConfig.model_validate({"name": "made", "schedule": {"steps": 10, "warmup_steps": 1}})))
+    return run
+
+
+def write_config(**sections: object) -> str:
+    Path("c.yaml").write_text(yaml.safe_dump({"name": "a", **sections}))
+    return "c.yaml"
+
+
+def invoke(*arguments: str) -> int:
+    return cli.run(list(arguments), debug=False)
+
+
+def error_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().err.strip().splitlines()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["status", "nope"]])
+def test_start_up_loads_nothing_heavy(arguments: list[str]) -> None:
+    code = f"import sys\nfrom launcher.cli import run\nrun({arguments!r}, debug=False)\nprint('LOADED', sorted(set(sys.modules) & set({HEAVY!r})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert "LOADED []" in done.stdout, done.stdout[-300:]
+
+
+def test_help_takes_less_than_a_second_of_cpu() -> None:
+    code = "import time\nfrom launcher.cli import run\nrun(['--help'], debug=False)\nprint(time.process_time())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert float(done.stdout.split()[-1]) < 1.0
+
+
+@pytest.mark.parametrize("verb", [command.name for command in cli.app.registered_commands])
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(verb, "--help") == 0
+    assert f"Example: maskwright {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["status", "list", "logs", "inspect", "prepare", "verify", "evaluate", "report"])
+def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    invoke(verb, "--help")
+    assert "--json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["nonsense"], ExitCode.USAGE),
+        (["run"], ExitCode.USAGE),
+        (["inspect", "c.yaml"], ExitCode.USAGE),
+        (["inspect", "c.yaml", "--step", "-1"], ExitCode.USAGE),
+        (["inspect", "c.yaml", "--step", "x"], ExitCode.USAGE),
+        (["run", "no.yaml"], ExitCode.NOT_FOUND),
+        (["prepare", "no.yaml"], ExitCode.NOT_FOUND),
+        (["run", "c.yaml", "--set", "sede=1"], ExitCode.CONFIG),
+        (["run", "c.yaml", "--set", "batch.global_batch_size=33"], ExitCode.CONFIG),
+        (["run", "c.yaml", "--cluster", "nowhere"], ExitCode.NOT_FOUND),
+        (["prepare", "c.yaml", "--set", "corpus.source=absent.txt"], ExitCode.NOT_FOUND),
+        (["inspect", "c.yaml", "--step", "0", "--set", "corpus.source=absent.txt"], ExitCode.NOT_FOUND),
+        (["inspect", "c.yaml", "--step", "2000000"], ExitCode.USAGE),
+        (["inspect", "c.yaml", "--step", "0", "--world-size", "9"], ExitCode.USAGE),
+        (["inspect", "c.yaml", "--step", "0", "--world-size", "2", "--rank", "2"], ExitCode.USAGE),
+        (["status", "nope"], ExitCode.NOT_FOUND),
+        (["logs", "nope"], ExitCode.NOT_FOUND),
+        (["stop", "nope"], ExitCode.NOT_FOUND),
+        (["resume", "nope"], ExitCode.NOT_FOUND),
+        (["export", "nope"], ExitCode.NOT_FOUND),
+        (["finetune", "nope"], ExitCode.NOT_FOUND),
+        (["evaluate", "nope"], ExitCode.NOT_FOUND),
+        (["report", "nope"], ExitCode.NOT_FOUND),
+        (["verify", "nope"], ExitCode.NOT_FOUND),
+        (["stop", "made"], ExitCode.CONFLICT),
+        (["logs", "made"], ExitCode.NOT_FOUND),
+        (["export", "made"], ExitCode.NOT_FOUND),
+        (["finetune", "made"], ExitCode.USAGE),
+        (["finetune", "made", "--set", "finetune.tasks=[{name: a, path: b}]"], ExitCode.NOT_FOUND),
+        (["evaluate", "made"], ExitCode.USAGE),
+        (["evaluate", "made", "--text", "a [MASK]"], ExitCode.NOT_FOUND),
+        (["resume", "made", "--set", "seed=5"], ExitCode.CONFIG),
+        (["resume", "made", "--set", "nonsense=5"], ExitCode.CONFIG),
+    ],
+)
+def test_bad_input(arguments: list[str], code: ExitCode, made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config()
+    assert invoke(*arguments) == code
+    lines = error_of(capsys)
+    assert lines
+    if code != ExitCode.USAGE:
+        assert lines[0].startswith("error: ")
+        assert len(lines) == 2, "one line of cause, one of remedy"
+    assert not any("Traceback" in line for line in lines)
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["status", "nope"], debug=True) == ExitCode.NOT_FOUND
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_unforeseen_exception_is_a_line_and_exit_code_1(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    made.events.write_bytes(b"this is no JSON\n")
+    assert invoke("status", "made") == ExitCode.INTERNAL
+    lines = error_of(capsys)
+    assert lines[0].startswith("internal error: JSONDecodeError")
+    assert "--debug" in lines[1]
+
+
+def test_running_run_is_a_conflict_for_run_and_resume(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(name="made", schedule={"steps": 10, "warmup_steps": 1})
+    with Lease.acquire(made):
+        assert invoke("resume", "made") == ExitCode.CONFLICT
+        assert "already running" in error_of(capsys)[0]
+        assert invoke("run", "c.yaml") == ExitCode.CONFLICT
+        assert invoke("status", "made", "--exit-code") == ExitCode.RUNNING
+
+
+def test_run_refuses_a_configuration_that_would_make_another_model(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(name="made", schedule={"steps": 10, "warmup_steps": 1}, seed=3)
+    assert invoke("run", config) == ExitCode.CONFIG
+    assert "seed: 0 -> 3" in error_of(capsys)[0]
+    assert "lease.json" not in made.root.children(), "the refused command left its lease"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "state", "code"),
+    [
+        ([], "created", ExitCode.INTERRUPTED),
+        (["command_started", "attempt_started"], "interrupted", ExitCode.INTERRUPTED),
+        (["command_started", "attempt_started", "finished"], "finished", ExitCode.OK),
+        (["command_started", "finished", "command_started"], "interrupted", ExitCode.INTERRUPTED),
+        (["command_started", "stopped"], "stopped", ExitCode.INTERRUPTED),
+        (["command_started", "failed"], "failed", ExitCode.DIVERGED),
+    ],
+)
+def test_status_follows_from_the_run_folder(
+    kinds: list[str], state: str, code: ExitCode, made: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind in kinds:
+        made.append_event(kind, attempt=1, exit_code=int(code), cause="c", remedy="r")
+    for step in range(4):
+        made.append_metrics({"step": step, "attempt": 1, "mlm_loss": 7.0 - step, "nsp_loss": None, "loss": 1.0, "tokens_per_s": 1000.0})
+    assert invoke("status", "made", "--json", "--exit-code") == code
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["exit_code"], found["step"], found["steps"], found["mlm_loss"]) == (state, code, 4, 10, 4.0)
+    assert invoke("list", "--json") == 0
+    assert [run["id"] for run in json.loads(capsys.readouterr().out)] == ["made"]
+    assert invoke("status", "made") == 0
+    assert "next: maskwright" in capsys.readouterr().out
+
+
+def test_unknown_run_names_the_nearest(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("status", "mad") == ExitCode.NOT_FOUND
+    assert error_of(capsys)[1] == "Runs there: made."
+
+
+def test_run_is_found_by_id_folder_and_storage(made: RunFolder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert invoke("status", "made") == 0
+    assert invoke("status", "runs/made") == 0
+    assert invoke("status", str(made.root)) == 0
+    assert invoke("status", "made", "--storage", str(here / "elsewhere")) == ExitCode.NOT_FOUND
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("MASKWRIGHT_STORAGE", str(here / "runs"))
+    assert invoke("status", "made") == 0
+
+
+def test_logs(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    made.rank_log(1, 0).write_bytes(b"old\n")
+    made.rank_log(2, 0).write_bytes(b"one\ntwo\n")
+    assert invoke("logs", "made") == 0
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert invoke("logs", "made", "--follow") == 0, "nobody drives the run, so there is nothing to wait for"
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert invoke("logs", "made", "--attempt", "1", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"attempt": 1, "rank": 0, "line": "old"}
+    assert invoke("logs", "made", "--rank", "7") == ExitCode.NOT_FOUND
+    assert "rank-00000.log" in error_of(capsys)[1]
+
+
+def test_init_copies_the_examples_and_overwrites_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("init", "mine") == 0
+    assert Path("mine/runs/bert-base.yaml").is_file()
+    assert Path("mine/clusters/local.yaml").is_file()
+    assert "next: maskwright run mine/runs/" in capsys.readouterr().out
+    assert invoke("init", "mine") == ExitCode.CONFLICT
+    assert invoke("init", "mine", "--force") == 0
+
+
+def test_schema_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("schema") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "schedule" in found["run"]["properties"]
+    assert "max_failures" in found["cluster"]["properties"]
+    assert found["run"]["properties"]["seed"]["description"]
+
+
+def test_verify_a_checkpoint(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = made.checkpoints.path / "step-00000005"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}")
+    assert invoke("verify", str(folder)) == ExitCode.DATA_CORRUPT
+    capsys.readouterr()
+    manifest = Manifest(
+        attempt=1,
+        circumstances=Circumstances.now(world_size=1, zero_stage=1, precision="fp32"),
+        files={"state.json": FileDigest.of(folder / "state.json")},
+        train_state=TrainState(step=5),
+        config={},
+    )
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest.to_json()))
+    assert invoke("verify", str(folder), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["intact"] is True
+    (folder / "state.json").write_text("{ ")
+    assert invoke("verify", str(folder)) == ExitCode.NO_CHECKPOINT
+    assert "state.json" in error_of(capsys)[0]
+
+
+def test_stop_kills_a_driver_that_does_not_answer(made: RunFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    deaf = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        with Lease.acquire(made) as lease:
+            state = lease.state
+        from dataclasses import replace
+
+        from launcher.lease import process_start
+
+        deaf_state = replace(state, pid=deaf.pid, pid_started=process_start(deaf.pid), time=time.time())
+        made.lease.write_json(asdict(deaf_state))
+        monkeypatch.setattr(verbs_run, "KILL_AFTER_S", 0.3)
+        assert invoke("stop", "made", "--now") == 0
+        assert deaf.wait(10) == -9
+        request = made.stop_request.read_json()
+        assert (request["save"], request["by"]) == (False, "maskwright stop")
+        assert "maskwright resume made" in capsys.readouterr().out
+    finally:
+        deaf.kill()
+        deaf.wait()

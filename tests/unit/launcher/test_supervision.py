@@ -1,0 +1,107 @@
+"""The main thread over the stages: stop requests, lost leases, errors; the progress of training."""
+
+import io
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from data_pipeline.errors import ConflictError, InterruptedRunError, StorageError
+from data_pipeline.storage import Location
+from launcher.clusters.local import Machine, Workers
+from launcher.config import ClusterConfig
+from launcher.control import clear_stop, read_stop, request_stop
+from launcher.lease import Lease
+from launcher.progress import MetricsTail, TrainingProgress, clock, human
+from launcher.supervision import RayOnDemand, Supervisor
+from trainer.runlog import RunFolder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(Location.at(tmp_path / "run"))
+
+
+def supervise(run: RunFolder, lease: Lease, stages: Callable[[], str], *, saves: bool) -> str:
+    ray = RayOnDemand(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
+    return Supervisor(run, lease, ray, say=print, tick=lambda: None, saves_on_stop=lambda: saves).supervise(stages)
+
+
+def test_result_and_error_of_the_stages_come_through(run: RunFolder) -> None:
+    with Lease.acquire(run) as lease:
+        assert supervise(run, lease, lambda: "done", saves=True) == "done"
+
+        def fails() -> str:
+            raise StorageError("full", "free some")
+
+        with pytest.raises(StorageError, match="full"):
+            supervise(run, lease, fails, saves=True)
+
+
+def test_a_stage_that_saves_is_given_its_grace_and_others_are_not(run: RunFolder) -> None:
+    never = threading.Event()
+
+    def stages() -> str:
+        never.wait(20)
+        return "late"
+
+    with Lease.acquire(run) as lease:
+        request_stop(run, grace_s=1.0, save=True, by="test")
+        started_at = time.monotonic()
+        with pytest.raises(InterruptedRunError):
+            supervise(run, lease, stages, saves=True)
+        assert time.monotonic() - started_at >= 0.7
+        started_at = time.monotonic()
+        clear_stop(run)
+        request_stop(run, grace_s=60.0, save=True, by="test")
+        with pytest.raises(InterruptedRunError, match="asked by test"):
+            supervise(run, lease, stages, saves=False)
+        assert time.monotonic() - started_at < 5
+    never.set()
+
+
+def test_lost_lease_ends_the_command(run: RunFolder) -> None:
+    with Lease.acquire(run) as lease:
+        lease.lost.set()
+        with pytest.raises(ConflictError, match="taken over"):
+            supervise(run, lease, lambda: time.sleep(5) or "late", saves=True)
+
+
+def test_torn_stop_request_is_none(run: RunFolder) -> None:
+    run.stop_request.write_bytes(b'{"time": 1')
+    assert read_stop(run) is None
+
+
+def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None:
+    out = io.StringIO()
+    run.append_metrics({"step": 0, "attempt": 1, "mlm_loss": 9.0, "nsp_loss": None, "tokens_per_s": 1.0})
+    progress = TrainingProgress(Console(file=out, width=200), MetricsTail(run.metrics).skip_old(), steps=100)
+    for step in [*range(60), *range(50, 100)]:
+        run.append_metrics({"step": step, "attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0})
+        progress.update()
+    lines = out.getvalue().splitlines()
+    assert 10 <= len(lines) <= 14
+    assert lines[-1].strip() == "step 100/100  mlm 7.000  nsp 0.690  12.3k tokens/s"
+    assert "9.000" not in out.getvalue()
+
+
+def test_tail_waits_for_whole_lines(run: RunFolder) -> None:
+    tail = MetricsTail(run.metrics)
+    assert tail.read() == []
+    run.metrics.write_bytes(b'{"step": 0}\n{"st')
+    assert tail.read() == [{"step": 0}]
+    run.metrics.write_bytes(b'{"step": 0}\n{"step": 1}\n')
+    assert tail.read() == [{"step": 1}]
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "-"), (3.14159, "3.14"), (12345.0, "12.3k"), (4.5e6, "4.5M"), (7e9, "7G")])
+def test_human(value: float | None, text: str) -> None:
+    assert human(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (7.4, "0:07"), (80, "1:20"), (7390, "2:03:10")])
+def test_clock(seconds: float | None, text: str) -> None:
+    assert clock(seconds) == text

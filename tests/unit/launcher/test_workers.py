@@ -1,0 +1,149 @@
+"""The shape of a worker group, the environment of a rank, and what a rank leaves behind when it ends."""
+
+import multiprocessing
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
+from data_pipeline.storage import Location
+from launcher.attempts import attempt_folder, claim_attempt, read_failure
+from launcher.clusters.local import Machine, Workers, resolve_workers
+from launcher.config import ClusterConfig
+from launcher.control import request_stop
+from launcher.policy import FailureKind
+from launcher.worker_process import WorkerTask, resolve, run_task
+from trainer.context import RunContext
+from trainer.runlog import RunFolder
+
+
+@pytest.mark.parametrize(
+    ("machine", "config", "workers"),
+    [
+        (Machine(1, 0), {}, Workers(1, 1, False)),
+        (Machine(2, 0), {}, Workers(2, 1, False)),
+        (Machine(16, 0), {}, Workers(2, 8, False)),
+        (Machine(16, 4), {}, Workers(4, 4, True)),
+        (Machine(16, 4), {"use_gpu": False}, Workers(2, 8, False)),
+        (Machine(16, 4), {"num_workers": 2}, Workers(2, 8, True)),
+        (Machine(2, 0), {"num_workers": 5}, Workers(5, 1, False)),
+        (Machine(8, 0), {"num_workers": 2, "threads_per_worker": 1}, Workers(2, 1, False)),
+    ],
+)
+def test_workers(machine: Machine, config: dict[str, Any], workers: Workers) -> None:
+    assert resolve_workers(ClusterConfig(**config), machine) == workers
+
+
+@given(st.integers(1, 256), st.integers(0, 8))
+def test_automatic_workers_never_take_more_than_there_is(num_cpus: int, num_gpus: int) -> None:
+    workers = resolve_workers(ClusterConfig(), Machine(num_cpus, num_gpus))
+    assert workers.num_workers >= 1
+    assert workers.num_workers * workers.threads_per_worker <= max(num_cpus, workers.num_workers)
+    assert workers.num_workers == num_gpus if workers.use_gpu else workers.num_workers <= 2
+
+
+@pytest.mark.parametrize("config", [{"use_gpu": True}, {"num_workers": 0}, {"threads_per_worker": 0}, {"use_gpu": True, "num_workers": 3}])
+def test_impossible_workers_are_refused(config: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        resolve_workers(ClusterConfig(**config), Machine(4, 0))
+
+
+def test_interface_of_an_address() -> None:
+    from launcher.ray_worker import interface_of
+
+    assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
+    assert interface_of("192.0.2.254") is None or socket.gethostname()
+
+
+# Entries, named by string as the launcher names the trainer's.
+
+
+def entry_ok(context: RunContext, word: str) -> None:
+    import torch
+
+    os.write(2, b"from C\n")
+    print(word, context.rank, context.world_size, torch.get_num_threads(), Path.cwd())
+    context.heartbeat(7, "forward")
+    time.sleep(1.0)
+
+
+def entry_stops(context: RunContext) -> None:
+    deadline = time.monotonic() + 20
+    while not context.stop_requested():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    raise InterruptedRunError("saved", "resume")
+
+
+def entry_full(context: RunContext) -> None:
+    raise StorageError("disk full", "free some")
+
+
+def entry_superseded(context: RunContext, folder: str) -> None:
+    claim_attempt(RunFolder(Location(folder)))
+    time.sleep(30)
+
+
+def never() -> bool:
+    return False
+
+
+def in_process(run: RunFolder, entry: str, *, rank: int = 0, **arguments: Any) -> int:
+    """Run a task as rank `rank` of 2 in a process of its own, because it takes over stdout; the process' exit code."""
+    attempt = claim_attempt(run)
+    task = WorkerTask(f"{__name__}:{entry}", arguments, run.root.url, attempt, threads=1, home=run.root.parent.url)
+    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, rank, 2, never))
+    process.start()
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(Location.at(tmp_path / "run"))
+
+
+def test_entry_is_resolved_by_name() -> None:
+    assert resolve("launcher.policy:decide").__name__ == "decide"
+
+
+def test_output_of_a_rank_is_its_log(run: RunFolder) -> None:
+    assert in_process(run, "entry_ok", rank=1, word="hello") == 0
+    log = run.rank_log(1, 1).read_bytes().decode()
+    assert f"hello 1 2 1 {run.root.parent}" in log
+    assert "from C" in log
+    assert "rank 1 of 2" in log
+    assert read_failure(run, 1) is None
+
+
+def test_rank_zero_writes_its_heartbeat(run: RunFolder) -> None:
+    in_process(run, "entry_ok", word="hello")
+    assert (attempt_folder(run, 1) / "heartbeat.json").read_json() == {"step": 7, "phase": "forward"}
+
+
+def test_interrupted_rank_returns_and_failed_rank_raises(run: RunFolder) -> None:
+    request_stop(run, grace_s=60, save=True, by="test")
+    assert in_process(run, "entry_stops") == 0
+    found = read_failure(run, 1)
+    assert found is not None
+    assert found.kind is FailureKind.INTERRUPTED
+    assert in_process(run, "entry_full") == 1
+    found = read_failure(run, 2)
+    assert found is not None
+    assert (found.kind, found.cause) == (FailureKind.KNOWN, "disk full")
+    assert "StorageError" in run.rank_log(2, 0).read_bytes().decode()
+
+
+def test_superseded_attempt_ends_itself(run: RunFolder) -> None:
+    started_at = time.monotonic()
+    assert in_process(run, "entry_superseded", folder=run.root.url) == 75
+    assert time.monotonic() - started_at < 20
