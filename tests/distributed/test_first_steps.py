@@ -21,12 +21,21 @@ from trainer.schedule import learning_rate
 from trainer.zero_files import consolidate
 
 NUM_STEPS, MICRO_BATCHES = 3, 4
+WEIGHT_DECAY = 5.0
+"""Large, so that weights decayed once too often would show."""
+TOLERANCE = {
+    "fp32": [1e-4] * 4,
+    # Relative error of what three steps changed; one step too many or too few would be 0.3. Stages 1 and 2 do the same operations as the
+    # plain loop. Stage 0 adds the two gradients of the tied embedding in fp32 instead of bf16. Stage 3 replaces `linear` by a version
+    # that lets go of gathered weights, and rounds once more before it adds the bias; AdamW magnifies that where gradients are small.
+    "bf16": [1e-2, 1e-4, 1e-4, 1e-1],
+}
 CPU = torch.device("cpu")
 Weights = dict[str, Tensor]
 
 
 def config_of(stage: int, precision: str) -> RunConfig:
-    return small_config(zero={"stage": stage}, precision=precision, optimizer={"lr": 1e-3, "weight_decay": 0.1, "clip_norm": 1.0})
+    return small_config(zero={"stage": stage}, precision=precision, optimizer={"lr": 1e-3, "weight_decay": WEIGHT_DECAY, "clip_norm": 1.0})
 
 
 def batches_of(step: int) -> list[MicroBatch]:
@@ -44,7 +53,7 @@ def plain_loop(tokenizer: str, config: RunConfig) -> tuple[list[float], list[flo
     decayed = [master for master in masters.values() if master.ndim > 1]
     others = [master for master in masters.values() if master.ndim <= 1]
     settings: Any = {"betas": config.optimizer.betas, "eps": config.optimizer.eps, "lr": 0.0}
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], **settings)
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], **settings)
     losses: list[float] = []
     norms: list[float] = []
     for step in range(NUM_STEPS):
@@ -137,10 +146,8 @@ def test_all_stages_start_like_a_plain_loop(tokenizer: str, tmp_path: Path, prec
             if name.endswith("key.bias"):
                 continue  # softmax does not see it: its gradient is rounding noise, which AdamW blows up
             moved, expected = masters[name] - initial[name], weight - initial[name]
-            # One step of AdamW too many or too few, or weights decayed once more, would be 10 % and more.
             error = float((moved - expected).norm() / expected.norm())
-            print(stage, name, error)
-            assert error < (1e-4 if precision == "fp32" else 0.03), f"stage {stage}, {name}: {error}"
+            assert error < TOLERANCE[precision][stage], f"stage {stage}, {name}: {error}"
 
 
 def plain_start(tokenizer: str, precision: str) -> Weights:
@@ -155,7 +162,7 @@ def test_biases_and_layer_norms_do_not_decay(tokenizer: str) -> None:
     model = build_model(config.model, tokenizer, seed=0, sequence_length=24, device=CPU)
     decayed, others = parameter_groups(model, config.optimizer)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.1
+    assert decayed["weight_decay"] == WEIGHT_DECAY
     assert others["weight_decay"] == 0.0
     assert all(names[id(parameter)].endswith("weight") and "LayerNorm" not in names[id(parameter)] for parameter in decayed["params"])
     assert all(names[id(parameter)].endswith("bias") or "LayerNorm" in names[id(parameter)] for parameter in others["params"])
