@@ -20,7 +20,7 @@ from data_pipeline.index import CorpusIndex
 from data_pipeline.storage import Location, storage_errors, sync_folder
 from trainer.checkpoint import Checkpoint, list_checkpoints, verify
 from trainer.config import RunConfig
-from trainer.export_check import Agreement, check_export
+from trainer.export_check import Agreement, check_export, quiet
 from trainer.manifest import FileDigest, Problem, check_files, fsync_file
 from trainer.model import PretrainingBert
 from trainer.model_card import CardFacts, render_model_card
@@ -151,7 +151,8 @@ def _save_stock(trained: PretrainingBert, folder: Path) -> None:
     """config.json and model.safetensors, written by stock transformers' own class: no name of ours gets into them."""
     stock = BertForPreTraining(trained.config)
     stock.load_state_dict(trained.state_dict(), strict=True)
-    stock.save_pretrained(folder)
+    with quiet():
+        stock.save_pretrained(folder)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

@@ -51,7 +51,7 @@ def check_export(folder: Path, trained: PretrainingBert, probe: Path, precision:
     Raises:
         MaskwrightError: they do not load or do not agree.
     """
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         batch = _tokenize(folder, trained.config.max_position_embeddings)
         expected_mlm, expected_nsp = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
         _load(AutoModel, folder)
@@ -124,11 +124,14 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
-    """Without transformers' report on weights that a smaller model has no use for."""
-    before = logging.get_verbosity()
+def quiet() -> Generator[None]:
+    """Without transformers' progress bars and its report on weights that a smaller model has no use for."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -121,6 +121,7 @@ def consolidate(folder: Path) -> dict[str, torch.Tensor]:
         _require_all_ranks(partitions, folder)
         shapes: dict[str, torch.Size] = {name: shape for group in saved["param_shapes"] for name, shape in group.items()}
         weights = _join_stage_3(partitions, shapes) if "fp32_flat_groups" in partitions[0] else _join_fragments(partitions, shapes)
+        _require_rounding_to(saved["module"], weights, folder)
         weights |= {name: saved["module"][name] for name in saved["buffer_names"]}
         weights |= {name: weights[source] for name, source in saved["shared_params"].items()}
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
@@ -138,6 +139,16 @@ def _require_all_ranks(partitions: list[dict[str, Any]], folder: Path) -> None:
     expected = max(counts) if isinstance(counts, list) else counts
     if expected != len(partitions):
         raise DataCorruptError(f"{folder} has the optimizer's files of {len(partitions)} ranks instead of {expected}", "Restore the missing ones.")
+
+
+def _require_rounding_to(module: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Below stage 3 the files also hold the weights that the network computed with: every one must be its master, rounded."""
+    for name, master in weights.items():
+        used = module[name]  # at stage 3 an empty placeholder
+        if used.shape == master.shape and not torch.equal(used, master.to(used.dtype)):
+            raise DataCorruptError(
+                f"{folder}: the fp32 weights of {name} are not those that were trained", "Export another checkpoint, and report it."
+            )
 
 
 def _join_fragments(partitions: list[dict[str, Any]], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:

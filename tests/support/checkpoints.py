@@ -94,6 +94,24 @@ def golden_run(root: Path, *steps: int) -> RunFolder:
     return run
 
 
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.witness,))
+
+
+def plant_payload(file: Path, witness: Path) -> None:
+    """Add a payload to one of DeepSpeed's files, which otherwise keeps its contents."""
+    import torch
+
+    contents = torch.load(file, weights_only=False)
+    torch.save({"payload": Payload(witness), **contents}, file)
+
+
 def write_golden(rank: int, world_size: int, root: str, tokenizer: str) -> None:
     """Two bf16 steps at ZeRO 1, committed."""
     from trainer.agreement import agreement_group
