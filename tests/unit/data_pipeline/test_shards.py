@@ -92,10 +92,10 @@ def test_damaged_index_and_manifest(copy: Path) -> None:
     data = bytearray(index.read_bytes())
     data[40] ^= 1
     index.write_bytes(data)
-    with pytest.raises(DataCorruptError, match="index.bin: its digest"):
+    with pytest.raises(DataCorruptError, match=r"index\.bin: its digest"):
         CorpusIndex.open(Location.at(copy))
     index.write_bytes(b"")
-    with pytest.raises(DataCorruptError, match="index.bin is missing or empty"):
+    with pytest.raises(DataCorruptError, match=r"index\.bin is missing or empty"):
         CorpusIndex.open(Location.at(copy))
     text = manifest.read_text()
     manifest.write_text(text.replace('"format_version": 1', '"format_version": 7'))
@@ -134,7 +134,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     good = _npy(np.arange(3, dtype="<u2"))
     bomb = _npy(np.array([_Bomb()], dtype=object), allow_pickle=True)
-    with pytest.raises(DataCorruptError, match="k.ids.npy is not a plain array"):
+    with pytest.raises(DataCorruptError, match=r"k\.ids\.npy is not a plain array"):
         parse_block(_tar({"k.ids.npy": bomb, "k.sentences.npy": good, "k.documents.npy": good}), "k", "s.tar")
     with pytest.raises(DataCorruptError, match="unexpected members"):
         parse_block(_tar({"k.ids.pkl": pickle.dumps(_Bomb()), "k.sentences.npy": good, "k.documents.npy": good}), "k", "s.tar")
