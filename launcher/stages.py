@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.executor import Executor
 from data_pipeline.storage import Location
 from launcher.job import Job, Outcome, Stage
 from launcher.retries import run_with_retries
@@ -37,11 +38,16 @@ def _prepare(job: Job) -> Outcome:
 
 def prepare_corpus(config: RunConfig, start_ray: Callable[[], object], say: Callable[[str], None]) -> Any:
     """The prepared corpus of a configuration; Ray starts only if there is something to do in parallel."""
-    from data_pipeline.prepare import prepare
+    from data_pipeline.executor import InProcessExecutor
+    from data_pipeline.prepare import find_prepared, prepare
 
-    executor = ExecutorOnDemand(start_ray)
-    lengths, storage = config.batch.sequence_lengths, Location.at(config.storage)
-    return prepare(config.corpus, config.tokenizer, lengths, storage, executor, lambda text: say(f"  {text}"))
+    arguments = (config.corpus, config.tokenizer, config.batch.sequence_lengths, Location.at(config.storage))
+    executor: Executor = InProcessExecutor()
+    try:
+        find_prepared(*arguments)
+    except NotFoundError:  # not prepared, or a source is missing, which `prepare` says again
+        executor = ExecutorOnDemand(start_ray)
+    return prepare(*arguments, executor, lambda text: say(f"  {text}"))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from launcher.attempts import attempt_folder, last_attempt, record_failure
 from launcher.control import read_stop
 from trainer.runlog import RunFolder
 
-WATCH_S = 0.5
+WATCH_S = 0.2
 UPLOAD_S = 15.0
 SUPERSEDED = 75
 

@@ -112,7 +112,7 @@ def test_killed_run_ends_bit_identical(victim: str, stage: int, folder: Path, un
             code, output = maskwright("resume", name, "--storage", "storage", folder=folder)
             assert code == 0, output
             if victim == "driver":
-                assert command.processes() == [], "Ray's processes outlived the command that started them"
+                command.wait_until_gone()
     finally:
         command.kill_everything()
     assert_same(run, reference)

@@ -61,6 +61,13 @@ class Command:
                 raise AssertionError(f"{self.arguments} never came so far (exit code {code})\n{self.text()}")
             time.sleep(0.01)
 
+    def wait_until_gone(self, timeout_s: float = 15.0) -> None:
+        """Everything that the command started ends by itself soon after it."""
+        deadline = time.monotonic() + timeout_s
+        while alive := self.processes():
+            assert time.monotonic() < deadline, f"outlived the command that started them: {[_name(pid) for pid in alive]}"
+            time.sleep(0.1)
+
     def processes(self) -> list[int]:
         """Every living process of this command."""
         return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if self._is_ours(pid)]
@@ -88,6 +95,13 @@ class Command:
             time.sleep(0.05)
             self.process.poll()
         assert not self.processes(), "processes survived SIGKILL"
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:120]
+    except OSError:
+        return str(pid)
 
 
 def maskwright(*arguments: str, folder: Path, timeout_s: float = 150.0, **environment: str) -> tuple[int, str]:

@@ -44,7 +44,7 @@ def tiny_config(**sections: Any) -> dict[str, Any]:
         "corpus": {"name": "tiny", "source": "text.jsonl", "validation_fraction": 0.1},
         "tokenizer": {"vocab_size": 500},
         "model": {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 64},
-        "batch": {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 64},
+        "batch": {"global_batch_size": 32, "micro_batch_size": 4, "sequence_length": 64},
         "optimizer": {"lr": 1e-3},
         "schedule": {"steps": STEPS, "warmup_steps": 5},
         "checkpoint": {"every_steps": 5, "keep_last": 3},

@@ -1,0 +1,58 @@
+"""What fine-tuning came to, in words and as a table: pretrained, from scratch, TF-IDF (pure)."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+SYSTEMS = {"pretrained": "pretrained", "scratch": "same network from scratch", "tfidf": "TF-IDF + logistic regression"}
+
+Results = Mapping[str, Any]
+"""What results.json of a task holds."""
+
+
+def spread(scores: Mapping[str, Any]) -> str:
+    """`0.812 ± 0.004`: mean and sample standard deviation over seeds; the mean alone where there is one value."""
+    text = f"{scores['mean']:.3f}"
+    return f"{text} ± {scores['std']:.3f}" if len(scores["seeds"]) > 1 else text
+
+
+def verdict(results: Results) -> str:
+    """One sentence on a task: which system wins, said plainly when it is not the pretrained one."""
+    pretrained, scratch, tfidf = (results[system] for system in SYSTEMS)
+    task = results["task"]
+    if tfidf["mean"] > max(pretrained["mean"], scratch["mean"]):
+        return f"{task}: TF-IDF wins, {spread(tfidf)} against {spread(pretrained)} pretrained and {spread(scratch)} from scratch."
+    if scratch["mean"] >= pretrained["mean"]:
+        return f"{task}: pretraining bought nothing, {spread(pretrained)} against {spread(scratch)} from scratch (TF-IDF {spread(tfidf)})."
+    gain = pretrained["mean"] - scratch["mean"]
+    doubt = "" if gain > pretrained["std"] + scratch["std"] else " That is within the seeds' spread."
+    return f"{task}: pretraining wins, {spread(pretrained)} against {spread(scratch)} from scratch and {spread(tfidf)} for TF-IDF.{doubt}"
+
+
+def validation_verdict(validation: Mapping[str, Any]) -> str:
+    """One sentence on a `validation` event: the held-out loss beside what token frequencies alone would reach."""
+    loss, entropy = validation.get("mlm_loss"), validation.get("unigram_entropy")
+    if loss is None or entropy is None:
+        return f"The validation at step {validation['step']} has no masked-LM loss."
+    text = f"Validation masked-LM loss {loss:.3f} nats at step {validation['step']}; unigram entropy {entropy:.3f}"
+    if loss < entropy:
+        return f"{text}: {entropy - loss:.3f} nats better than token frequencies alone."
+    return f"{text}: not yet better than token frequencies alone."
+
+
+def score_table(results: Sequence[Results], validation: Mapping[str, Any] | None = None) -> Table:
+    """Accuracy and macro-F1 of each system on each task, mean ± sample standard deviation over seeds, with the verdicts below."""
+    table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
+    for column in ("task", "system"):
+        table.add_column(column)
+    for column in ("accuracy", "macro F1", "seeds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        best = max(SYSTEMS, key=lambda system: result[system]["mean"])
+        for system, name in SYSTEMS.items():
+            scores = result[system]
+            cells = (name, spread(scores), spread(scores["macro_f1"]), str(len(scores["seeds"])) if system != "tfidf" else "–")
+            table.add_row(result["task"], *cells, style="bold" if system == best else None)
+    table.caption = "\n".join([*map(verdict, results), *([validation_verdict(validation)] if validation else [])])
+    return table
