@@ -22,6 +22,7 @@ COMPRESSIONS = {"gz": "gzip", "zst": "zstd"}
 _EXPANSION = {None: 1, "gzip": 4, "zstd": 4}
 _PARQUET_EXPANSION = 3
 _PYTHON_DOCS_SHARE = 8  # source bytes per byte of documentation
+_PYTHON_DOCS_COST = 32  # parsing a module for its documentation costs this many times as much as reading as much text
 _MIN_PARTITION_BYTES = 32 << 20
 _MAX_PARTITIONS = 8192
 
@@ -113,7 +114,7 @@ def list_inputs(config: CorpusConfig) -> Inputs:
     for source, group in files.items():
         if source == PYTHON_DOCS:
             parts = python_docs.list_partitions(config.max_documents)
-            pieces += [(part, _python_docs_bytes(part)) for part in parts]
+            pieces += [(part, _source_bytes(part) // _PYTHON_DOCS_SHARE) for part in parts]
         for file in group:
             pieces += _pieces_of(file, target)
     return Inputs(_pack(pieces, target, config.text_key), sum(size for _, size in pieces))
@@ -191,13 +192,14 @@ def _pack(pieces: Sequence[tuple[Piece | python_docs.Partition, int]], target: i
     groups: list[list[Piece | python_docs.Partition]] = []
     filled = target
     for piece, size in pieces:
-        if filled + size > target:
+        cost = size * _PYTHON_DOCS_COST if isinstance(piece, python_docs.Partition) else size
+        if filled + cost > target:
             groups.append([])
             filled = 0
         groups[-1].append(piece)
-        filled += max(size, 1)
+        filled += max(cost, 1)
     return tuple(Partition(tuple(group), text_key) for group in groups)
 
 
-def _python_docs_bytes(partition: python_docs.Partition) -> int:
-    return sum(Location(path).path.stat().st_size for path in partition.paths) // _PYTHON_DOCS_SHARE
+def _source_bytes(partition: python_docs.Partition) -> int:
+    return sum(Location(path).path.stat().st_size for path in partition.paths)
