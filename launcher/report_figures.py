@@ -4,12 +4,13 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 MAX_POINTS = 800
 """A longer curve is drawn as the means of this many stretches."""
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito: they differ in lightness too
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "maskwright",
     "font.family": "sans-serif",
@@ -61,7 +62,7 @@ def line_figure(title: str, key: str, metrics: Sequence[Record], attempts: Seque
 
 def attempt_starts(metrics: Sequence[Record]) -> list[int]:
     """Steps at which an attempt took over from the one before."""
-    return [record["step"] for before, record in zip(metrics, metrics[1:], strict=False) if record["attempt"] != before["attempt"]]
+    return [record["step"] for before, record in pairwise(metrics) if record["attempt"] != before["attempt"]]
 
 
 def _loss_figure(title: str, key: str, metrics: Sequence[Record], validations: Sequence[Record], reference: float | None, name: str) -> str | None:

@@ -71,7 +71,7 @@ def finetune_task(config: FinetuneConfig, task: TaskConfig, model: str, output: 
     context.heartbeat(0, "set-up")
     with local_folder(Location.at(model)) as folder:
         stage = _open_stage(config, task, folder, TaskOutput(Location.at(output), ""), accelerator, ranks, context, save_every_s)
-        if ranks.rank_zero_does("look for results", stage.output.is_finished):
+        if ranks.rank_zero_does("look for results", lambda: stage.output.is_finished(config.num_seeds)):
             return
         trials = [_finished_or_run(stage, init, seed) for init in INITS for seed in range(config.num_seeds)]
         ranks.rank_zero_does(f"write the results of task {task.name}", lambda: _write_results(stage, trials))

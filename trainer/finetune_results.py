@@ -60,9 +60,10 @@ class TaskOutput:
         """Model folder of the pretrained network's best seed."""
         return self.folder / "model"
 
-    def is_finished(self) -> bool:
-        """Whether the results of exactly this model, task and settings are there."""
-        return self.results.exists() and self.results.read_json().get("key") == self.key
+    def is_finished(self, num_seeds: int) -> bool:
+        """Whether the results of exactly this model, task, settings and number of seeds are there."""
+        found: dict[str, Any] = self.results.read_json() if self.results.exists() else {}
+        return found.get("key") == self.key and len(found["pretrained"]["seeds"]) == num_seeds
 
     def read_trial(self, init: Init, seed: int) -> TrialResult | None:
         """The result of a trial that an earlier attempt finished."""
