@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
-from data_pipeline.errors import ConfigError, MaskwrightError, NoCheckpointError, NotFoundError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.storage import Location, storage_errors, sync_folder
 from trainer.checkpoint import Checkpoint, list_checkpoints, verify
@@ -68,12 +68,19 @@ def verify_model(folder: Path) -> list[Problem]:
 
     Raises:
         NotFoundError: there is no exported model.
+        EnvironmentMismatchError: a newer release wrote it.
     """
     path = folder / LINEAGE
     if not path.exists():
         raise NotFoundError(f"{folder} is not an exported model: it has no {LINEAGE}", "Run `maskwright export` or check the path.")
     try:
-        files = {name: FileDigest(**file) for name, file in json.loads(path.read_bytes())["files"].items()}
+        lineage: Any = json.loads(path.read_bytes())
+        if lineage["format_version"] > FORMAT_VERSION:
+            raise EnvironmentMismatchError(
+                f"{path} has format_version {lineage['format_version']}; this release reads up to {FORMAT_VERSION}",
+                "Upgrade maskwright to the release that wrote it, or newer.",
+            )
+        files = {name: FileDigest(**file) for name, file in lineage["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return [Problem(LINEAGE, f"damaged: {error}")]
     return check_files(folder, files, files)
@@ -110,6 +117,7 @@ def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpo
     (partial / "README.md").write_text(render_model_card(facts), encoding="utf-8")
     files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
     for path in files.values():
+        path.chmod((partial / "README.md").stat().st_mode)  # safetensors makes its file readable for nobody else
         fsync_file(path)
     lineage = {
         "format_version": FORMAT_VERSION,

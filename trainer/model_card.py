@@ -46,6 +46,7 @@ model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")
 | Run and checkpoint | {{ name }}, step {{ steps }}, manifest `{{ checkpoint[:12] }}` |
 
 ## Held-out losses
+
 {% if validation %}
 Measured after step {{ validation.step }} on documents that were kept out of training.
 
@@ -61,6 +62,7 @@ Measured after step {{ validation.step }} on documents that were kept out of tra
 {% else %}
 Not measured before this checkpoint.
 {% endif %}
+
 ## Verification
 
 Stock transformers computes the logits that the training code computes: largest difference {{ "%.1e"|format(max_difference) }} in fp32.

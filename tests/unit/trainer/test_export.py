@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import ConfigError, MaskwrightError, NoCheckpointError, NotFoundError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
-from tests.support.checkpoints import GOLDEN_MODEL, golden_run, resign, run_config
+from tests.support.checkpoints import GOLDEN, GOLDEN_MODEL, golden_run, resign, run_config
 from trainer import export as export_module
 from trainer.checkpoint import list_checkpoints
 from trainer.export import LINEAGE, export, verify_model
 from trainer.runlog import RunFolder
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+GOLDEN_EXPORT = GOLDEN.with_name("model-format-1")
 CONFIG = run_config(1, model=GOLDEN_MODEL)
 
 
@@ -103,6 +104,17 @@ def test_the_same_checkpoint_is_exported_once(run: RunFolder, tiny_corpus: Prepa
     export(run, CONFIG, tiny_corpus.folder, step=1)
     assert json.loads((folder / LINEAGE).read_bytes())["step"] == 1
     assert run.models.children() == ["final"]
+
+
+def test_the_golden_model_is_still_read(tmp_path: Path) -> None:
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    assert verify_model(GOLDEN_EXPORT) == []
+    model: Any = AutoModelForMaskedLM.from_pretrained(GOLDEN_EXPORT)
+    assert len(AutoTokenizer.from_pretrained(GOLDEN_EXPORT)) == model.config.vocab_size
+    (tmp_path / LINEAGE).write_text(json.dumps({"format_version": 2}))
+    with pytest.raises(EnvironmentMismatchError, match=r"lineage\.json has format_version 2"):
+        verify_model(tmp_path)
 
 
 def perturb_export(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,310 @@
+"""Real DeepSpeed engines on two ranks: commit and resume at every stage, kills and full disks while saving, payloads on loading."""
+
+import os
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import DataCorruptError, MaskwrightError, StorageError
+from tests.support.batches import write_tokenizer
+from tests.support.checkpoints import build_engine, golden_run, plant_payload, run_config, run_folder, save_checkpoint, train_step
+from tests.support.distributed import DistributedFailure, run_distributed
+from trainer.agreement import Ranks, agreement_group
+from trainer.checkpoint import list_checkpoints, newest_usable
+from trainer.runlog import RunFolder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    write_tokenizer(folder)
+    return folder
+
+
+def masters(engine: Any, stage: int) -> dict[str, torch.Tensor]:
+    """The optimizer's fp32 weights by name, asked of the live engine. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    named = dict(engine.model.named_parameters())
+    if stage > 0:
+        return {name: safe_get_full_fp32_param(parameter).detach().clone() for name, parameter in named.items()}
+    inner = engine._deepspeed.optimizer
+    if not hasattr(inner, "fp32_groups"):
+        return {name: parameter.detach().clone() for name, parameter in named.items()}
+    by_id = {
+        id(half): full for halves, fulls in zip(inner.fp16_groups, inner.fp32_groups, strict=True) for half, full in zip(halves, fulls, strict=True)
+    }
+    return {name: by_id[id(parameter)].detach().clone() for name, parameter in named.items()}
+
+
+def train_save_resume(rank: int, world_size: int, root: str, tokenizer: str, stage: int, precision: str) -> dict[str, Any]:
+    """Train, commit, train on; then resume in a fresh engine and train the same steps again."""
+    config, run, group = run_config(stage, precision), run_folder(root), agreement_group(world_size)
+    engine = build_engine(config, tokenizer)
+    for step in range(2):
+        train_step(engine, rank, world_size, step)
+    stall_s = save_checkpoint(root, engine, config, rank, world_size, 2, group)
+    saved = masters(engine, stage)
+    first = [train_step(engine, rank, world_size, step) for step in (2, 3)]
+    after_first = masters(engine, stage)
+
+    engine = build_engine(config, tokenizer)
+    found = newest_usable(run, rank=rank, world_size=world_size, attempt=2, group=group)
+    assert found is not None
+    engine.load(found.zero_folder)
+    second = [train_step(engine, rank, world_size, step) for step in (2, 3)]
+    return {"first": first, "second": second, "saved": saved, "after": (after_first, masters(engine, stage)), "step": found.step, "stall_s": stall_s}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), *(pytest.param(stage, "fp32", marks=pytest.mark.full) for stage in (0, 1, 2, 3))],
+)
+def test_commit_and_resume_bit_for_bit(tmp_path: Path, tokenizer: str, stage: int, precision: str) -> None:
+    ranks = run_distributed(train_save_resume, args=(str(tmp_path), tokenizer, stage, precision), timeout_s=90)
+    for result in ranks:
+        assert result["step"] == 2
+        assert result["first"] == result["second"]
+        before, after = result["after"]
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    (checkpoint,) = list_checkpoints(run_folder(tmp_path))
+    assert not [path for path in checkpoint.folder.rglob("*") if path.suffix == ".py" or path.name == "latest"]
+    require_consolidated(checkpoint.zero_folder, ranks[0]["saved"])
+    require_probe_reproduced(checkpoint, precision)
+
+
+def require_consolidated(zero_folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from trainer.zero_files import consolidate
+
+    weights = consolidate(zero_folder)
+    assert expected.keys() <= weights.keys()
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+    assert torch.equal(weights["cls.predictions.decoder.weight"], weights["bert.embeddings.word_embeddings.weight"])
+
+
+def require_probe_reproduced(checkpoint: Any, precision: str) -> None:
+    """Our network with the consolidated weights, in the engine's precision, gives the engine's logits."""
+    from safetensors.torch import load_file
+
+    from trainer.export import load_trained
+    from trainer.export_check import PROBE_TOLERANCE
+
+    probe = load_file(checkpoint.probe)
+    model = load_trained(checkpoint).to({"bf16": torch.bfloat16, "fp32": torch.float32}[precision])
+    with torch.no_grad():
+        mlm_logits, _ = model.logits(probe["input_ids"], probe["token_type_ids"], probe["attention_mask"])
+    assert float((mlm_logits - probe["mlm_logits"]).square().mean().sqrt() / probe["mlm_logits"].square().mean().sqrt()) <= PROBE_TOLERANCE[precision]
+
+
+def commit_killed(rank: int, world_size: int, root: str, point: str) -> None:
+    """Commit step 1, then die while committing step 2."""
+    from trainer import checkpoint
+    from trainer.state import TrainState
+
+    group = agreement_group(world_size)
+
+    def write(folder: Path) -> None:
+        folder.joinpath(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"x" * 1000)
+
+    def commit(step: int, write: Callable[[Path], None], probe: Callable[[], Any]) -> None:
+        arguments: dict[str, Any] = {"attempt": 1, "config": run_config(1), "rank": rank, "world_size": world_size, "group": group, "timeout_s": 20.0}
+        checkpoint.commit(run_folder(root), TrainState(step=step), write_rank_files=write, probe=probe, **arguments)
+
+    def probe() -> dict[str, torch.Tensor]:
+        return {"logits": torch.zeros(4)}
+
+    def dies(_: Any = None, *__: Any, **___: Any) -> Any:
+        os._exit(9)
+
+    def dies_after(action: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (action(*arguments), dies())
+
+    commit(1, write, probe)
+    if point == "before writing" and rank == 1:
+        dies()
+    elif point == "half a file" and rank == 1:
+        write = dies_after(lambda folder: (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"x"))
+    elif point == "after writing" and rank == 1:
+        write = dies_after(write)
+    elif point == "in the probe" and rank == 0:
+        probe = dies
+    elif point == "before the manifest" and rank == 0:
+        checkpoint.write_manifest = dies
+    elif point == "after the manifest" and rank == 0:
+        checkpoint.write_manifest = dies_after(checkpoint.write_manifest)
+    elif point == "before the rename" and rank == 0:
+        checkpoint._rename = dies
+    commit(2, write, probe)
+
+
+@pytest.mark.parametrize(
+    "point", ["before writing", "half a file", "after writing", "in the probe", "before the manifest", "after the manifest", "before the rename"]
+)
+def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(tmp_path: Path, point: str) -> None:
+    started_at = time.monotonic()
+    with pytest.raises(DistributedFailure) as failure:
+        run_distributed(commit_killed, args=(str(tmp_path), point), timeout_s=45)
+    assert time.monotonic() - started_at < 40
+    (survivor,) = [error for error in failure.value.errors if error is not None]
+    assert isinstance(survivor, MaskwrightError)
+    assert "not all of them answered" in survivor.cause
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_folder(tmp_path))] == [1]
+    found = newest_usable(run_folder(tmp_path), rank=0, world_size=1, attempt=2, group=None)
+    assert found is not None
+    assert found.step == 1
+    assert run_folder(tmp_path).checkpoints.children() == ["step-00000001"]
+
+
+def die_inside_deepspeed(rank: int, world_size: int, root: str, tokenizer: str) -> None:
+    """Commit step 1 with a real engine, then kill rank 1 in the middle of a file of step 2."""
+    from trainer import zero_files
+
+    config, group = run_config(2), agreement_group(world_size)
+    engine = build_engine(config, tokenizer)
+    train_step(engine, rank, world_size, 0)
+    save_checkpoint(root, engine, config, rank, world_size, 1, group)
+
+    def half_a_file(_: Any, state_dict: Any, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        os._exit(9)
+
+    if rank == 1:
+        zero_files.SafeFiles.save = half_a_file
+    save_checkpoint(root, engine, config, rank, world_size, 2, group)
+
+
+def test_a_rank_killed_inside_deepspeed_does_not_hold_up_the_other(tmp_path: Path, tokenizer: str) -> None:
+    with pytest.raises(DistributedFailure) as failure:
+        run_distributed(die_inside_deepspeed, args=(str(tmp_path), tokenizer), timeout_s=60)
+    (survivor,) = [error for error in failure.value.errors if error is not None]
+    assert isinstance(survivor, MaskwrightError)  # within the grace period after the first death, or it would have been killed
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_folder(tmp_path))] == [1]
+
+
+def save_on_a_full_disk(rank: int, world_size: int, root: str, tokenizer: str, file_bytes: int | None) -> tuple[str, str, float]:
+    """Commit with a real engine where rank 1 may write no more than `file_bytes` in a file (None: the disk itself is small)."""
+    config, group = run_config(1, model={"num_layers": 2, "hidden_size": 64, "num_heads": 2, "max_positions": 64}), agreement_group(world_size)
+    engine = build_engine(config, tokenizer)
+    train_step(engine, rank, world_size, 0)
+    if rank == 1 and file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    started_at = time.monotonic()
+    try:
+        save_checkpoint(root, engine, config, rank, world_size, 1, group)
+    except MaskwrightError as error:
+        return type(error).__name__, error.cause, time.monotonic() - started_at
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "nothing", "", 0.0
+
+
+def require_told_to_all(outcomes: list[tuple[str, str, float]], run: RunFolder, cause: str) -> None:
+    for kind, text, seconds in outcomes:
+        assert kind == StorageError.__name__
+        assert cause in text
+        assert seconds < 10
+    assert outcomes[0][1] == outcomes[1][1]
+    assert run.checkpoints.children() == []
+
+
+def test_one_rank_that_cannot_write_fails_both_in_seconds(tmp_path: Path, tokenizer: str) -> None:
+    outcomes = run_distributed(save_on_a_full_disk, args=(str(tmp_path), tokenizer, 20_000), timeout_s=60)
+    require_told_to_all(outcomes, run_folder(tmp_path), "rank 1 could not write its part of the checkpoint: [Errno 27] File too large")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("a small disk needs root to mount a tmpfs")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_named_on_both_ranks(small_disk: Path, tokenizer: str) -> None:
+    outcomes = run_distributed(save_on_a_full_disk, args=(str(small_disk), tokenizer, None), timeout_s=60)
+    require_told_to_all(outcomes, run_folder(small_disk), "no space left while writing")
+
+
+def resume_together(rank: int, world_size: int, root: str) -> tuple[int, str]:
+    found = newest_usable(run_folder(root), rank=rank, world_size=world_size, attempt=2, group=agreement_group(world_size), timeout_s=20.0)
+    assert found is not None
+    return found.step, found.manifest.digest
+
+
+def test_damage_that_one_rank_finds_moves_both_to_the_checkpoint_before(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1, 2, 3)
+    damaged = ["zero/mp_rank_00_model_states.pt", "zero/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+    for step, file in zip((2, 3), damaged, strict=True):
+        path = run.checkpoints.path / f"step-{step:08d}" / file
+        path.write_bytes(path.read_bytes()[:-100])
+    first, second = run_distributed(resume_together, args=(str(tmp_path),), timeout_s=45)
+    assert first == second
+    assert first[0] == 1
+    assert [(event["step"], event["file"]) for event in run.read_events()] == [(3, damaged[1]), (2, damaged[0])]
+    assert run.checkpoints.children() == ["step-00000001", "step-00000002.damaged-2", "step-00000003.damaged-2"]
+
+
+def load_payloads(rank: int, world_size: int, root: str, tokenizer: str) -> list[str]:
+    """Commit with a real engine, plant a payload in each of its files in turn, and load them."""
+    import torch.distributed as dist
+
+    config, group = run_config(1), agreement_group(world_size)
+    engine = build_engine(config, tokenizer)
+    train_step(engine, rank, world_size, 0)
+    save_checkpoint(root, engine, config, rank, world_size, 1, group)
+    (checkpoint,) = list_checkpoints(run_folder(root))
+    refused: list[str] = []
+    for file in sorted(checkpoint.zero_folder.glob("*.pt")):
+        folder = checkpoint.folder / f"with-{file.stem}"
+        if rank == 0:
+            shutil.copytree(checkpoint.zero_folder, folder)
+            plant_payload(folder / file.name, Path(root, "witness"))
+        dist.barrier()
+        try:
+            engine.load(folder)
+        except DataCorruptError as error:
+            refused.append(error.cause)
+        dist.barrier()
+    return refused
+
+
+def test_a_payload_does_not_run_when_an_engine_loads(tmp_path: Path, tokenizer: str) -> None:
+    by_rank = run_distributed(load_payloads, args=(str(tmp_path), tokenizer), timeout_s=60)
+    files = {path.name for path in list_checkpoints(run_folder(tmp_path))[0].zero_folder.glob("*.pt")}
+    assert len(files) == 3
+    assert {file for file in files if any(f"/{file} is not a plain" in cause for refused in by_rank for cause in refused)} == files
+    assert not (tmp_path / "witness").exists()
+
+
+def arrive_late(rank: int, world_size: int) -> tuple[str, float]:
+    ranks = Ranks(rank, world_size, agreement_group(world_size), timeout_s=2.0)
+    started_at = time.monotonic()
+    if rank == 1:
+        time.sleep(5)
+    try:
+        ranks.all_do("meet", lambda: None)
+    except MaskwrightError as error:
+        return error.cause, time.monotonic() - started_at
+    return "", 0.0
+
+
+def test_a_rank_that_does_not_answer_is_named_in_time() -> None:
+    (cause, seconds), _ = run_distributed(arrive_late, timeout_s=45)
+    assert "waited 2 s for every rank to meet" in cause
+    assert "Ranks 1 failed to pass monitoredBarrier" in cause
+    assert seconds < 4
