@@ -17,7 +17,7 @@ from launcher.lease import Lease
 from launcher.progress import MetricsTail, TrainingProgress, clock
 from launcher.run_status import record_lost_driver
 from launcher.runs import cluster_file, read_config
-from launcher.stages import MODEL_NAME, STAGES
+from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
@@ -60,7 +60,6 @@ def run_job(
             raise
         finally:
             progress.close()
-        run.append_event("finished", attempt=job.attempt, step=config.schedule.steps)
     return run
 
 
@@ -94,6 +93,8 @@ def driver_log(run: RunFolder) -> Location:
 def _run_stages(job: Job, stages: tuple[Stage, ...]) -> None:
     job.say(f"run {job.config.name}  {job.run.root}")
     for stage in stages:
+        if stage is REPORT_STAGE:
+            _record_finish(job)  # before the report, which tells how the run ended
         job.stage = stage.name
         job.lease.beat(stage=stage.name)
         started_at = time.monotonic()
@@ -102,3 +103,9 @@ def _run_stages(job: Job, stages: tuple[Stage, ...]) -> None:
         if outcome.worked:
             job.run.append_event("stage_finished", attempt=job.attempt, stage=stage.name, elapsed_s=round(elapsed_s, 3), **outcome.details)
         job.say(f"{stage.name:<9} {clock(elapsed_s) if outcome.worked else 'skipped':>8}  {outcome.text}")
+    if REPORT_STAGE not in stages:
+        _record_finish(job)
+
+
+def _record_finish(job: Job) -> None:
+    job.run.append_event("finished", attempt=job.attempt, step=job.config.schedule.steps)

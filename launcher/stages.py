@@ -114,9 +114,16 @@ def _finetune(job: Job) -> Outcome:
         worked = True
     else:
         worked = False
-    for task in _task_names(job):
-        job.say(f"  {describe_results(_results(job.run, task).read_json())}")
+    _show_scores(job)
     return Outcome(str(job.run.finetune), worked=worked, details={"settings": settings})
+
+
+def _show_scores(job: Job) -> None:
+    from launcher.scores import score_table
+
+    validations = [event for event in job.run.read_events() if event["kind"] == "validation"]
+    results = [_results(job.run, task).read_json() for task in _task_names(job)]
+    job.console.print(score_table(results, validations[-1] if validations else None), highlight=False)
 
 
 def _task_names(job: Job) -> list[str]:
@@ -131,17 +138,6 @@ def _is_current(run: RunFolder, settings: dict[str, Any]) -> bool:
     """Whether the results belong to these settings and to the newest export."""
     finetuned, exported = _last_finished(run, "finetune"), _last_finished(run, "export")
     return finetuned.get("settings") == settings and finetuned.get("time", 0.0) > exported.get("time", 0.0)
-
-
-def describe_results(results: dict[str, Any]) -> str:
-    """`sst2  pretrained 0.812 ± 0.004   scratch 0.701 ± 0.010   tfidf 0.780`."""
-    parts = [f"{results['task']:<16}"]
-    for system in ("pretrained", "scratch", "tfidf"):
-        scores = results.get(system)
-        if scores:
-            spread = f" ± {scores['std']:.3f}" if len(scores.get("seeds", ())) > 1 else ""
-            parts.append(f"{system} {scores['mean']:.3f}{spread}")
-    return "   ".join(parts)
 
 
 def _report(job: Job) -> Outcome:

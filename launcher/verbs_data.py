@@ -38,12 +38,22 @@ def init(
     next_command(f"maskwright run {runs[0]}" if runs else "maskwright schema")
 
 
-def schema() -> None:
+def schema(
+    write: Annotated[
+        str | None, typer.Option("--write", metavar="DIR", help="Write run.schema.json and cluster.schema.json for editors instead.")
+    ] = None,
+) -> None:
     """Print the JSON schemas of run YAMLs and cluster YAMLs.
 
-    Example: maskwright schema > maskwright.schema.json
+    Example: maskwright schema --write cluster_configs/schema
     """
-    print(json.dumps(json_schema(), indent=2))
+    if write is None:
+        print(json.dumps(json_schema(), indent=2))
+        return
+    for name, content in json_schema().items():
+        file = Location.at(write) / f"{name}.schema.json"
+        file.write_bytes((json.dumps(content, indent=2) + "\n").encode())
+        say(str(file))
 
 
 def prepare(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None, as_json: Json = False) -> None:
@@ -107,9 +117,6 @@ def _check_range(config: RunConfig, step: int, steps: int, world_size: int, rank
         raise UsageError(
             f"--step {step} --steps {steps}: the run has steps 0 to {config.schedule.steps - 1}", "Ask for fewer, or --set schedule.steps=N."
         )
-    fewest = min(phase.num_micro_batches for phase in config.phases)
-    if world_size > fewest:
-        raise UsageError(f"--world-size {world_size}: a step has {fewest} micro-batches, so at most {fewest} ranks", "Ask for fewer ranks.")
     if rank is not None and rank >= world_size:
         raise UsageError(f"--rank {rank}: --world-size {world_size} has ranks 0 to {world_size - 1}", "Raise --world-size or lower --rank.")
 

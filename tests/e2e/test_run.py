@@ -64,7 +64,8 @@ def test_all_stages_leave_what_they_promise(finished: tuple[Path, str], folder: 
     assert (run / "report.html").is_file()
     assert (run / "logs/attempt-0001/rank-00001.log").is_file()
     assert not (run / "lease.json").exists()
-    assert kinds(run)[-1] == "finished"
+    assert kinds(run)[-2:] == ["finished", "stage_finished"], "the report is written last, and says that the run finished"
+    assert "TF-IDF" in output
     (corpus,) = (folder / "storage/corpora").iterdir()
     assert (corpus / "corpus.json").is_file()
     code, output = maskwright("status", "tiny", "--storage", "storage", "--json", "--exit-code", folder=folder)
