@@ -165,7 +165,8 @@ def _score_rows(results: Mapping[str, Any]) -> dict[str, Any]:
         }
         for system, name in SYSTEMS.items()
     ]
-    sizes = ", ".join(f"{count:,} {split}" for split, count in results.get("num_rows", {}).items())
+    num_rows: dict[str, int] = results.get("num_rows", {})
+    sizes = ", ".join(f"{num_rows[split]:,} {split}" for split in ("train", "dev", "test") if split in num_rows)
     return {
         "task": results["task"],
         "rows": rows,

@@ -164,7 +164,7 @@ def _csv_records(file: Location, content: str) -> Iterator[_Record]:
                 raise DataCorruptError(f"{file} line {reader.line_num}: expected {len(reader.fieldnames or ())} cells", "Correct or delete the line.")
             yield reader.line_num, record
     except csv.Error as error:
-        raise DataCorruptError(f"{file} line {reader.line_num} is not CSV: {error}", "Correct or delete the line.") from error
+        raise DataCorruptError(f"{file} line {reader.reader.line_num} is not CSV: {error}", "Correct or delete the line.") from error
 
 
 def _text(value: Any, file: Location, line: int, column: str) -> str:
