@@ -99,7 +99,6 @@ class StepLog:
         """Record that the run ended on request, with `state` saved."""
         if self._writes:
             self._run.append_event("stopped", attempt=self._attempt, step=state.step, cause="requested")
-        self.close()
 
     def close(self) -> None:
         """Flush TensorBoard's file."""

@@ -2,6 +2,7 @@
 
 import math
 import os
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -45,9 +46,14 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     engine = build_engine(config, index)
     saver = Saver.open(folder, config, context, attempt)
     state = saver.resume(engine, TrainState(corpus_fingerprint=index.fingerprint, tokenizer_digest=index.tokenizer_digest))
+    with closing(StepLog(folder, engine, context, attempt, first_step=state.step)) as log:
+        train(config, index, engine, saver, log, context, state)
+
+
+def train(config: RunConfig, index: CorpusIndex, engine: Engine, saver: Saver, log: StepLog, context: RunContext, state: TrainState) -> None:
+    """The loop: read, agree, forward and backward, agree, step, record, validate, save. See `pretrain`."""
     stream = MicroBatchStream(index, config.objective, config.phases, config.seed, split="train")
     validation, empty = Validation(index, config, context.rank, context.world_size), empty_micro_batch(index.vocabulary)
-    log = StepLog(folder, engine, context, attempt, first_step=state.step)
     parts = read_steps(
         stream, config.phases, first_step=state.step, rank=context.rank, world_size=context.world_size, workers=config.batch.loader_workers
     )
@@ -80,7 +86,6 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
             log.validated(state, validation.measure(engine, phase_of(config.phases, state.step - 1), state.step), index.unigram_entropy)
         if is_due(state.step, config.checkpoint.every_steps, config):
             saver.save(engine, state)
-    log.close()
 
 
 def build_engine(config: RunConfig, index: CorpusIndex) -> Engine:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertForMaskedLM, BertForPreTraining
 
-from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.errors import ConfigError, NotFoundError, UnreachableError
 from data_pipeline.stream import MicroBatch
 from tests.support.batches import EMPTY, VOCAB_SIZE, random_micro_batch, small_config, write_tokenizer
 from trainer.batch import TensorBatch, tensor_batches
@@ -177,6 +177,12 @@ def test_init_from_refuses_what_does_not_fit(model: PretrainingBert, tokenizer: 
     PretrainingBert(model.config).save_pretrained(tmp_path / "small")
     with pytest.raises(ConfigError, match=f"vocabulary of 50; the corpus' tokenizer has {VOCAB_SIZE}"):
         build(tokenizer, init_from=str(tmp_path / "small"))
+
+
+def test_init_from_a_hub_that_does_not_answer(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UnreachableError, match="hub did not deliver"):
+        build(tokenizer, init_from="nobody/nothing-of-that-name")
 
 
 def test_init_from_reads_no_pickles(model: PretrainingBert, tokenizer: str, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""The pure parts of the loop: counters, cadences, refusals, records."""
+
+import json
+
+import pytest
+import torch
+from transformers import BertConfig
+
+from data_pipeline.errors import ConfigError, DivergedError
+from tests.support.batches import small_config
+from trainer.engine import Engine, StepOutcome
+from trainer.metrics import finite, measured_peak, useful_flops
+from trainer.model import PretrainingBert
+from trainer.passes import dropout_seed
+from trainer.pretrain import MAX_SKIPPED_STEPS, advanced, is_due, phase_of, require_sound
+from trainer.saving import require_same_data
+from trainer.state import TrainState
+from trainer.totals import StepCounts
+
+NAN = float("nan")
+
+
+def test_an_overflowed_step_counts_and_is_remembered() -> None:
+    state = TrainState(step=7, micro_batches_consumed=28, tokens_seen=100)
+    counts = StepCounts(tokens=50)
+    applied = advanced(state, StepOutcome(1.0, applied=True), counts, 4)
+    skipped = advanced(state, StepOutcome(NAN, applied=False), counts, 4)
+    assert (applied.step, applied.micro_batches_consumed, applied.tokens_seen, applied.skipped_steps) == (8, 32, 150, ())
+    assert (skipped.step, skipped.micro_batches_consumed, skipped.tokens_seen, skipped.skipped_steps) == (8, 32, 150, (7,))
+
+
+def test_the_list_of_skipped_steps_is_bounded() -> None:
+    state = TrainState()
+    for _ in range(MAX_SKIPPED_STEPS + 5):
+        state = advanced(state, StepOutcome(NAN, applied=False), StepCounts(), 1)
+    assert len(state.skipped_steps) == MAX_SKIPPED_STEPS
+    assert state.skipped_steps[-1] == MAX_SKIPPED_STEPS + 4
+
+
+def test_gradients_that_are_not_finite_end_the_run_but_for_fp16() -> None:
+    require_sound(StepOutcome(1.0, applied=True), "bf16", 3)
+    require_sound(StepOutcome(NAN, applied=False), "fp16", 3)
+    for outcome in (StepOutcome(NAN, applied=True), StepOutcome(1.0, applied=False)):
+        with pytest.raises(DivergedError, match="gradients of step 3"):
+            require_sound(outcome, "bf16", 3)
+
+
+def test_cadence_includes_the_last_step() -> None:
+    config = small_config()
+    assert [step for step in range(1, 21) if is_due(step, 6, config)] == [6, 12, 18, 20]
+
+
+def test_phases_govern_from_their_first_step() -> None:
+    batch = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 24, "phases": [{"from_step": 5, "sequence_length": 48}]}
+    phases = small_config(batch=batch).phases
+    assert [phase_of(phases, step).sequence_length for step in (0, 4, 5, 19)] == [24, 24, 48, 48]
+
+
+@pytest.mark.parametrize("field", ["corpus_fingerprint", "tokenizer_digest"])
+def test_other_data_is_refused(field: str) -> None:
+    now = TrainState(corpus_fingerprint="a" * 64, tokenizer_digest="b" * 64)
+    require_same_data(now, now)
+    with pytest.raises(ConfigError, match="cccccccccccc"):
+        require_same_data(TrainState(**{"corpus_fingerprint": "a" * 64, "tokenizer_digest": "b" * 64, field: "c" * 64}), now)
+
+
+def test_dropout_seeds_differ_by_everything_that_they_depend_on() -> None:
+    seeds = {dropout_seed(seed, number, piece) for seed in range(3) for number in range(50) for piece in range(4)}
+    assert len(seeds) == 3 * 50 * 4
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_records_are_json() -> None:
+    values = finite({"nsp_loss": NAN, "grad_norm": float("inf"), "loss": 1.5, "step": 3})
+    assert json.loads(json.dumps(values, allow_nan=False)) == {"nsp_loss": None, "grad_norm": None, "loss": 1.5, "step": 3}
+
+
+def test_useful_flops_of_bert_base() -> None:
+    """545 MFLOP a token at 128 tokens and 15 % masked, the published arithmetic for BERT-base."""
+    config = BertConfig()
+    samples = 1000
+    counts = StepCounts(masked=int(samples * 128 * 0.15), tokens=samples * 128, samples=samples, squared_lengths=samples * 128**2)
+    assert useful_flops(config, counts) / counts.tokens == pytest.approx(545e6, rel=0.01)
+
+
+def test_a_matrix_product_is_measured() -> None:
+    assert 1e8 < measured_peak(torch.device("cpu"), torch.float32) < 1e14
+
+
+def test_fp16_without_a_gpu_is_refused_with_a_remedy() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    model = PretrainingBert(BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+    with pytest.raises(ConfigError) as caught:
+        Engine.build(model, small_config(precision="fp16"))
+    assert "bf16" in caught.value.remedy
