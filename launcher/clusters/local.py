@@ -68,15 +68,21 @@ def this_machine() -> Machine:
     return Machine(num_cpus=len(os.sched_getaffinity(0)), num_gpus=devices)
 
 
-def resolve_workers(config: ClusterConfig, machine: Machine) -> Workers:
-    """Ranks, threads and device of a worker group (pure).
+def resolve_workers(config: ClusterConfig, machine: Machine, num_micro_batches: int | None = None) -> Workers:
+    """Ranks, threads and device of a worker group (pure); a step of `num_micro_batches` keeps no more ranks than that busy.
 
     Raises:
-        ConfigError: GPUs are asked for and there are fewer than ranks.
+        ConfigError: there are fewer GPUs or micro-batches than ranks are asked for.
     """
     use_gpu = machine.num_gpus > 0 if config.use_gpu == "auto" else config.use_gpu
     by_device = machine.num_gpus if use_gpu else min(2, machine.num_cpus)
-    num_workers = by_device if config.num_workers == "auto" else config.num_workers
+    most = by_device if num_micro_batches is None else min(by_device, num_micro_batches)
+    num_workers = most if config.num_workers == "auto" else config.num_workers
+    if num_micro_batches is not None and num_workers > num_micro_batches:
+        raise ConfigError(
+            f"num_workers {num_workers} exceeds the {num_micro_batches} micro-batches of a step, so some ranks would never have work",
+            "Lower num_workers, or batch.micro_batch_size so that a step has more micro-batches.",
+        )
     if use_gpu and (num_workers > machine.num_gpus or num_workers < 1):
         raise ConfigError(
             f"{max(1, num_workers)} ranks need a GPU each, this machine has {machine.num_gpus}", "Lower num_workers or set use_gpu: false."

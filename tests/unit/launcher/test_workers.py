@@ -54,6 +54,12 @@ def test_impossible_workers_are_refused(config: dict[str, Any]) -> None:
         resolve_workers(ClusterConfig(**config), Machine(4, 0))
 
 
+def test_no_more_ranks_than_a_step_has_micro_batches() -> None:
+    assert resolve_workers(ClusterConfig(), Machine(16, 8), num_micro_batches=3) == Workers(3, 5, True)
+    with pytest.raises(ConfigError, match="exceeds the 3 micro-batches"):
+        resolve_workers(ClusterConfig(num_workers=4), Machine(16, 8), num_micro_batches=3)
+
+
 def test_interface_of_an_address() -> None:
     from launcher.ray_worker import interface_of
 
