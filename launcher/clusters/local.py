@@ -1,6 +1,7 @@
 """The embedded cluster: Ray started by this command on this machine, for the length of the command (starts and ends processes)."""
 
 import glob
+import importlib
 import logging
 import os
 import secrets
@@ -34,6 +35,9 @@ _RAY_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # Workers that are started ahead of need have the wrong environment for ours; each costs a second of CPU.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -110,8 +114,9 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
     folder = _session_folder()
     environment = {name: value for name, value in {**_RAY_ENVIRONMENT, **_new_token(folder)}.items() if name not in os.environ}
     os.environ.update(environment)
-    import ray  # after the environment: some of it is read at import
+    import ray
 
+    _read_token_again()
     try:
         for tries_left in (1, 0):
             try:
@@ -173,6 +178,14 @@ def _new_token(folder: Path) -> dict[str, str]:
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def _read_token_again() -> None:
+    """Ray reads the mode at import and the token once; a process that imported it earlier, or starts a second cluster, has the wrong ones."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    with suppress(AttributeError):  # releases of Ray before token authentication have neither
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _remove_abandoned_folders() -> None:

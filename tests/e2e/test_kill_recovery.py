@@ -16,7 +16,7 @@ from tests.support.tiny_run import STEPS, write_run
 SEED = int(os.environ.get("MASKWRIGHT_KILL_SEED", random.SystemRandom().randrange(10**6)))
 SAME = ("loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "grad_norm", "lr", "batch_digest")
 
-pytestmark = pytest.mark.timeout(360)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

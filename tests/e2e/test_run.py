@@ -11,7 +11,7 @@ import pytest
 from tests.support.commands import Command, maskwright, worker_pid
 from tests.support.tiny_run import STEPS, write_run, write_task, write_text
 
-pytestmark = pytest.mark.timeout(360)
+pytestmark = pytest.mark.timeout(600)
 ON_CLUSTER = ["--cluster", "cluster.yaml"]
 
 

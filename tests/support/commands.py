@@ -39,7 +39,7 @@ class Command:
             )
         return self
 
-    def wait(self, timeout_s: float = 150.0) -> int:
+    def wait(self, timeout_s: float = 240.0) -> int:
         """The exit code; on time-out everything is killed and the output shown."""
         try:
             return self.process.wait(timeout_s)
@@ -104,7 +104,7 @@ def _name(pid: int) -> str:
         return str(pid)
 
 
-def maskwright(*arguments: str, folder: Path, timeout_s: float = 150.0, **environment: str) -> tuple[int, str]:
+def maskwright(*arguments: str, folder: Path, timeout_s: float = 240.0, **environment: str) -> tuple[int, str]:
     """Run a command to its end: exit code and output."""
     command = Command(list(arguments), folder, environment).start()
     try:
