@@ -92,7 +92,6 @@ def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> 
         (["prepare", "c.yaml", "--set", "corpus.source=absent.txt"], ExitCode.NOT_FOUND),
         (["inspect", "c.yaml", "--step", "0", "--set", "corpus.source=absent.txt"], ExitCode.NOT_FOUND),
         (["inspect", "c.yaml", "--step", "2000000"], ExitCode.USAGE),
-        (["inspect", "c.yaml", "--step", "0", "--world-size", "9"], ExitCode.USAGE),
         (["inspect", "c.yaml", "--step", "0", "--world-size", "2", "--rank", "2"], ExitCode.USAGE),
         (["status", "nope"], ExitCode.NOT_FOUND),
         (["logs", "nope"], ExitCode.NOT_FOUND),
@@ -131,10 +130,10 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unforeseen_exception_is_a_line_and_exit_code_1(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    made.events.write_bytes(b"this is no JSON\n")
+    made.events.write_bytes(b'{"no": "kind"}\n')
     assert invoke("status", "made") == ExitCode.INTERNAL
     lines = error_of(capsys)
-    assert lines[0].startswith("internal error: JSONDecodeError")
+    assert lines[0].startswith("internal error: KeyError")
     assert "--debug" in lines[1]
 
 
