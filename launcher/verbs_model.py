@@ -57,7 +57,7 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
     run = run_job(
         config, load_cluster_config(cluster) if cluster else where or ClusterConfig(), console(), verb="finetune", stages=stages, model=folder
     )
-    next_command(f"maskwright evaluate {run.finetune}/{config.finetune.tasks[0].name}/model --set 'finetune.tasks=[...]'")
+    next_command(f"maskwright evaluate {run.root}")
 
 
 def _config_for(model: Model, overrides: list[str] | None, storage: str | None) -> RunConfig:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.errors import ConflictError, NotFoundError
+from data_pipeline.errors import ConflictError, NotFoundError, UsageError
 from launcher.attempts import attempt_folder, last_attempt
 from launcher.config import ClusterConfig, load_cluster_config, load_run_config, override_run_config
 from launcher.control import request_stop
@@ -55,6 +55,9 @@ def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, clu
     from launcher.jobs import run_job
 
     folder = find_run(run, storage)
+    begun = next((event for event in folder.read_events() if event["kind"] == "command_started"), {})
+    if begun.get("verb") == "finetune":
+        raise UsageError(f"run {folder.root.name} only fine-tunes a model, it has nothing to pretrain", "Give the same `maskwright finetune` again.")
     config = override_run_config(read_config(folder), overrides or ())
     where = load_cluster_config(cluster) if cluster else read_cluster(folder) or ClusterConfig()
     _say_finished(run_job(config, where, console(), verb="resume", deliberate=bool(overrides)))

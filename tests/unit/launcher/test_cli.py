@@ -180,6 +180,12 @@ def test_status_follows_from_the_run_folder(
     assert "next: maskwright" in capsys.readouterr().out
 
 
+def test_a_run_that_only_fine_tunes_is_not_pretrained_by_resume(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    made.append_event("command_started", attempt=0, verb="finetune")
+    assert invoke("resume", "made") == ExitCode.USAGE
+    assert "maskwright finetune" in error_of(capsys)[1]
+
+
 def test_unknown_run_names_the_nearest(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("status", "mad") == ExitCode.NOT_FOUND
     assert error_of(capsys)[1] == "Runs there: made."
