@@ -1,6 +1,7 @@
 """Files on local disks and object stores behind one small type; every write is atomic, every failure names the path."""
 
 import errno
+import io
 import json
 import os
 import uuid
@@ -169,14 +170,25 @@ class Location:
                 return True
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with self.path.open("xb") as file:
-                    file.write(data)
+                file = self.path.open("xb", buffering=0)
             except FileExistsError:
                 return False
+            with file:
+                try:
+                    _write_whole(file, data)
+                except OSError:  # a claim that nobody holds and that names nobody would never be given up
+                    self.path.unlink(missing_ok=True)
+                    raise
             return True
 
     def append_line(self, line: str) -> None:
-        """Append one line in a single write. On an object store the file is a folder of parts."""
+        """Append one line in a single write. On an object store the file is a folder of parts.
+
+        A line that a full disk or a crash has cut is closed first: it spoils itself and not the one that follows.
+
+        Raises:
+            StorageError: the disk is full or the path cannot be written.
+        """
         with storage_errors(self.url):
             data = (line + "\n").encode()
             if not self.is_local:
@@ -185,8 +197,10 @@ class Location:
                 fs.pipe_file(f"{path}/{parts:08d}-{uuid.uuid4().hex[:8]}.jsonl", data)
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab", buffering=0) as file:
-                file.write(data)
+            with self.path.open("ab+", buffering=0) as file:
+                if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    data = b"\n" + data
+                _write_whole(file, data)
 
     def read_lines(self) -> list[str]:
         """Complete lines of a file written by `append_line`; a torn last line is left out. Empty when there is no file."""
@@ -200,6 +214,12 @@ class Location:
         if self.exists():
             fs, path = self.filesystem()
             fs.rm(path, recursive=True)
+
+
+def _write_whole(file: io.FileIO, data: bytes) -> None:
+    """One write; a full disk shows as a short one."""
+    if file.write(data) != len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.chunks import Chunks, cut_chunks
 from data_pipeline.config import ObjectiveConfig, Phase
-from data_pipeline.errors import ConfigError, DataCorruptError
+from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError
 from data_pipeline.hashing import mix64
 from data_pipeline.index import CorpusIndex, Split
 from data_pipeline.masking import Masking
@@ -171,7 +171,7 @@ def build_loader(stream: MicroBatchStream, numbers: Iterable[int], workers: int)
     """Micro-batches of `numbers`, in that order, under the stock DataLoader: 0 workers make them here, others ahead of time."""
     from torch.utils.data import DataLoader
 
-    dataset: Any = stream
+    dataset: Any = _Errors(stream)
     collate: Any = _unchanged
     loader = DataLoader(
         dataset,
@@ -181,8 +181,28 @@ def build_loader(stream: MicroBatchStream, numbers: Iterable[int], workers: int)
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
     )
-    return iter(cast("Iterable[MicroBatch]", loader))
+    return _raising(cast("Iterable[MicroBatch | MaskwrightError]", loader))
 
 
-def _unchanged(micro_batch: MicroBatch) -> MicroBatch:
-    return micro_batch
+@dataclass(frozen=True)
+class _Errors:
+    """The stream with known errors as values: torch would make a RuntimeError of one that a worker raises, and its remedy would be lost."""
+
+    stream: MicroBatchStream
+
+    def __getitem__(self, number: int) -> MicroBatch | MaskwrightError:
+        try:
+            return self.stream[number]
+        except MaskwrightError as error:
+            return error
+
+
+def _raising(results: Iterable[MicroBatch | MaskwrightError]) -> Iterator[MicroBatch]:
+    for result in results:
+        if isinstance(result, MaskwrightError):
+            raise result
+        yield result
+
+
+def _unchanged(result: MicroBatch | MaskwrightError) -> MicroBatch | MaskwrightError:
+    return result

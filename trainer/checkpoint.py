@@ -164,9 +164,20 @@ def require_same_layout(manifest: Manifest, config: RunConfig, world_size: int) 
             )
 
 
-def why_not_exact(manifest: Manifest, now: Circumstances) -> list[str]:
-    """What differs from when the checkpoint was taken and so may change the last bits of every loss from here on (R3)."""
-    return manifest.circumstances.differences(now)
+def why_not_exact(manifest: Manifest, now: Circumstances, config: RunConfig | None = None) -> list[str]:
+    """What may change the last bits of every loss from here on (R3): what differs from when the checkpoint was taken, and GPU kernels."""
+    reasons = manifest.circumstances.differences(now)
+    if config is not None:
+        split = manifest.config.get("batch", {}).get("split", 1)
+        if split != config.batch.split:
+            reasons.append(f"batch.split: {split}, now {config.batch.split} (dropout is drawn for each part)")
+        if manifest.config.get("zero", {}).get("deepspeed", {}) != config.zero.deepspeed:
+            reasons.append("zero.deepspeed differs")
+        if manifest.config.get("model", {}).get("activation_checkpointing", False) != config.model.activation_checkpointing:
+            reasons.append("model.activation_checkpointing differs")
+    if now.device.startswith("cuda"):
+        reasons.append("GPU kernels may add in another order each time")
+    return reasons
 
 
 def verify(folder: Path) -> list[Problem]:

@@ -1,12 +1,12 @@
 """Sequence classifiers as transformers networks: made from an exported model, written as a model folder, read back (no collective calls)."""
 
 import shutil
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from data_pipeline.errors import ConfigError, NotFoundError
@@ -14,6 +14,7 @@ from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.finetune_results import Init
 from trainer.model_folder import publish
+from trainer.quiet import quiet_transformers
 
 DEFAULT_MAX_LENGTH = 128
 
@@ -22,6 +23,9 @@ def build_classifier(model_folder: str, label_names: Sequence[str], init: Init, 
     """The encoder of `model_folder`, or with `init` "scratch" the same network with fresh weights, under a new classification head.
 
     New weights are drawn from `seed`. Weights are fp32. Attention is the plain kind, which is as fast as any at these lengths.
+
+    Raises:
+        ConfigError: the model has no model.safetensors: pickled weights are not read.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -32,9 +36,7 @@ def build_classifier(model_folder: str, label_names: Sequence[str], init: Init, 
         if init == "scratch":
             network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, attn_implementation="eager")
         else:
-            network = AutoModelForSequenceClassification.from_pretrained(
-                model_folder, config=config, trust_remote_code=False, dtype=torch.float32, attn_implementation="eager"
-            )
+            network = load_weights(AutoModelForSequenceClassification, model_folder, config=config, attn_implementation="eager")
     return network.float().train()
 
 
@@ -54,7 +56,7 @@ def load_classifier(folder: str, label_names: tuple[str, ...], task_name: str) -
 
     Raises:
         NotFoundError: it is not a model folder.
-        ConfigError: it is no classifier, or has other labels.
+        ConfigError: it is no classifier, has other labels, or no model.safetensors.
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -74,26 +76,26 @@ def load_classifier(folder: str, label_names: tuple[str, ...], task_name: str) -
         raise ConfigError(
             f"the model's labels are {', '.join(names)}; task {task_name} has {', '.join(label_names)}", "Evaluate on the model's own task."
         )
-    with quiet_transformers():
-        return AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32)
+    return load_weights(AutoModelForSequenceClassification, folder)
+
+
+def load_weights(auto_class: Any, folder: str, **settings: Any) -> Any:
+    """`auto_class.from_pretrained` of a local folder: fp32, from safetensors only, no code of the folder's.
+
+    Raises:
+        ConfigError: there is no model.safetensors, or it is damaged.
+    """
+    try:
+        with quiet_transformers():
+            return auto_class.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **settings)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{folder} has no readable model.safetensors: {str(error).strip().partition(chr(10))[0]}",
+            "Weights are read from safetensors only: export the run again, or convert the model with save_pretrained.",
+        ) from error
 
 
 def trained_max_length(folder: str) -> int:
     """The longest row, in tokens, that a classifier was trained with."""
     lineage = Location.at(folder) / "lineage.json"
     return int(lineage.read_json().get("max_length", DEFAULT_MAX_LENGTH)) if lineage.exists() else DEFAULT_MAX_LENGTH
-
-
-@contextmanager
-def quiet_transformers() -> Generator[None]:
-    """Without the warnings about heads that are new or unused: both are meant here."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        logging.enable_progress_bar()

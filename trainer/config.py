@@ -25,7 +25,7 @@ class ModelConfig(Section):
     max_positions: int = Field(default=512, ge=16)
     """Longest sequence the model can take, in tokens."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Dropout of hidden states and attention probabilities, keyed by (seed, micro-batch)."""
+    """Dropout of hidden states and attention probabilities, keyed by (seed, micro-batch). Exported with the model: fine-tuning uses it, too."""
     initializer_range: float = Field(default=0.02, gt=0.0)
     """Standard deviation of the initial weights. Narrow networks leave the plateau of word frequencies sooner with a larger one."""
     activation_checkpointing: bool = False

@@ -1,8 +1,11 @@
-"""DeepSpeed's configuration, derived from ours in one place (pure)."""
+"""DeepSpeed's configuration, derived from ours in one place, and what it makes DeepSpeed compile (pure, but for a look for a compiler)."""
 
+import os
+import shutil
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from trainer.config import RunConfig
 
 BUCKET_ELEMENTS = 50_000_000
@@ -60,6 +63,48 @@ def derive_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any
         derived["fp16"] = {"enabled": True, "loss_scale": 0}
     _refuse_derived(config.zero.deepspeed)
     return _merged(derived, config.zero.deepspeed)
+
+
+def offloads_optimizer(settings: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lives in main memory, so that DeepSpeed insists on an Adam of its own, which it compiles."""
+    zero = settings["zero_optimization"]
+    offloads = bool(zero.get("cpu_offload")) or _offload_device(zero, "offload_optimizer") != "none"
+    return offloads and bool(settings.get("zero_force_ds_cpu_optimizer", True))
+
+
+def compiled_ops(settings: dict[str, Any]) -> dict[str, str]:
+    """DeepSpeed's extensions (by its own name) that these settings need, each with the setting that asks for it. The defaults need none."""
+    zero = settings["zero_optimization"]
+    needed: dict[str, str] = {}
+    if offloads_optimizer(settings):
+        needed["cpu_adam"] = "zero_optimization.offload_optimizer"
+    for key in ("offload_optimizer", "offload_param"):
+        if _offload_device(zero, key) == "nvme":
+            needed["async_io"] = f"zero_optimization.{key}"
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key):
+            needed["quantizer"] = f"zero_optimization.{key}"
+    return needed
+
+
+def require_compiler(settings: dict[str, Any], built: Mapping[str, bool], which: Callable[[str], str | None] = shutil.which) -> None:
+    """Refuse settings whose extensions can neither be compiled here nor are `built` into the installed DeepSpeed.
+
+    Raises:
+        EnvironmentMismatchError: the C++ compiler or ninja is missing.
+    """
+    missing = [tool for tool in (os.environ.get("CXX", "c++"), "ninja") if which(tool) is None]
+    for op, setting in compiled_ops(settings).items():
+        if missing and not built.get(op, False):
+            raise EnvironmentMismatchError(
+                f"zero.deepspeed.{setting} makes DeepSpeed compile {op}, but there is no {' and no '.join(missing)} on the PATH",
+                f"Install a C++ compiler and ninja (Debian: `apt install g++ ninja-build`), or remove zero.deepspeed.{setting}.",
+            )
+
+
+def _offload_device(zero: dict[str, Any], key: str) -> str:
+    offload = zero.get(key)
+    return str(offload.get("device", "none")) if isinstance(offload, dict) else "none"
 
 
 def _refuse_derived(overrides: dict[str, Any]) -> None:

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from trainer.batch import TensorBatch
 from trainer.config import OptimizerConfig, RunConfig
-from trainer.deepspeed_config import derive_deepspeed_config
+from trainer.deepspeed_config import derive_deepspeed_config, offloads_optimizer, require_compiler
 from trainer.model import PretrainingBert, as_loss_sums
 from trainer.objectives import LossSums, LossWeights
 
@@ -59,12 +59,18 @@ class Engine:
 
         Raises:
             ConfigError: the device cannot compute in the configured precision, or `zero.deepspeed` is refused.
+            EnvironmentMismatchError: `zero.deepspeed` asks for what must be compiled, and there is no compiler; or torch is too old.
         """
         device = training_device()
         _refuse_unsupported_precision(config.precision, device)
         settings = derive_deepspeed_config(config, dist.get_world_size())
         deepspeed = _import_deepspeed(device)
-        optimizer = torch.optim.AdamW(parameter_groups(model, config.optimizer), lr=config.optimizer.lr, fused=True)
+        require_compiler(settings, importlib.import_module("deepspeed.git_version_info").installed_ops)
+        groups = parameter_groups(model, config.optimizer)
+        if offloads_optimizer(settings):
+            optimizer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(groups, lr=config.optimizer.lr, adamw_mode=True)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
         with redirect_stdout(io.StringIO()):  # rank 0 prints its memory for every parameter group
             wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         engine = cls(wrapped, config, device)
@@ -159,6 +165,11 @@ class Engine:
         """
         if self._config.zero.stage > 0 or self._config.precision == "fp32":
             return
+        if not hasattr(nn.Parameter, "grad_dtype"):  # setting it would do nothing, and the sums would silently be 16-bit
+            raise EnvironmentMismatchError(
+                f"torch {torch.__version__} cannot accumulate gradients in fp32 for 16-bit weights at ZeRO stage 0",
+                "Set zero.stage to 1, or upgrade torch.",
+            )
         optimizer = self._deepspeed.optimizer
         optimizer.state.clear()
         optimizer.refresh_fp32_params()

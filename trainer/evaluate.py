@@ -16,7 +16,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.agreement import Ranks, agreement_group
-from trainer.classifier import load_classifier, quiet_transformers, trained_max_length
+from trainer.classifier import load_classifier, load_weights, trained_max_length
 from trainer.config import TaskConfig
 from trainer.context import RunContext
 from trainer.finetune_results import Scores
@@ -116,13 +116,13 @@ def fill_mask(model: str, text: str, top_k: int = 5) -> list[list[tuple[str, flo
 
     Raises:
         NotFoundError: there is no such model.
-        ConfigError: the text has no mask token.
+        ConfigError: the text has no mask token, or the model no model.safetensors.
     """
     from transformers import AutoModelForMaskedLM
 
-    with local_folder(Location.at(model)) as folder, quiet_transformers():
+    with local_folder(Location.at(model)) as folder:
         tokenizer: Any = load_tokenizer(folder)
-        network: Any = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=False).eval()
+        network: Any = load_weights(AutoModelForMaskedLM, folder).eval()
     inputs = tokenizer(text, truncation=True, max_length=network.config.max_position_embeddings, return_tensors="pt")
     places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
     if not len(places):

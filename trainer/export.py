@@ -20,10 +20,11 @@ from data_pipeline.index import CorpusIndex
 from data_pipeline.storage import Location, storage_errors, sync_folder
 from trainer.checkpoint import Checkpoint, list_checkpoints, verify
 from trainer.config import RunConfig
-from trainer.export_check import Agreement, check_export, quiet
+from trainer.export_check import Agreement, check_export
 from trainer.manifest import FileDigest, Problem, check_files, fsync_file
 from trainer.model import PretrainingBert
 from trainer.model_card import CardFacts, render_model_card
+from trainer.quiet import quiet_transformers
 from trainer.runlog import RunFolder
 
 FORMAT_VERSION = 1
@@ -159,7 +160,7 @@ def _save_stock(trained: PretrainingBert, folder: Path) -> None:
     """config.json and model.safetensors, written by stock transformers' own class: no name of ours gets into them."""
     stock = BertForPreTraining(trained.config)
     stock.load_state_dict(trained.state_dict(), strict=True)
-    with quiet():
+    with quiet_transformers():
         stock.save_pretrained(folder)
 
 

@@ -1,7 +1,5 @@
 """Whether an exported model is the trained one: loads it the way users will and compares logits. Reads the folder, writes nothing."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
-from transformers.utils import logging
 
 from data_pipeline.errors import MaskwrightError
 from trainer.model import PretrainingBert
+from trainer.quiet import quiet_transformers
 
 MAX_DIFFERENCE = 1e-4
 """Largest difference of a logit between stock transformers and the training code, both in fp32 on this machine."""
@@ -51,7 +49,7 @@ def check_export(folder: Path, trained: PretrainingBert, probe: Path, precision:
     Raises:
         MaskwrightError: they do not load or do not agree.
     """
-    with quiet(), torch.no_grad():
+    with quiet_transformers(), torch.no_grad():
         batch = _tokenize(folder, trained.config.max_position_embeddings)
         expected_mlm, expected_nsp = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
         _load(AutoModel, folder)
@@ -121,17 +119,3 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 def _relative(found: Tensor, expected: Tensor) -> float:
     difference, scale = (found.float() - expected.float()).square().mean().sqrt(), expected.float().square().mean().sqrt()
     return float(difference / max(float(scale), _SMALLEST_RMS))
-
-
-@contextmanager
-def quiet() -> Generator[None]:
-    """Without transformers' progress bars and its report on weights that a smaller model has no use for."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, BertConfig, BertForPreTraining, PreTrainedTokenizerBase
 
-from data_pipeline.errors import ConfigError, NotFoundError, UnreachableError
+from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, UnreachableError
 from trainer.batch import TensorBatch
 from trainer.config import ModelConfig
 from trainer.objectives import LossSums, loss_sums
@@ -76,6 +77,7 @@ def build_model(
             model = PretrainingBert(_bert_config(config, tokenizer, attention))
         else:
             model = _load_weights(config, config.init_from, len(tokenizer), sequence_length, attention)
+            require_same_vocabulary(config.init_from, tokenizer)
     if config.activation_checkpointing:
         # ZeRO-3 frees parameters after the forward pass; only the re-entrant kind gathers them again before it recomputes.
         enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -119,11 +121,32 @@ def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_le
         return PretrainingBert.from_pretrained(
             source, config=found, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=attention
         )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigError(
-            f"model.init_from {source} holds no model.safetensors: {_first_line(error)}",
+            f"model.init_from {source} holds no model.safetensors that can be read: {_first_line(error)}",
             "Weights are read from safetensors only; convert the model with save_pretrained(..., safe_serialization=True).",
         ) from error
+
+
+def require_same_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that was trained on other tokens than `tokenizer`'s, even as many. One that comes without a tokenizer cannot be told.
+
+    Raises:
+        ConfigError: a token has another id.
+    """
+    from data_pipeline.tokenizer import load_tokenizer
+
+    try:
+        theirs = load_tokenizer(source).get_vocab()
+    except MaskwrightError:
+        return
+    ours = tokenizer.get_vocab()
+    different = [token for token, number in ours.items() if theirs.get(token) != number]
+    if len(ours) == len(theirs) and different:  # another size is named by `_load_weights`, which looks at the weights
+        raise ConfigError(
+            f"model.init_from {source} has another vocabulary than the corpus' tokenizer: {len(different)} of {len(ours)} tokens differ",
+            "Prepare the corpus with the model's own tokenizer: set tokenizer.path to the same folder or hub id.",
+        )
 
 
 def _read_config(source: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 _TEMPLATE = """\
+{% macro shown(value, unit="") %}{{ "not measured" if value is none else "%.4f"|format(value) ~ unit }}{% endmacro -%}
 ---
 library_name: transformers
 pipeline_tag: fill-mask
@@ -52,13 +53,13 @@ Measured after step {{ validation.step }} on documents that were kept out of tra
 
 | | |
 |---|---|
-| Masked-language modelling loss | {{ "%.4f"|format(validation.mlm_loss) }} nats |
-| Masked-language modelling accuracy | {{ "%.4f"|format(validation.mlm_accuracy) }} |
+| Masked-language modelling loss | {{ shown(validation.mlm_loss, " nats") }} |
+| Masked-language modelling accuracy | {{ shown(validation.mlm_accuracy) }} |
 {% if objective == "nsp" -%}
-| Next-sentence loss | {{ "%.4f"|format(validation.nsp_loss) }} nats |
-| Next-sentence accuracy | {{ "%.4f"|format(validation.nsp_accuracy) }} |
+| Next-sentence loss | {{ shown(validation.nsp_loss, " nats") }} |
+| Next-sentence accuracy | {{ shown(validation.nsp_accuracy) }} |
 {% endif -%}
-| Loss of guessing by word frequency | {{ "%.4f"|format(validation.unigram_entropy) }} nats |
+| Loss of guessing by word frequency | {{ shown(validation.unigram_entropy, " nats") }} |
 {% else %}
 Not measured before this checkpoint.
 {% endif %}

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.config import Phase
-from data_pipeline.errors import DivergedError, InterruptedRunError
-from data_pipeline.index import CorpusIndex
+from data_pipeline.errors import DataCorruptError, DivergedError, InterruptedRunError
+from data_pipeline.index import MANIFEST, CorpusIndex
 from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
+from data_pipeline.tokenizer import load_tokenizer, vocabulary_of
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome, training_device
@@ -35,7 +36,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     Runs on every rank, with torch.distributed initialised. Returns when the last step is committed.
 
     Raises:
-        InterruptedRunError: a stop was requested; a checkpoint has been committed.
+        InterruptedRunError: a stop was requested; a checkpoint has been committed (before the first step there is nothing to commit).
         DivergedError: a loss or the gradients are not finite.
         ConfigError: the configuration or the run folder does not fit the corpus.
         MaskwrightError: a rank could not read its data; the same error on every rank.
@@ -89,7 +90,12 @@ def train(config: RunConfig, index: CorpusIndex, engine: Engine, saver: Saver, l
 
 
 def build_engine(config: RunConfig, index: CorpusIndex) -> Engine:
-    """The network of `config` over the corpus' vocabulary, in an engine on this rank's device."""
+    """The network of `config` over the corpus' vocabulary, in an engine on this rank's device.
+
+    Raises:
+        DataCorruptError: the corpus' tokenizer is not the one that its blocks were encoded with.
+    """
+    require_own_tokenizer(index)
     model = build_model(
         config.model,
         index.tokenizer_folder,
@@ -99,6 +105,21 @@ def build_engine(config: RunConfig, index: CorpusIndex) -> Engine:
         reentrant_checkpointing=config.zero.stage == 3,
     )
     return Engine.build(model, config)
+
+
+def require_own_tokenizer(index: CorpusIndex) -> None:
+    """Refuse a corpus whose tokenizer folder gives other ids than its manifest says. (Not by digest: that changes with library versions.)
+
+    Raises:
+        DataCorruptError: it does.
+    """
+    found = vocabulary_of(load_tokenizer(index.tokenizer_folder))
+    if found != index.vocabulary:
+        raise DataCorruptError(
+            f"{index.tokenizer_folder} does not match the corpus: it has {found.size} tokens, {MANIFEST} says {index.vocabulary.size}"
+            + (", and they differ" if found.size == index.vocabulary.size else ""),
+            "Restore the tokenizer folder from a copy, or prepare the corpus again.",
+        )
 
 
 def require_sound(outcome: StepOutcome, precision: str, step: int) -> None:

@@ -74,7 +74,7 @@ class RunFolder:
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
-        return [json.loads(line) for line in self.events.read_lines()]
+        return _records(self.events)
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Record one optimizer step."""
@@ -83,7 +83,17 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """One record per optimizer step, ascending: the last attempt's where a step was repeated."""
         by_step: dict[int, dict[str, Any]] = {}
-        for line in self.metrics.read_lines():
-            record = json.loads(line)
+        for record in _records(self.metrics):
             by_step[record["step"]] = record
         return [by_step[step] for step in sorted(by_step)]
+
+
+def _records(file: Location) -> list[dict[str, Any]]:
+    """Whole records of a file of JSON lines. One that a full disk or a crash has cut was never written, and must not stop the next resume."""
+    records: list[dict[str, Any]] = []
+    for line in file.read_lines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records

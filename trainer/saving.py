@@ -97,7 +97,7 @@ class Saver:
             steps_lost=steps_lost,
             seconds_lost=round(time.time() - lost_since, 3) if lost_since else 0.0,
             cause=ended.get("cause", "not recorded"),
-            not_bit_exact_because=why_not_exact(found.manifest, now),
+            not_bit_exact_because=why_not_exact(found.manifest, now, self._config),
         )
 
 

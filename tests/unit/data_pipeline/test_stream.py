@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.chunks import cut_chunks
 from data_pipeline.config import BatchConfig, ObjectiveConfig, Phase, PhaseConfig
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, DataCorruptError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.inspection import inspect_steps
 from data_pipeline.micro_batch import MicroBatch, empty_micro_batch, step_digest
@@ -285,3 +285,22 @@ def test_documents_are_shuffled_across_a_window(index: CorpusIndex) -> None:
         for start, stop in zip(cut.token_start(cut.first_piece), cut.token_start(cut.stop_piece), strict=True):
             place[tuple(block.ids[start:stop].tolist())] = len(place)
     assert sum(abs(place[one] - place[two]) == 1 for one, two in pairwise(order)) < 10
+
+
+class _DamagedIndex(CorpusIndex):
+    """Every block is damaged."""
+
+    def read_block(self, record: np.void) -> Block:
+        raise DataCorruptError("damaged on purpose", "Restore it.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_DamagedIndex, (self.folder, self.manifest, self.fingerprint, np.array(self.records)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_passes_errors_on_whole(index: CorpusIndex, workers: int) -> None:
+    damaged = _DamagedIndex(index.folder, index.manifest, index.fingerprint, index.records)
+    stream = MicroBatchStream(damaged, ObjectiveConfig(), _phases(), seed=6)
+    with pytest.raises(DataCorruptError, match="damaged on purpose") as caught:
+        next(build_loader(stream, iter([0]), workers))
+    assert caught.value.remedy == "Restore it."

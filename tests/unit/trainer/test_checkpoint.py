@@ -14,7 +14,7 @@ from data_pipeline.errors import ConfigError, EnvironmentMismatchError, Maskwrig
 from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN, golden_run, run_config, run_folder
 from trainer.checkpoint import Checkpoint, commit, list_checkpoints, newest_usable, require_same_layout, verify, why_not_exact
-from trainer.manifest import MANIFEST, Manifest, read_manifest
+from trainer.manifest import MANIFEST, Circumstances, Manifest, read_manifest
 from trainer.runlog import RunFolder
 from trainer.state import TrainState
 
@@ -229,3 +229,15 @@ def test_an_object_store_is_refused_for_now() -> None:
         list_checkpoints(run)
     with pytest.raises(ConfigError, match="s3://bucket/run"):
         save(run, 1)
+
+
+def test_what_may_change_the_last_bits_is_said() -> None:
+    config = run_config(1)
+    manifest = Manifest(1, Circumstances(1, 1, "bf16", 1, "cpu", {}), {}, TrainState(), config.model_dump(mode="json"))
+    assert why_not_exact(manifest, manifest.circumstances, config) == []
+    split = config.model_copy(update={"batch": config.batch.model_copy(update={"split": 2})})
+    assert why_not_exact(manifest, manifest.circumstances, split) == ["batch.split: 1, now 2 (dropout is drawn for each part)"]
+    overridden = config.model_copy(update={"zero": config.zero.model_copy(update={"deepspeed": {"zero_optimization": {"overlap_comm": True}}})})
+    assert why_not_exact(manifest, manifest.circumstances, overridden) == ["zero.deepspeed differs"]
+    on_gpu = replace(manifest.circumstances, device="cuda X")
+    assert why_not_exact(replace(manifest, circumstances=on_gpu), on_gpu, config) == ["GPU kernels may add in another order each time"]

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, ExitCode
 from tests.support.batches import small_config
-from trainer.deepspeed_config import derive_deepspeed_config
+from trainer.deepspeed_config import compiled_ops, derive_deepspeed_config, require_compiler
 
 GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
     (0, "fp32"): {
@@ -76,3 +76,41 @@ def test_derived_keys_are_refused(overrides: dict[str, Any], named: str, instead
         derive_deepspeed_config(small_config(zero={"stage": 1, "deepspeed": overrides}), world_size=2)
     assert f"zero.deepspeed.{named} is derived" in caught.value.cause
     assert f"`{instead}`" in caught.value.remedy
+
+
+def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
+    return derive_deepspeed_config(small_config(zero={"stage": 2, "deepspeed": overrides}), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ops"),
+    [
+        ({}, set[str]()),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, set[str]()),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {"cpu_adam"}),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}, set[str]()),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, {"cpu_adam", "async_io"}),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, {"async_io"}),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, set[str]()),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, {"quantizer"}),
+    ],
+)
+def test_what_must_be_compiled(overrides: dict[str, Any], ops: set[str]) -> None:
+    assert set(compiled_ops(settings_of(overrides))) == ops
+
+
+def test_the_default_needs_no_compiler() -> None:
+    require_compiler(settings_of({}), {}, which=lambda tool: None)
+
+
+@pytest.mark.parametrize(("there", "named"), [((), r"no c\+\+ and no ninja"), (("c++",), "no ninja"), (("ninja",), r"no c\+\+")])
+def test_without_a_compiler_what_needs_one_says_so(monkeypatch: pytest.MonkeyPatch, there: tuple[str, ...], named: str) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    settings = settings_of({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
+    with pytest.raises(EnvironmentMismatchError, match=named) as caught:
+        require_compiler(settings, {"cpu_adam": False}, which=lambda tool: tool if tool in there else None)
+    assert caught.value.exit_code == ExitCode.ENVIRONMENT
+    assert "zero.deepspeed.zero_optimization.offload_optimizer" in caught.value.cause
+    assert "Install a C++ compiler and ninja" in caught.value.remedy
+    require_compiler(settings, {"cpu_adam": True}, which=lambda tool: None)  # built with DeepSpeed
+    require_compiler(settings, {}, which=lambda tool: tool)

@@ -1,8 +1,12 @@
 """Evaluation: refusals that name what to do, and filled masks."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.errors import ConfigError, NotFoundError
 from tests.support.tiny_task import write_model, write_task
@@ -63,3 +67,42 @@ def test_the_digest_of_a_model_covers_config_and_weights(folder: Path, tmp_path:
     data[-1] ^= 1
     weights.write_bytes(data)
     assert model_digest(str(copy)) != digest
+
+
+def test_pickled_weights_are_not_read(folder: Path, tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    torch.save({"weight": torch.ones(1)}, model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no readable model\.safetensors"):
+        fill_mask(str(model), "boil the [MASK]")
+    with pytest.raises(ConfigError, match=r"no readable model\.safetensors"):
+        build_classifier(str(model), ("no", "yes"), "pretrained", 0)
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"no readable model\.safetensors"):
+        fill_mask(str(model), "boil the [MASK]")
+
+
+@pytest.mark.parametrize("setting", ["1", None])
+def test_quiet_leaves_progress_bars_as_they_were_without_a_warning(setting: str | None) -> None:
+    """In a process of its own: the hub's library reads the variable when it is imported."""
+    program = """
+import warnings
+warnings.simplefilter("error")
+from transformers.utils import logging
+from huggingface_hub.utils import are_progress_bars_disabled
+from trainer.quiet import quiet_transformers
+for _ in range(2):
+    with quiet_transformers():
+        assert not logging.is_progress_bar_enabled() and are_progress_bars_disabled()
+print(logging.is_progress_bar_enabled(), are_progress_bars_disabled())
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": setting} if setting else {}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == (["False", "True"] if setting else ["True", "False"])

@@ -169,3 +169,12 @@ def test_what_cannot_be_exported_is_refused(run: RunFolder, tiny_corpus: Prepare
     (newest.folder / "zero/config.json").write_text("{}")
     with pytest.raises(NoCheckpointError, match=r"zero/config\.json"):
         export(run, CONFIG, tiny_corpus.folder)
+
+
+def test_the_card_of_a_run_whose_validation_had_nothing_to_predict(run: RunFolder, tiny_corpus: Prepared) -> None:
+    nothing = {"mlm_loss": None, "nsp_loss": None, "mlm_accuracy": None, "nsp_accuracy": None, "unigram_entropy": 6.0}
+    run.append_event("validation", attempt=1, step=2, **nothing)
+    card = (export(run, CONFIG, tiny_corpus.folder) / "README.md").read_bytes().decode()
+    assert card.startswith("---\nlibrary_name")
+    assert "| Next-sentence loss | not measured |" in card
+    assert "| Loss of guessing by word frequency | 6.0000 nats |" in card

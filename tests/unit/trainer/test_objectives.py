@@ -202,3 +202,22 @@ def test_parts_keep_every_sample_and_label() -> None:
     assert torch.equal(torch.cat([part.attention_mask_BT.sum(1) for part in parts]), torch.from_numpy(batch.lengths))
     for part in parts:
         assert bool((part.input_ids_BT.flatten()[part.mlm_positions_N] == 4).all())
+
+
+def test_init_from_another_vocabulary_of_the_same_size_is_refused(model: PretrainingBert, tokenizer: str, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    write_tokenizer(str(tmp_path / "model"))
+    build(tokenizer, init_from=str(tmp_path / "model"))
+    definition = tmp_path / "model" / "tokenizer.json"
+    definition.write_text(definition.read_text().replace('"w50"', '"other"'))
+    with pytest.raises(ConfigError, match=f"another vocabulary than the corpus' tokenizer: 1 of {VOCAB_SIZE} tokens differ") as caught:
+        build(tokenizer, init_from=str(tmp_path / "model"))
+    assert "tokenizer.path" in caught.value.remedy
+
+
+def test_init_from_damaged_weights_is_refused(model: PretrainingBert, tokenizer: str, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"no model\.safetensors that can be read"):
+        build(tokenizer, init_from=str(tmp_path / "model"))

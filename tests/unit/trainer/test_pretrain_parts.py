@@ -1,18 +1,24 @@
 """The pure parts of the loop: counters, cadences, refusals, records."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import BertConfig
 
-from data_pipeline.errors import ConfigError, DivergedError
-from tests.support.batches import small_config
+from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError
+from data_pipeline.index import CorpusIndex
+from data_pipeline.prepare import Prepared
+from data_pipeline.storage import Location
+from tests.support.batches import small_config, write_tokenizer
 from trainer.engine import Engine, StepOutcome
 from trainer.metrics import finite, measured_peak, useful_flops
 from trainer.model import PretrainingBert
 from trainer.passes import dropout_seed
-from trainer.pretrain import MAX_SKIPPED_STEPS, advanced, is_due, phase_of, require_sound
+from trainer.pretrain import MAX_SKIPPED_STEPS, advanced, is_due, phase_of, require_own_tokenizer, require_sound
+from trainer.runlog import RunFolder
 from trainer.saving import require_same_data
 from trainer.state import TrainState
 from trainer.totals import StepCounts
@@ -94,3 +100,26 @@ def test_fp16_without_a_gpu_is_refused_with_a_remedy() -> None:
     with pytest.raises(ConfigError) as caught:
         Engine.build(model, small_config(precision="fp16"))
     assert "bf16" in caught.value.remedy
+
+
+def test_a_tokenizer_that_does_not_match_the_corpus_is_refused(tiny_corpus: Prepared, tmp_path: Path) -> None:
+    require_own_tokenizer(CorpusIndex.open(tiny_corpus.folder))
+    copy = tmp_path / "corpus"
+    shutil.copytree(tiny_corpus.folder.path, copy)
+    shutil.rmtree(copy / "tokenizer")
+    write_tokenizer(str(copy / "tokenizer"))
+    with pytest.raises(DataCorruptError, match=r"tokenizer does not match the corpus: it has 97 tokens"):
+        require_own_tokenizer(CorpusIndex.open(Location.at(copy)))
+
+
+def test_a_record_cut_by_a_full_disk_does_not_stop_the_next_attempt(tmp_path: Path) -> None:
+    run = RunFolder(Location.at(tmp_path))
+    run.append_metrics({"step": 0, "loss": 1.0})
+    run.append_event("started", attempt=1)
+    for path in (run.metrics.path, run.events.path):
+        with path.open("a") as file:
+            file.write('{"step": 1, "lo')
+    run.append_metrics({"step": 1, "loss": 0.5})
+    run.append_event("resumed", attempt=2)
+    assert [record["loss"] for record in run.read_metrics()] == [1.0, 0.5]
+    assert [event["kind"] for event in run.read_events()] == ["started", "resumed"]
