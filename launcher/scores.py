@@ -18,16 +18,14 @@ def spread(scores: Mapping[str, Any]) -> str:
 
 
 def verdict(results: Results) -> str:
-    """One sentence on a task: which system wins, said plainly when it is not the pretrained one."""
+    """One sentence on a task: what pretraining bought, and TF-IDF beside it, said plainly when that wins."""
     pretrained, scratch, tfidf = (results[system] for system in SYSTEMS)
-    task = results["task"]
-    if tfidf["mean"] > max(pretrained["mean"], scratch["mean"]):
-        return f"{task}: TF-IDF wins, {spread(tfidf)} against {spread(pretrained)} pretrained and {spread(scratch)} from scratch."
-    if scratch["mean"] >= pretrained["mean"]:
-        return f"{task}: pretraining bought nothing, {spread(pretrained)} against {spread(scratch)} from scratch (TF-IDF {spread(tfidf)})."
     gain = pretrained["mean"] - scratch["mean"]
-    doubt = "" if gain > pretrained["std"] + scratch["std"] else " That is within the seeds' spread."
-    return f"{task}: pretraining wins, {spread(pretrained)} against {spread(scratch)} from scratch and {spread(tfidf)} for TF-IDF.{doubt}"
+    bought = f"{gain:.3f}" if gain > 0 else "nothing"
+    doubt = ", within the seeds' spread" if 0 < gain <= 2 * max(pretrained["std"], scratch["std"]) else ""
+    beside = "wins with" if tfidf["mean"] > max(pretrained["mean"], scratch["mean"]) else "has"
+    against = f"{spread(pretrained)} against {spread(scratch)} from scratch{doubt}"
+    return f"{results['task']}: pretraining bought {bought} ({against}); TF-IDF {beside} {spread(tfidf)}."
 
 
 def validation_verdict(validation: Mapping[str, Any]) -> str:

@@ -169,7 +169,7 @@ def test_a_corpus_that_is_gone_and_a_damaged_manifest_do_not_stop_the_report(tmp
 @pytest.mark.parametrize(
     ("scores", "said"),
     [
-        (results(0.80, 0.70, 0.73), "pretraining wins"),
+        (results(0.80, 0.70, 0.73), "pretraining bought 0.100 (0.800"),
         (results(0.70, 0.60, 0.73), "TF-IDF wins"),
         (results(0.70, 0.75, 0.73), "pretraining bought nothing"),
         (results(0.80, 0.79, 0.73), "within the seeds' spread"),
@@ -191,7 +191,7 @@ def test_score_table_prints_systems_verdicts_and_validation(tmp_path: Path) -> N
     printed = " ".join(console.export_text().split())
     assert "docstrings pretrained 0.800 ± 0.010 0.800 ± 0.010 3" in printed
     assert "docstrings TF-IDF + logistic regression 0.730 0.730 –" in printed
-    assert "pretraining wins" in printed
+    assert "pretraining bought 0.100" in printed
     assert "unigram entropy 6.080" in printed
 
 
