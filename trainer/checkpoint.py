@@ -312,8 +312,8 @@ def _rename(partial: Path, target: Path, attempt: int) -> None:
 
 def _retain(run: RunFolder, newest: Path, keep_last: int, attempt: int) -> None:
     """Remove the oldest committed checkpoints; `newest`, just committed, is never one of them."""
-    others = sorted(entry.name for entry in _entries(run) if not entry.kind and entry.name != newest.name)
-    for name in others[: max(0, len(others) + 1 - keep_last)]:
+    others = sorted((entry for entry in _entries(run) if not entry.kind and entry.name != newest.name), key=lambda entry: entry.step)
+    for name in [entry.name for entry in others[: max(0, len(others) + 1 - keep_last)]]:
         # Not selectable first, then gone: a removal that is killed half-way must not look like a damaged checkpoint.
         doomed = newest.with_name(f"{name}.partial-{attempt}")
         newest.with_name(name).rename(doomed)

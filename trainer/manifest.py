@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_pipeline.errors import EnvironmentMismatchError
+from data_pipeline.errors import EnvironmentMismatchError, StorageError
 from data_pipeline.storage import Location
 from trainer.state import TrainState
 
@@ -151,13 +151,18 @@ def read_manifest(folder: Path) -> Manifest | Problem:
 
     Raises:
         EnvironmentMismatchError: a newer release wrote it. That is not damage: the checkpoint stays where it is.
+        StorageError: it is there and cannot be read now, which says nothing about its contents.
     """
     path = folder / MANIFEST
     try:
         value: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Problem(MANIFEST, "missing")
-    except (OSError, ValueError) as error:
+    except IsADirectoryError:
+        return Problem(MANIFEST, "is a folder")
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    except ValueError as error:
         return Problem(MANIFEST, f"unreadable: {error}")
     if not isinstance(value, dict):
         return Problem(MANIFEST, "not a JSON object")
@@ -179,7 +184,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def check_files(folder: Path, files: dict[str, FileDigest], names: Iterable[str]) -> list[Problem]:
-    """Compare files on disk with the expected sizes and digests. Sizes are looked at first: they cost nothing."""
+    """Compare files on disk with the expected sizes and digests. Sizes are looked at first: they cost nothing.
+
+    Raises:
+        StorageError: a file is there and cannot be read now, which says nothing about its contents.
+    """
     problems: list[Problem] = []
     for name in names:
         expected, path = files[name], folder / name
@@ -189,11 +198,17 @@ def check_files(folder: Path, files: dict[str, FileDigest], names: Iterable[str]
                 problems.append(Problem(name, f"has {size} bytes instead of {expected.bytes}"))
             elif (found := FileDigest.of(path).sha256) != expected.sha256:
                 problems.append(Problem(name, f"sha256 is {found[:12]}… instead of {expected.sha256[:12]}…"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(Problem(name, "missing"))
+        except IsADirectoryError:
+            problems.append(Problem(name, "is a folder"))
         except OSError as error:
-            problems.append(Problem(name, f"unreadable: {error.strerror}"))
+            raise _cannot_read(path, error) from error
     return problems
+
+
+def _cannot_read(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot read {path}: {error.strerror or error}", "Check the mount and the permissions, then run the command again.")
 
 
 def shares(files: dict[str, FileDigest], num_parts: int) -> list[list[str]]:

@@ -67,16 +67,17 @@ def build_model(
         NotFoundError: `init_from` is not there.
         UnreachableError: the hub cannot be reached.
     """
-    from data_pipeline.tokenizer import load_tokenizer
+    from data_pipeline.tokenizer import load_tokenizer, vocabulary_of
 
     tokenizer = load_tokenizer(tokenizer_folder)
+    vocab_size = vocabulary_of(tokenizer).size  # not len(tokenizer): ids may have gaps
     attention = attention_implementation(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.init_from is None:
-            model = PretrainingBert(_bert_config(config, tokenizer, attention))
+            model = PretrainingBert(_bert_config(config, vocab_size, cast(int, tokenizer.pad_token_id), attention))
         else:
-            model = _load_weights(config, config.init_from, len(tokenizer), sequence_length, attention)
+            model = _load_weights(config, config.init_from, vocab_size, sequence_length, attention)
             require_same_vocabulary(config.init_from, tokenizer)
     if config.activation_checkpointing:
         # ZeRO-3 frees parameters after the forward pass; only the re-entrant kind gathers them again before it recomputes.
@@ -85,9 +86,9 @@ def build_model(
     return model.train()
 
 
-def _bert_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, attention: str) -> BertConfig:
+def _bert_config(config: ModelConfig, vocab_size: int, pad_token_id: int, attention: str) -> BertConfig:
     result = BertConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
@@ -96,7 +97,7 @@ def _bert_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, attent
         hidden_dropout_prob=config.dropout,
         attention_probs_dropout_prob=config.dropout,
         initializer_range=config.initializer_range,
-        pad_token_id=cast(int, tokenizer.pad_token_id),
+        pad_token_id=pad_token_id,
     )
     result._attn_implementation = attention  # pyright: ignore[reportPrivateUsage]
     return result
@@ -106,7 +107,7 @@ def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_le
     found = _read_config(source)
     if found.model_type != "bert":
         raise ConfigError(f"model.init_from {source} is a {found.model_type} model; expected bert", "Choose a BERT folder or hub id.")
-    if found.vocab_size != vocab_size:
+    if found.vocab_size < vocab_size:  # more is padding, which GPUs like; `require_same_vocabulary` looks at the tokens
         raise ConfigError(
             f"model.init_from {source} has a vocabulary of {found.vocab_size}; the corpus' tokenizer has {vocab_size}",
             "Prepare the corpus with the model's own tokenizer: set tokenizer.path to the same folder or hub id.",
@@ -129,7 +130,7 @@ def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_le
 
 
 def require_same_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a model that was trained on other tokens than `tokenizer`'s, even as many. One that comes without a tokenizer cannot be told.
+    """Refuse a model that was trained on other tokens than `tokenizer`'s, however many. One that comes without a tokenizer cannot be told.
 
     Raises:
         ConfigError: a token has another id.
@@ -142,7 +143,7 @@ def require_same_vocabulary(source: str, tokenizer: PreTrainedTokenizerBase) -> 
         return
     ours = tokenizer.get_vocab()
     different = [token for token, number in ours.items() if theirs.get(token) != number]
-    if len(ours) == len(theirs) and different:  # another size is named by `_load_weights`, which looks at the weights
+    if different:
         raise ConfigError(
             f"model.init_from {source} has another vocabulary than the corpus' tokenizer: {len(different)} of {len(ours)} tokens differ",
             "Prepare the corpus with the model's own tokenizer: set tokenizer.path to the same folder or hub id.",

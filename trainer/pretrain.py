@@ -69,7 +69,7 @@ def train(config: RunConfig, index: CorpusIndex, engine: Engine, saver: Saver, l
         if counts.stops:
             saver.save(engine, state)
             log.stopped(state)
-            raise InterruptedRunError(f"stopped at step {state.step} on request; it is saved", "Continue with `maskwright resume`.")
+            raise stopped_at(state.step)
 
         context.heartbeat(state.step, "forward")
         sums = forward_backward(engine, part, counts, empty, config, context.world_size)
@@ -141,6 +141,12 @@ def advanced(state: TrainState, outcome: StepOutcome, counts: StepCounts, num_mi
     if outcome.applied:
         return after
     return replace(after, skipped_steps=(*state.skipped_steps, state.step)[-MAX_SKIPPED_STEPS:])
+
+
+def stopped_at(step: int) -> InterruptedRunError:
+    """What a requested stop ends with, after the checkpoint of `step`. Before the first step there is nothing to commit."""
+    said = f"stopped at step {step} on request; it is saved" if step else "stopped on request before the first step; there was nothing to save"
+    return InterruptedRunError(said, "Continue with `maskwright resume`.")
 
 
 def is_due(step: int, every_steps: int, config: RunConfig) -> bool:

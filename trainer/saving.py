@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from data_pipeline.config import Phase
 from data_pipeline.errors import ConfigError
 from trainer.agreement import agreement_group
 from trainer.checkpoint import Checkpoint, commit, newest_usable, require_same_layout, why_not_exact
@@ -40,7 +41,7 @@ class Saver:
         """Load the newest intact checkpoint into `engine` and return its state, or `fresh` when the run has none.
 
         Raises:
-            ConfigError: the checkpoint belongs to other data or another layout than this attempt's.
+            ConfigError: the checkpoint belongs to other data, another layout or another data position than this attempt's.
             NoCheckpointError: there were checkpoints, and none is intact.
         """
         rank, world_size = self._context.rank, self._context.world_size
@@ -49,6 +50,7 @@ class Saver:
             return fresh
         require_same_data(found.state, fresh)
         require_same_layout(found.manifest, self._config, world_size)
+        require_same_position(found.state, self._config.phases)
         engine.load(found.zero_folder)
         self._committed_step = found.step
         if rank == 0:
@@ -116,6 +118,21 @@ def require_same_data(saved: TrainState, now: TrainState) -> None:
                 f"the checkpoint of step {saved.step} was trained on {what} {before[:12]}; this attempt has {what} {after[:12]}",
                 "Restore the corpus of the run, or start a new run under another `name`.",
             )
+
+
+def require_same_position(saved: TrainState, phases: tuple[Phase, ...]) -> None:
+    """Refuse a checkpoint that has consumed another number of micro-batches than come before its step here: data would be repeated or skipped.
+
+    Raises:
+        ConfigError: the numbers differ.
+    """
+    phase = next(phase for phase in reversed(phases) if phase.first_step <= saved.step)
+    expected = phase.first_micro_batch + (saved.step - phase.first_step) * phase.num_micro_batches
+    if saved.micro_batches_consumed != expected:
+        raise ConfigError(
+            f"the checkpoint of step {saved.step} has consumed {saved.micro_batches_consumed} micro-batches; by this configuration, {expected}",
+            "Restore `batch` as it was when the checkpoint was written, or start a new run under another `name`.",
+        )
 
 
 def probe_of(engine: Engine) -> Callable[[], dict[str, torch.Tensor]]:

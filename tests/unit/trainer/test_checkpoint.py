@@ -1,5 +1,6 @@
 """Only an intact checkpoint is ever resumed from, and a save is selectable at once or not at all (one rank; see also tests/distributed)."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from data_pipeline.errors import ConfigError, EnvironmentMismatchError, Maskwrig
 from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN, golden_run, run_config, run_folder
 from trainer.checkpoint import Checkpoint, commit, list_checkpoints, newest_usable, require_same_layout, verify, why_not_exact
-from trainer.manifest import MANIFEST, Circumstances, Manifest, read_manifest
+from trainer.manifest import MANIFEST, Circumstances, FileDigest, Manifest, read_manifest
 from trainer.runlog import RunFolder
 from trainer.state import TrainState
 
@@ -136,6 +137,25 @@ def test_only_the_last_are_kept(tmp_path: Path, keep_last: int) -> None:
         save(run, step, keep_last=keep_last)
     assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [1, 2, 3, 4][-keep_last:]
     assert len(names(run)) == keep_last
+
+
+def test_the_oldest_goes_when_step_numbers_grow_longer(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    for step in (99_999_998, 99_999_999, 100_000_000, 100_000_001):
+        save(run, step, keep_last=2)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [100_000_000, 100_000_001]
+
+
+def test_a_checkpoint_that_cannot_be_read_now_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = golden_run(tmp_path, 1, 2)
+
+    def fails(path: Path) -> FileDigest:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(FileDigest, "of", fails)
+    with pytest.raises(StorageError, match="Input/output error"):
+        newest(run)
+    assert names(run) == ["step-00000001", "step-00000002"]
 
 
 def test_the_one_just_committed_is_kept_although_later_ones_exist(tmp_path: Path) -> None:

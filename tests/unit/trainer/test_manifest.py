@@ -1,6 +1,9 @@
 """The manifest says what a checkpoint holds, and shows when it does not."""
 
+import errno
 import json
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import EnvironmentMismatchError
+from data_pipeline.errors import EnvironmentMismatchError, StorageError
 from trainer.manifest import MANIFEST, Circumstances, FileDigest, Manifest, Problem, check_files, read_manifest, shares, write_manifest
 from trainer.state import TrainState
 
@@ -48,6 +51,22 @@ def test_names_outside_the_folder_are_refused(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).write_text(json.dumps({"format_version": 2}))
     with pytest.raises(EnvironmentMismatchError, match=r"MANIFEST.json has format_version 2; this release reads up to 1"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
+def test_what_cannot_be_read_now_is_no_problem_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    write_manifest(tmp_path, manifest(a=b"1"))
+    (tmp_path / "a").write_bytes(b"1")
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", fails)
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(StorageError, match=re.escape(f"cannot read {tmp_path / 'a'}: {os.strerror(number)}")):
+        check_files(tmp_path, manifest(a=b"1").files, ["a"])
+    with pytest.raises(StorageError, match=MANIFEST):
         read_manifest(tmp_path)
 
 

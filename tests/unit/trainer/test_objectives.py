@@ -1,5 +1,7 @@
 """Losses, their weights and the network's forward pass, against transformers' own."""
 
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -213,6 +215,21 @@ def test_init_from_another_vocabulary_of_the_same_size_is_refused(model: Pretrai
     with pytest.raises(ConfigError, match=f"another vocabulary than the corpus' tokenizer: 1 of {VOCAB_SIZE} tokens differ") as caught:
         build(tokenizer, init_from=str(tmp_path / "model"))
     assert "tokenizer.path" in caught.value.remedy
+
+
+def test_the_network_has_a_row_for_every_id_although_ids_have_a_gap(tokenizer: str, tmp_path: Path) -> None:
+    shutil.copytree(tokenizer, tmp_path / "gap")
+    definition = tmp_path / "gap" / "tokenizer.json"
+    definition.write_text(re.sub(rf'"w{VOCAB_SIZE - 1}": {VOCAB_SIZE - 1}\b', f'"w{VOCAB_SIZE - 1}": {VOCAB_SIZE + 2}', definition.read_text()))
+    assert build(str(tmp_path / "gap")).config.vocab_size == VOCAB_SIZE + 3
+
+
+def test_init_from_a_padded_vocabulary_is_taken_as_it_is(model: PretrainingBert, tokenizer: str, tmp_path: Path) -> None:
+    model.config.vocab_size = 104
+    PretrainingBert(model.config).save_pretrained(tmp_path / "padded")
+    assert build(tokenizer, init_from=str(tmp_path / "padded")).config.vocab_size == 104
+    write_tokenizer(str(tmp_path / "padded"))
+    assert build(tokenizer, init_from=str(tmp_path / "padded")).bert.embeddings.word_embeddings.weight.shape[0] == 104
 
 
 def test_init_from_damaged_weights_is_refused(model: PretrainingBert, tokenizer: str, tmp_path: Path) -> None:

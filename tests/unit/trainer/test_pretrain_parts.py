@@ -17,9 +17,9 @@ from trainer.engine import Engine, StepOutcome
 from trainer.metrics import finite, measured_peak, useful_flops
 from trainer.model import PretrainingBert
 from trainer.passes import dropout_seed
-from trainer.pretrain import MAX_SKIPPED_STEPS, advanced, is_due, phase_of, require_own_tokenizer, require_sound
+from trainer.pretrain import MAX_SKIPPED_STEPS, advanced, is_due, phase_of, require_own_tokenizer, require_sound, stopped_at
 from trainer.runlog import RunFolder
-from trainer.saving import require_same_data
+from trainer.saving import require_same_data, require_same_position
 from trainer.state import TrainState
 from trainer.totals import StepCounts
 
@@ -54,6 +54,20 @@ def test_gradients_that_are_not_finite_end_the_run_but_for_fp16() -> None:
 def test_cadence_includes_the_last_step() -> None:
     config = small_config()
     assert [step for step in range(1, 21) if is_due(step, 6, config)] == [6, 12, 18, 20]
+
+
+def test_a_stop_says_what_is_saved() -> None:
+    assert stopped_at(3).cause == "stopped at step 3 on request; it is saved"
+    assert stopped_at(0).cause == "stopped on request before the first step; there was nothing to save"
+
+
+@pytest.mark.parametrize(("step", "consumed"), [(0, 0), (3, 12), (5, 20), (7, 36), (20, 140)])
+def test_a_checkpoint_at_another_data_position_is_refused(step: int, consumed: int) -> None:
+    batch = {"global_batch_size": 16, "micro_batch_size": 4, "sequence_length": 24, "phases": [{"from_step": 5, "global_batch_size": 32}]}
+    phases = small_config(batch=batch).phases
+    require_same_position(TrainState(step=step, micro_batches_consumed=consumed), phases)
+    with pytest.raises(ConfigError, match=f"step {step} has consumed {consumed + 1} micro-batches; by this configuration, {consumed}\n"):
+        require_same_position(TrainState(step=step, micro_batches_consumed=consumed + 1), phases)
 
 
 def test_phases_govern_from_their_first_step() -> None:
