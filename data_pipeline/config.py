@@ -1,5 +1,6 @@
 """Configuration of the corpus, the tokenizer, the objective and the batch (pure)."""
 
+import re
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,8 +15,8 @@ class Section(BaseModel):
 class CorpusConfig(Section):
     """Which text becomes the corpus. Every field is part of the corpus' identity: a changed one makes a new corpus."""
 
-    name: str = Field(default="corpus", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Readable part of the corpus folder's name, `<name>-<digest12>`."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Readable part of the corpus folder's name, `<name>-<digest12>`; null takes it from the source."""
     source: str | tuple[str, ...] = "python-docs"
     """A file, folder or fsspec URL, or several: .txt, .jsonl, .parquet (.gz, .zst). `python-docs` is the documentation already on this machine."""
     text_key: str = "text"
@@ -26,6 +27,13 @@ class CorpusConfig(Section):
     """Share of documents, chosen by a hash of their text, held out for validation."""
     seed: int = Field(default=0, ge=0)
     """Seed of the global shuffle."""
+
+    @property
+    def label(self) -> str:
+        """`name`, or the last part of the first source without its endings: `articles` for `s3://text/articles.jsonl.gz`."""
+        first = self.source if isinstance(self.source, str) else self.source[0]
+        stem = re.sub(r"(\.(txt|jsonl|parquet|gz|zst))+$", "", first.rstrip("/").rsplit("/", 1)[-1])
+        return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "corpus"
 
 
 class TokenizerConfig(Section):

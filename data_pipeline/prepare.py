@@ -22,7 +22,7 @@ from data_pipeline.executor import Executor, InProcessExecutor
 from data_pipeline.hashing import threshold64
 from data_pipeline.index import FORMAT_VERSION, INDEX, MANIFEST, TOKENIZER, record_dtype
 from data_pipeline.masking import Vocabulary
-from data_pipeline.partitions import Job, Receipt, encode_partition, load_partition, load_tables, read_partition
+from data_pipeline.partitions import WORK, Job, Receipt, encode_partition, load_partition, load_tables, read_partition
 from data_pipeline.reading import count_documents
 from data_pipeline.sources import PYTHON_DOCS, Inputs, Partition, describe_source, limit_documents, list_inputs, source_names
 from data_pipeline.storage import Location
@@ -30,7 +30,7 @@ from data_pipeline.tokenizer import load_tokenizer, loaded_digest, tokenizer_dig
 
 Progress = Callable[[str], None]
 
-_RULES_VERSION = 1
+_RULES_VERSION = 2
 """Raise it when this module, partitions, chunks or shards change what they write."""
 _BYTES_PER_TOKEN = 4
 _NUM_BLOCKS = 4096
@@ -85,10 +85,11 @@ def prepare(
     lengths = tuple(sorted(set(sequence_lengths)))
     folder = _corpus_folder(corpus, tokenizer, lengths, storage, sources)
     created = not (folder / MANIFEST).exists()
-    if created:
+    if created or (folder / WORK).exists():  # working files beside a corpus that is complete: killed while it removed them
         with claimed(folder / "claim.json", f"corpus {folder.name}"):
             if not (folder / MANIFEST).exists():  # the holder before us may have finished it
                 _build(corpus, tokenizer, lengths, folder, sources, executor, progress)
+            (folder / WORK).remove()
     manifest = (folder / MANIFEST).read_json()
     return Prepared(folder, created, {**manifest["counts"], "seconds": round(time.monotonic() - started_at, 3)})
 
@@ -107,7 +108,7 @@ def _corpus_folder(
 ) -> Location:
     settings = _settings(corpus, tokenizer, tuple(sorted(set(sequence_lengths))))
     identity = json.dumps([FORMAT_VERSION, _library_versions(), settings, sources], sort_keys=True)
-    return storage / "corpora" / f"{corpus.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    return storage / "corpora" / f"{corpus.label}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
 def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig, sequence_lengths: tuple[int, ...]) -> dict[str, Any]:
@@ -147,15 +148,14 @@ def _build(
     # The document with the smallest hash is always held out: a small corpus has a validation split, too.
     threshold = max(int(threshold64(corpus.validation_fraction)), min(receipt["smallest_split_hash"] for receipt in read) + 1)
     progress("tokenizer")
-    vocabulary, digest = _make_tokenizer(job, tokenizer, spills, threshold)
+    vocabulary, digests = _make_tokenizer(job, tokenizer, spills, threshold)
     progress(f"encoding {job.num_partitions} partitions")
     encoded = list(executor.map(partial(encode_partition, job, spills, threshold), list(range(job.num_partitions))))
     progress("index")
     manifest = _index(job, encoded, vocabulary)
     manifest["counts"] |= _counts(read, encoded)
-    manifest["digests"]["tokenizer"] = digest
+    manifest["digests"] |= digests
     manifest |= {"sources": sources, "config": _settings(corpus, tokenizer, sequence_lengths), "versions": _library_versions()}
-    job.work.remove()
     (folder / MANIFEST).write_json(manifest)
 
 
@@ -176,8 +176,8 @@ def _limited(inputs: Inputs, corpus: CorpusConfig, executor: Executor) -> Sequen
     return limit_documents(partitions, counts, max_documents)
 
 
-def _make_tokenizer(job: Job, config: TokenizerConfig, spills: Sequence[str], threshold: int) -> tuple[Vocabulary, str]:
-    """Write tokenizer/, trained or copied, unless an earlier attempt did; return its vocabulary and digest."""
+def _make_tokenizer(job: Job, config: TokenizerConfig, spills: Sequence[str], threshold: int) -> tuple[Vocabulary, dict[str, Any]]:
+    """Write tokenizer/, trained or copied, unless an earlier attempt did; return its vocabulary, and the digests of it and of its files."""
     receipt = job.work / "tokenizer.json"
     if not receipt.exists():
         with tempfile.TemporaryDirectory() as folder:
@@ -186,11 +186,14 @@ def _make_tokenizer(job: Job, config: TokenizerConfig, spills: Sequence[str], th
             else:
                 load_tokenizer(config.path).save_pretrained(folder)
             loaded = load_tokenizer(folder)
-            for file in sorted(Path(folder).iterdir()):
-                (job.folder / TOKENIZER / file.name).write_bytes(file.read_bytes())
-        receipt.write_json({"digest": loaded_digest(loaded), "vocabulary": asdict(vocabulary_of(loaded))})
+            contents = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+        for name, data in contents.items():
+            (job.folder / TOKENIZER / name).write_bytes(data)
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        digests = {"tokenizer": loaded_digest(loaded), "tokenizer_files": files}
+        receipt.write_json({"digests": digests, "vocabulary": asdict(vocabulary_of(loaded))})
     stored = receipt.read_json()
-    return Vocabulary(**stored["vocabulary"]), str(stored["digest"])
+    return Vocabulary(**stored["vocabulary"]), stored["digests"]
 
 
 def _sample(job: Job, config: TokenizerConfig, spills: Sequence[str], threshold: int) -> list[str]:

@@ -179,7 +179,7 @@ def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: P
         num_parameters=sum(parameter.numel() for parameter in trained.parameters()),
         vocab_size=trained.config.vocab_size,
         objective=config.objective.sentence_objective,
-        corpus=config.corpus.name,
+        corpus=config.corpus.label,
         fingerprint=checkpoint.state.corpus_fingerprint,
         steps=checkpoint.step,
         planned_steps=config.schedule.steps,
