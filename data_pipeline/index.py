@@ -5,6 +5,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +54,7 @@ class CorpusIndex:
 
     @classmethod
     def open(cls, folder: Location) -> "CorpusIndex":
-        """Open a corpus and check its version, the digest of its index and the sizes of its shards.
+        """Open a corpus and check its version, the digests of its index and its tokenizer's files, and the sizes of its shards.
 
         Raises:
             NotFoundError: there is no prepared corpus.
@@ -66,6 +67,7 @@ class CorpusIndex:
         manifest = _parse(data, path)
         records = _open_records(folder, manifest)
         _check_shards(folder, manifest)
+        _check_tokenizer(folder, manifest)
         return cls(folder, manifest, hashlib.sha256(data).hexdigest(), records)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -96,15 +98,11 @@ class CorpusIndex:
 
     @property
     def tokenizer_folder(self) -> str:
-        """A local folder with the tokenizer's files; of a remote corpus, a temporary copy."""
+        """A local folder with the tokenizer's files; of a remote corpus, a copy that lasts as long as this process."""
         folder = self.folder / TOKENIZER
         if folder.is_local:
             return folder.url
-        copy = Path(tempfile.gettempdir()) / f"maskwright-tokenizer-{self.tokenizer_digest[:16]}"
-        for name in folder.children():
-            if not (copy / name).exists():
-                Location.at(copy / name).write_bytes((folder / name).read_bytes())
-        return str(copy)
+        return _local_copy(folder, self.fingerprint).name
 
     def blocks(self, split: Split) -> NDArray[np.void]:
         """Records of the split's blocks."""
@@ -164,6 +162,25 @@ def _check_shards(folder: Location, manifest: dict[str, Any]) -> None:
         if found != shard["bytes"]:
             said = "is missing" if found is None else f"has {found} bytes"
             raise DataCorruptError(f"{folder / shard['name']} {said}; {MANIFEST} says {shard['bytes']} bytes", _REMEDY)
+
+
+def _check_tokenizer(folder: Location, manifest: dict[str, Any]) -> None:
+    path = folder / TOKENIZER
+    expected: dict[str, str] = manifest["digests"].get("tokenizer_files", {})
+    found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in path.children() if not name.startswith(".")}
+    for name in sorted({*expected, *found}):
+        if found.get(name) != expected.get(name):
+            said = "is missing" if name not in found else f"is not in {MANIFEST}" if name not in expected else f"has not the digest in {MANIFEST}"
+            raise DataCorruptError(f"{path / name} {said}", _REMEDY)
+
+
+@cache
+def _local_copy(folder: Location, fingerprint: str) -> tempfile.TemporaryDirectory[str]:
+    """A private copy of the files in `folder`, of the corpus with `fingerprint`; removed when the process ends."""
+    copy = tempfile.TemporaryDirectory(prefix="maskwright-tokenizer-")
+    for name in folder.children():
+        (Path(copy.name) / name).write_bytes((folder / name).read_bytes())
+    return copy
 
 
 def folder_sizes(folder: Location) -> dict[str, int]:

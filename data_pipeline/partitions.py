@@ -25,6 +25,7 @@ from data_pipeline.sources import Partition
 from data_pipeline.storage import Location
 from data_pipeline.text import clean_document
 
+WORK = "work"
 _RECORD = struct.Struct("<16s8sI")  # key, split hash, bytes of UTF-8 text
 _SPILL_BYTES = 64 << 20
 _ENCODE_DOCUMENTS = 512
@@ -47,7 +48,7 @@ class Job:
     @property
     def work(self) -> Location:
         """Working files, removed when the corpus is complete."""
-        return self.folder / "work"
+        return self.folder / WORK
 
 
 @dataclass(frozen=True)

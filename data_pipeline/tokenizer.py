@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError
 from data_pipeline.masking import Vocabulary
 
 if TYPE_CHECKING:
@@ -30,21 +30,28 @@ def load_tokenizer(folder: str) -> "PreTrainedTokenizerFast":
 
     Raises:
         NotFoundError: no such folder or hub id.
-        ConfigError: it lacks a special token that masked language modelling needs, or has no fast implementation.
+        ConfigError: it is damaged, lacks a special token that masked language modelling needs, or has no fast implementation.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        where = "found no tokenizer in it" if Path(folder).is_dir() else "there is no such folder, and the hub did not supply it"
-        raise NotFoundError(f"cannot load the tokenizer {folder}: {where}", "Check tokenizer.path, and the network for a hub id.") from error
+    except Exception as error:  # `tokenizers` raises bare Exception
+        raise _not_loaded(folder, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"the tokenizer {folder} has no fast implementation", "Choose one with a tokenizer.json.")
     missing = [f"{role}_token" for role in _ROLES if getattr(tokenizer, f"{role}_token_id") is None]
     if missing:
         raise ConfigError(f"the tokenizer {folder} has no {', '.join(missing)}", "Choose a tokenizer made for masked language models.")
     return tokenizer
+
+
+def _not_loaded(folder: str, error: Exception) -> MaskwrightError:
+    if isinstance(error, (OSError, ValueError)) and not (Path(folder) / "tokenizer.json").exists():
+        where = "found no tokenizer in it" if Path(folder).is_dir() else "there is no such folder, and the hub did not supply it"
+        return NotFoundError(f"cannot load the tokenizer {folder}: {where}", "Check tokenizer.path, and the network for a hub id.")
+    reason = str(error).strip().partition("\n")[0]
+    return ConfigError(f"the tokenizer {folder} is damaged: {reason}", "Restore its files from a copy, or choose another tokenizer.path.")
 
 
 def tokenizer_digest(folder: str) -> str:

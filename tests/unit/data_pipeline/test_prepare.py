@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -90,6 +91,37 @@ def test_rerun_does_nothing(prepared: Prepared, texts: Path) -> None:
     again = _prepare(texts, prepared.folder.parent.parent.url)
     assert (again.folder, again.created) == (prepared.folder, False)
     assert {path: path.stat().st_mtime_ns for path in prepared.folder.path.rglob("*")} == before
+
+
+def test_working_files_go_after_the_corpus_is_committed(texts: Path, prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    remove = Location.remove
+
+    def fails_for_work(location: Location) -> None:
+        if location.name == "work":
+            raise OSError("killed here")
+        remove(location)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Location, "remove", fails_for_work)
+        with pytest.raises(OSError, match="killed here"):
+            _prepare(texts, tmp_path)
+    folder = Location.at(tmp_path) / "corpora" / prepared.folder.name
+    CorpusIndex.open(folder)
+    assert (folder / "work").exists()
+    assert not _prepare(texts, tmp_path).created
+    assert _files(folder) == _files(prepared.folder)
+
+
+@pytest.mark.parametrize(("name", "said"), [("vocab.txt", "has not the digest"), ("added_tokens.json", "is not in corpus.json"), ("", "is missing")])
+def test_another_tokenizer_in_a_corpus_is_refused(prepared: Prepared, tmp_path: Path, name: str, said: str) -> None:
+    copy = tmp_path / "corpus"
+    shutil.copytree(prepared.folder.path, copy)
+    if name:
+        (copy / "tokenizer" / name).write_text("{}")
+    else:
+        (copy / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(DataCorruptError, match=said):
+        CorpusIndex.open(Location.at(copy))
 
 
 @pytest.mark.parametrize("executor", [BackwardsExecutor(), PoolExecutor()], ids=["backwards", "two-processes"])
@@ -208,7 +240,10 @@ def test_on_another_file_system(texts: Path, prepared: Prepared) -> None:
     assert files == _files(prepared.folder)
     index = CorpusIndex.open(found.folder)
     assert len(index.read_block(index.blocks("train")[0]).ids) == index.blocks("train")["tokens"][0]
-    assert Path(index.tokenizer_folder, "tokenizer.json").exists()
+    copy = Path(index.tokenizer_folder)
+    assert (copy / "tokenizer.json").read_bytes() == files["tokenizer/tokenizer.json"]
+    assert (copy.stat().st_mode & 0o777, copy.stat().st_uid) == (0o700, os.getuid())
+    assert index.tokenizer_folder == CorpusIndex.open(found.folder).tokenizer_folder == str(copy)
 
 
 def test_max_documents(texts: Path, tmp_path: Path) -> None:

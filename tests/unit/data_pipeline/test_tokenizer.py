@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 def test_a_missing_folder_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="no such folder"):
         load_tokenizer(str(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("damaged", ["", '{"version": "1.0", "model"', '{"version": "1.0", "model": {"type": "Nonsense"}}', "[]"])
+def test_a_damaged_tokenizer_is_refused_with_a_remedy(folder: str, tmp_path: Path, damaged: str) -> None:
+    shutil.copytree(folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / "tokenizer.json").write_text(damaged)
+    with pytest.raises(ConfigError, match="damaged is damaged: ") as caught:
+        load_tokenizer(str(tmp_path / "damaged"))
+    assert "from a copy" in caught.value.remedy
 
 
 def test_a_tokenizer_without_mask_token_is_refused(folder: str, tmp_path: Path) -> None:

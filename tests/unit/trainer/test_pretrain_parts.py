@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,7 +124,7 @@ def test_a_tokenizer_that_does_not_match_the_corpus_is_refused(tiny_corpus: Prep
     shutil.rmtree(copy / "tokenizer")
     write_tokenizer(str(copy / "tokenizer"))
     with pytest.raises(DataCorruptError, match=r"tokenizer does not match the corpus: it has 97 tokens"):
-        require_own_tokenizer(CorpusIndex.open(Location.at(copy)))
+        require_own_tokenizer(replace(CorpusIndex.open(tiny_corpus.folder), folder=Location.at(copy)))
 
 
 def test_a_record_cut_by_a_full_disk_does_not_stop_the_next_attempt(tmp_path: Path) -> None:
