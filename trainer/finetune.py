@@ -31,7 +31,7 @@ from trainer.classifier import build_classifier, save_classifier
 from trainer.config import FinetuneConfig, ScheduleConfig, TaskConfig
 from trainer.context import RunContext
 from trainer.evaluate import Precision, fastest_precision, forward, open_accelerator, open_ranks, predict, score
-from trainer.finetune_progress import Progress, ProgressFolder
+from trainer.finetune_progress import Progress, ProgressFolder, StateDamagedError
 from trainer.finetune_results import (
     INITS,
     RESULTS_VERSION,
@@ -146,9 +146,9 @@ def _finished_or_run(stage: _Stage, init: Init, seed: int) -> TrialResult:
     found = stage.ranks.rank_zero_does("look for finished trials", lambda: stage.output.read_trial(init, seed))
     if found is not None:
         return found
-    trial = _open_trial(stage, init, seed)
+    trial, progress = _resumed_trial(stage, init, seed)
     try:
-        progress = _train(trial)
+        progress = _train(trial, progress)
         result = _test(trial, progress)
         stage.ranks.rank_zero_does("record a trial", lambda: _record(trial, result))
     finally:
@@ -181,10 +181,19 @@ def _open_trial(stage: _Stage, init: Init, seed: int) -> _Trial:
     return _Trial(stage, init, seed, model, optimizer, peak_lr, folder)
 
 
-def _train(trial: _Trial) -> Progress:
-    """Train to the end, from where an earlier attempt of this trial was."""
+def _resumed_trial(stage: _Stage, init: Init, seed: int) -> tuple[_Trial, Progress]:
+    """The trial, and where an earlier attempt of it was; from the start when what that saved is damaged."""
+    while True:  # each time round there is one saved state less
+        trial = _open_trial(stage, init, seed)
+        try:
+            return trial, trial.progress_folder.load() or Progress(0, (), 0.0)
+        except StateDamagedError:
+            stage.accelerator.free_memory()
+
+
+def _train(trial: _Trial, progress: Progress) -> Progress:
+    """Train to the end from `progress`."""
     stage, context = trial.stage, trial.stage.context
-    progress = trial.progress_folder.load() or Progress(0, (), 0.0)
     resumed, started_at = progress, time.monotonic()
     saved_at = started_at
     for step, batch in _steps(trial, progress.step):

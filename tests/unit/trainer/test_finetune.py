@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from data_pipeline.errors import InterruptedRunError, MaskwrightError, NotFoundError
+from data_pipeline.errors import InterruptedRunError, MaskwrightError, NotFoundError, StorageError
 from data_pipeline.storage import Location
 from tests.support.tiny_task import write_model, write_task
+from trainer.agreement import Ranks
 from trainer.classifier import build_classifier
 from trainer.config import FinetuneConfig, TaskConfig
 from trainer.context import LocalContext
 from trainer.evaluate import evaluate_model, score
 from trainer.finetune import finetune_task
+from trainer.finetune_progress import Progress, ProgressFolder
 from trainer.finetune_results import Scores, TaskOutput, TrialResult, best_trial, prediction_lines, read_results, system_summary
 
 CONFIG = FinetuneConfig(num_seeds=2, epochs=2, batch_size=20, lr=8e-3, max_length=32)
@@ -120,6 +123,45 @@ def test_a_torn_save_is_not_loaded(folder: Path) -> None:
     (state / "model.safetensors").write_bytes(b"torn")
     run(folder, "torn", ONE_SEED)
     assert outcome(output) == outcome(folder / "done")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
+def test_a_damaged_state_is_said_and_the_trial_starts_again(folder: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    output = prepared(folder, f"damaged-{name}")
+    with pytest.raises(InterruptedRunError):
+        run(folder, output.name, ONE_SEED, StoppingContext(3))
+    [state] = (output / "progress").iterdir()
+    (state / name).write_bytes((state / name).read_bytes()[:20])
+    run(folder, output.name, ONE_SEED)
+    assert outcome(output) == outcome(folder / "done")
+    assert f"{state} could not be loaded and was removed" in caplog.text
+
+
+class FullDisk:
+    """Saves to a disk without space, as torch and safetensors report it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def save_state(self, output_dir: str, /) -> None:
+        raise self.error
+
+    def load_state(self, input_dir: str, /) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left"),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file"),
+        SafetensorError("I/O error: No space left"),
+    ],
+)
+def test_a_full_disk_is_an_error_of_the_storage(tmp_path: Path, error: Exception) -> None:
+    progress_folder = ProgressFolder(Location.at(tmp_path), "trial", FullDisk(error), Ranks(0, 1, None, 10.0))
+    with pytest.raises(StorageError, match="rank 0 could not save the state"):
+        progress_folder.save(Progress(3, (), 1.0))
 
 
 def prepared(folder: Path, output: str) -> Path:
