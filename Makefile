@@ -3,12 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-FAULTS ?= 6
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full unit distributed e2e chaos bench bench-table
+.PHONY: help setup demo check format test test-full unit distributed e2e chaos
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,14 +35,8 @@ check: setup  ## Format, lint, types, layers
 	@$(BIN)/lint-imports --no-logo > .lint-imports.log 2>&1 || { cat .lint-imports.log; rm -f .lint-imports.log; exit 1; }
 	@rm -f .lint-imports.log
 
-unit: setup
-	@$(BIN)/python -m pytest tests/unit -m "not full and not gpu" -q
-
-distributed: setup
-	@$(BIN)/python -m pytest tests/distributed -m "not full and not gpu" -q
-
-e2e: setup
-	@$(BIN)/python -m pytest tests/e2e -m "not full and not gpu" -q
+unit distributed e2e chaos: setup  ## One part of the tests; chaos kills real runs
+	@$(BIN)/python -m pytest tests/$@ -m "not full and not gpu" -q
 
 test: check  ## Everything that must hold before a change lands (at most 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not full and not gpu" --durations=15
