@@ -17,7 +17,7 @@ from webdataset.writer import TarWriter
 from data_pipeline.errors import DataCorruptError
 from data_pipeline.storage import Location
 
-_REMEDY = "Run `maskwright verify` on the corpus, then restore the file or prepare the corpus again."
+_REMEDY = "Restore the shard from a copy, or remove the corpus folder and run `maskwright prepare` again."
 _SUFFIX = ".npy"
 
 

@@ -10,7 +10,7 @@ from data_pipeline.storage import Location
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Names of everything inside `<storage>/<run-id>/` (DESIGN section 1)."""
+    """Names of everything inside `<storage>/<run-id>/`."""
 
     root: Location
 

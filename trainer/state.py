@@ -8,7 +8,7 @@ from typing import Any
 class TrainState:
     """Counters of a run. Data position and optimizer step differ: a skipped batch moves one and not the other.
 
-    `micro_batches_consumed` *is* the data state: micro-batch n is a function of n (DESIGN D1).
+    `micro_batches_consumed` *is* the data state: micro-batch n is a function of n (contract D1).
     """
 
     step: int = 0
