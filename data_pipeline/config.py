@@ -1,6 +1,7 @@
 """Configuration of the corpus, the tokenizer, the objective and the batch (pure)."""
 
 import re
+from itertools import groupby
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -10,6 +11,68 @@ class Section(BaseModel):
     """A frozen section of run.yaml: unknown keys are errors, attribute docstrings become the JSON schema."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+PersonalData = Literal["email", "phone", "ip", "card", "key"]
+
+
+class QualityConfig(Section):
+    """Documents to drop, by rules of Gopher (Rae et al. 2021, table A1) and C4 (Raffel et al. 2020); null turns a rule off.
+
+    Words are what stands between white space: the rules are made for languages that write spaces, and `min_stop_words` for English.
+    """
+
+    min_words: int | None = Field(default=50, ge=0)
+    """Fewest words of a document (Gopher)."""
+    max_words: int | None = Field(default=100_000, ge=1)
+    """Most words of a document (Gopher)."""
+    min_characters: int | None = Field(default=None, ge=0)
+    """Fewest characters of a document."""
+    max_characters: int | None = Field(default=None, ge=1)
+    """Most characters of a document."""
+    min_mean_word_length: float | None = Field(default=3.0, ge=0.0)
+    """Least mean length of words, in characters (Gopher)."""
+    max_mean_word_length: float | None = Field(default=10.0, gt=0.0)
+    """Greatest mean length of words, in characters (Gopher)."""
+    max_symbol_word_ratio: float | None = Field(default=0.1, ge=0.0)
+    """Most hash signs and ellipses, per word (Gopher)."""
+    min_alphabetic_words: float | None = Field(default=0.8, ge=0.0, le=1.0)
+    """Least share of words that hold a letter (Gopher)."""
+    min_stop_words: int | None = Field(default=2, ge=0, le=1000)
+    """Fewest occurrences of the, be, to, of, and, that, have, with (Gopher); null for text that is not English."""
+    max_bullet_lines: float | None = Field(default=0.9, ge=0.0, le=1.0)
+    """Greatest share of lines that begin with a bullet (Gopher)."""
+    max_ellipsis_lines: float | None = Field(default=0.3, ge=0.0, le=1.0)
+    """Greatest share of lines that end with an ellipsis (Gopher)."""
+    max_repeated_lines: float | None = Field(default=0.3, ge=0.0, le=1.0)
+    """Greatest share of lines that occurred before in the document (Gopher)."""
+    max_repeated_line_characters: float | None = Field(default=0.2, ge=0.0, le=1.0)
+    """Greatest share of characters in such lines (Gopher)."""
+    max_repeated_paragraphs: float | None = Field(default=0.3, ge=0.0, le=1.0)
+    """Greatest share of paragraphs that occurred before in the document (Gopher)."""
+    max_repeated_paragraph_characters: float | None = Field(default=0.2, ge=0.0, le=1.0)
+    """Greatest share of characters in such paragraphs (Gopher)."""
+    max_top_2gram: float | None = Field(default=0.2, ge=0.0, le=1.0)
+    """Greatest share of characters in the most frequent pair of words (Gopher)."""
+    max_top_3gram: float | None = Field(default=0.18, ge=0.0, le=1.0)
+    """The same for three words (Gopher)."""
+    max_top_4gram: float | None = Field(default=0.16, ge=0.0, le=1.0)
+    """The same for four words (Gopher)."""
+    min_sentences: int | None = Field(default=3, ge=0)
+    """Fewest sentences of a document (C4)."""
+    banned_phrases: tuple[str, ...] = ("lorem ipsum",)
+    """Drop documents that hold one of these, in any case (C4, which also bans `{`)."""
+
+
+class NearDuplicatesConfig(Section):
+    """Documents that resemble another one to drop: MinHash signatures in bands (Broder 1997; Leskovec et al., Mining of Massive Datasets, ch. 3)."""
+
+    threshold: float = Field(default=0.8, gt=0.0, lt=1.0)
+    """Jaccard similarity, estimated from the signatures, from which two documents count as one."""
+    num_permutations: int = Field(default=128, ge=16, le=1024)
+    """Length of a signature: the estimate's standard error is sqrt(threshold * (1 - threshold) / num_permutations)."""
+    shingle_words: int = Field(default=5, ge=1, le=32)
+    """Words in a row that make an element of the compared sets."""
 
 
 class CorpusConfig(Section):
@@ -27,6 +90,14 @@ class CorpusConfig(Section):
     """Share of documents, chosen by a hash of their text, held out for validation."""
     seed: int = Field(default=0, ge=0)
     """Seed of the global shuffle."""
+    quality: QualityConfig | None = None
+    """Drop documents by quality rules; `{}` takes the published thresholds, null keeps everything."""
+    personal_data: tuple[PersonalData, ...] = ()
+    """Replace these by placeholders such as `<EMAIL>`: e-mail addresses, telephone numbers, global IP addresses, payment cards, keys (credentials)."""
+    near_duplicates: NearDuplicatesConfig | None = None
+    """Drop near-duplicates, all but one of a group; `{}` takes the defaults, null drops exact duplicates only."""
+    contamination: Literal["report", "remove"] = "report"
+    """Training documents that share 13 words in a row with the test set of a fine-tune task: count them, or drop them."""
 
     @property
     def label(self) -> str:
@@ -34,6 +105,15 @@ class CorpusConfig(Section):
         first = self.source if isinstance(self.source, str) else self.source[0]
         stem = re.sub(r"(\.(txt|jsonl|parquet|gz|zst))+$", "", first.rstrip("/").rsplit("/", 1)[-1])
         return self.name or re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "corpus"
+
+
+class MixturePart(Section):
+    """One of several corpora and how much of it is read."""
+
+    weight: float = Field(default=1.0, gt=0.0)
+    """Share of the samples relative to the other parts, exact over 1,000 samples of a lane."""
+    corpus: CorpusConfig
+    """The text."""
 
 
 class TokenizerConfig(Section):
@@ -49,13 +129,39 @@ class TokenizerConfig(Section):
     """Train on at most this many documents."""
 
 
+class DataConfig(Section):
+    """How a corpus that does not lie on a local disk is read: time-outs, retries, reading ahead, and each node's copy of its blocks.
+
+    Nothing here is part of the corpus' identity or changes what the model sees; all of it may change when a run is continued.
+    """
+
+    read_timeout_s: float = Field(default=30.0, gt=0.0)
+    """A read that has not answered after this long is given up and tried again."""
+    total_timeout_s: float = Field(default=120.0, gt=0.0)
+    """Seconds after which a block that could not be read, with all retries, is an error."""
+    max_attempts: int = Field(default=12, ge=1)
+    """Attempts at a read that fails with a server error, a time-out or a broken connection; the pauses between them double, with jitter, up to 10 s."""
+    concurrent_reads: int = Field(default=8, ge=1)
+    """Reads under way at once, per process."""
+    read_ahead_bytes: int = Field(default=256 << 20, ge=0)
+    """Memory of a process for blocks that are read ahead of use; 0 reads nothing ahead."""
+    cache_dir: str | None = None
+    """Folder on a local disk where all processes of a node keep blocks that they have read; null: `maskwright` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    cache_bytes: int = Field(default=10 << 30, ge=0)
+    """Size of that folder; the blocks not used for longest go first. 0 keeps nothing."""
+
+
 class ObjectiveConfig(Section):
     """What the model learns to predict."""
 
     mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
-    """Share of ordinary tokens chosen for prediction; 80 % become [MASK], 10 % a random token, 10 % stay."""
-    sentence_objective: Literal["nsp", "none"] = "nsp"
-    """`nsp`: next-sentence prediction on pairs with length-matched negatives. `none`: single segments."""
+    """Share of ordinary tokens chosen for prediction, whatever the unit; 80 % become [MASK], 10 % a random token, 10 % stay."""
+    mask_unit: Literal["token", "whole_word", "span"] = "token"
+    """What is chosen at once. `token`: Devlin et al. 2019. `whole_word`: all tokens of a word. `span`: some words, 3.8 on average (SpanBERT, Joshi
+    et al. 2020)."""
+    sentence_objective: Literal["nsp", "sop", "none"] = "nsp"
+    """`nsp`: does the second segment follow the first; negatives of equal length come from other documents. `sop`: are the two in order (ALBERT, Lan
+    et al. 2020). `none`: single segments."""
 
 
 class Phase(Section):
@@ -73,10 +179,19 @@ class Phase(Section):
     """Samples in a micro-batch."""
     num_micro_batches: int
     """Micro-batches in a global batch (M)."""
+    series: int
+    """Number of the series: phases in a row with one sequence length and micro-batch size share their epochs, the next series starts anew."""
+    series_first_micro_batch: int
+    """Number, within the run, of the series' first micro-batch."""
+    num_lanes: int
+    """Lanes of the series (K), its largest M."""
 
 
 class PhaseConfig(Section):
-    """From a step on, train with another sequence length or batch; what is null is taken from `batch`."""
+    """From a step on, train with another sequence length or batch; what is null is taken from `batch`.
+
+    Several phases that change only `global_batch_size` are a batch-size warm-up.
+    """
 
     from_step: int = Field(ge=1)
     """First optimizer step (counted from 0) that this phase governs."""
@@ -99,8 +214,11 @@ class BatchConfig(Section):
     """Longest row, in tokens, special tokens included."""
     split: int = Field(default=1, ge=1)
     """Compute a micro-batch in this many parts when memory is short; the batch and its normalisation stay the same."""
+    packing: Literal["none", "rows", "unpadded"] = "none"
+    """How samples share rows. `none`: a row each, padded to the longest. `rows`: several to a row of `sequence_length`, each attending to itself.
+    `unpadded`: all in one row, end to end. Samples, masks and losses are the same."""
     phases: tuple[PhaseConfig, ...] = ()
-    """Later phases, in order of `from_step`. A new phase starts a new epoch."""
+    """Later phases, in order of `from_step`. Another sequence length or micro-batch size starts a new epoch, another global batch size does not."""
     loader_workers: int = Field(default=0, ge=0)
     """Background processes per rank that make micro-batches; 0 makes them in the training process."""
 
@@ -128,20 +246,36 @@ class BatchConfig(Section):
         ends = [phase.from_step for phase in planned[1:]] + [num_steps]
         resolved: list[Phase] = []
         first_micro_batch = 0
-        for phase, end in zip(planned, ends, strict=True):
-            total, micro = self._shape(phase)
-            resolved.append(
-                Phase(
-                    first_step=phase.from_step,
-                    num_steps=end - phase.from_step,
-                    first_micro_batch=first_micro_batch,
-                    sequence_length=phase.sequence_length or self.sequence_length,
-                    micro_batch_size=micro,
-                    num_micro_batches=total // micro,
+        for series_number, shapes in enumerate(self._series(planned)):
+            series_first, num_lanes = first_micro_batch, max(total // micro for _, _, total, micro in shapes)
+            for phase, length, total, micro in shapes:
+                num_phase_steps, num_micro_batches = ends[len(resolved)] - phase.from_step, total // micro
+                resolved.append(
+                    Phase(
+                        first_step=phase.from_step,
+                        num_steps=num_phase_steps,
+                        first_micro_batch=first_micro_batch,
+                        sequence_length=length,
+                        micro_batch_size=micro,
+                        num_micro_batches=num_micro_batches,
+                        series=series_number,
+                        series_first_micro_batch=series_first,
+                        num_lanes=num_lanes,
+                    )
                 )
-            )
-            first_micro_batch += resolved[-1].num_steps * resolved[-1].num_micro_batches
+                first_micro_batch += num_phase_steps * num_micro_batches
         return tuple(resolved)
+
+    def _series(self, planned: list[PhaseConfig]) -> list[list[tuple[PhaseConfig, int, int, int]]]:
+        """Phases with their (sequence length, global batch size, micro-batch size), in groups that share the first and the last."""
+        shaped = [(phase, phase.sequence_length or self.sequence_length, *self._shape(phase)) for phase in planned]
+        return [list(group) for _, group in groupby(shaped, key=lambda each: (each[1], each[3]))]
+
+    @property
+    def row_packing(self) -> Literal["none", "rows"]:
+        """How the trainer lays out rows. Unpadded micro-batches are computed in padded rows, with the same losses: no attention kernel for sequences
+        of variable length is used yet."""
+        return "rows" if self.packing == "rows" else "none"
 
     @property
     def sequence_lengths(self) -> tuple[int, ...]:

@@ -3,68 +3,116 @@
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.chunks import IntArray
 from data_pipeline.hashing import mix64
-from data_pipeline.masking import Masking, Vocabulary, mask_rows
-from data_pipeline.pairs import NO_PAIR, Samples
-
-ROW_MULTIPLE = 8
-"""Rows are padded to the longest one, rounded up to this: kernels like it and fewer shapes occur."""
+from data_pipeline.masking import Vocabulary
+from data_pipeline.packing import Layout, pad_rows
+from data_pipeline.pairs import NO_PAIR
+from data_pipeline.window import Finished
 
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """B samples of up to T tokens; T is the longest row rounded up to a multiple of 8."""
+    """B samples laid end to end, and how they are laid into R rows of T places: what the model computes does not depend on the rows."""
 
     number: int
     """Number within the run; -1 of an empty micro-batch."""
-    input_ids: IntArray
-    """(B, T), masking applied, padded with [PAD]."""
-    token_type_ids: IntArray
-    """(B, T): 1 for the second segment and its [SEP]."""
-    lengths: IntArray
-    """(B,) tokens of each row, special tokens included."""
-    mlm_positions: IntArray
-    """(N,) flat index into B*T, ascending."""
-    mlm_labels: IntArray
-    """(N,) the tokens that were there."""
-    nsp_labels: IntArray
-    """(B,) 0: B follows A. 1: B is of another document. -100: a single segment."""
+    samples: Finished
+    layout: Layout
+    pad_id: int
 
     @property
     def num_samples(self) -> int:
-        """Rows."""
-        return len(self.lengths)
+        """B."""
+        return len(self.samples)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.lengths.sum())
+        """Tokens without padding, N."""
+        return len(self.samples.token_ids)
 
     @property
     def num_masked(self) -> int:
-        """Tokens to predict."""
-        return len(self.mlm_labels)
+        """Tokens to predict, P."""
+        return len(self.samples.mlm_labels)
 
     @property
     def num_pairs(self) -> int:
-        """Rows with a next-sentence label."""
+        """Samples with a sentence label."""
         return int(np.count_nonzero(self.nsp_labels != NO_PAIR))
 
     @property
+    def fill(self) -> float:
+        """Share of the R * T places that hold a token."""
+        return self.num_tokens / self.layout.num_places
+
+    @property
+    def lengths(self) -> IntArray:
+        """(B,) tokens of each sample, special tokens included."""
+        return self.samples.lengths
+
+    @property
+    def starts(self) -> IntArray:
+        """(B,) flat place in R*T of each sample's [CLS]."""
+        return self.layout.starts
+
+    @property
+    def nsp_labels(self) -> IntArray:
+        """(B,) 0: B follows A. 1: it does not (nsp: of another document; sop: swapped). -100: a single segment."""
+        return self.samples.nsp_labels
+
+    @property
+    def mlm_labels(self) -> IntArray:
+        """(P,) the tokens that were masked."""
+        return self.samples.mlm_labels.astype(np.int64)
+
+    @cached_property
+    def places(self) -> IntArray:
+        """(N,) flat place in R*T of each token, sample by sample."""
+        return self.layout.places(self.lengths)
+
+    @property
+    def mlm_positions(self) -> IntArray:
+        """(P,) flat place in R*T of each masked token, sample by sample."""
+        return self.places[self.samples.mlm_positions]
+
+    @property
+    def input_ids(self) -> IntArray:
+        """(R, T), masking applied, padded with [PAD]."""
+        return self._rows(self.samples.token_ids, self.pad_id)
+
+    @property
+    def token_type_ids(self) -> IntArray:
+        """(R, T): 1 for the second segment and its [SEP]."""
+        samples = self.samples
+        lengths = np.stack([samples.first_lengths, samples.lengths - samples.first_lengths], axis=1).ravel()
+        return self._rows(np.repeat(np.tile([0, 1], self.num_samples), lengths), 0)
+
+    @property
+    def position_ids(self) -> IntArray:
+        """(R, T): position within the sample; 0 where there is none."""
+        return self._rows(np.arange(self.num_tokens) - np.repeat(np.cumsum(self.lengths) - self.lengths, self.lengths), 0)
+
+    @property
+    def sample_ids(self) -> IntArray:
+        """(R, T): number of the sample from 1 to B, 0 for padding. Attention stays within equal numbers."""
+        return self._rows(np.repeat(np.arange(1, self.num_samples + 1), self.lengths), 0)
+
+    def _rows(self, values_N: NDArray[np.integer], padding: int) -> IntArray:
+        flat = np.full(self.layout.num_places, padding, dtype=np.int64)
+        flat[self.places] = values_N
+        return flat.reshape(self.layout.num_rows, self.layout.width)
+
+    @property
     def digest(self) -> int:
-        """64 bits over token ids, segments, masks, labels and NSP labels in sample order; padding does not enter."""
-        real_BT = np.arange(self.input_ids.shape[1]) < self.lengths[:, None]
-        before = np.cumsum(self.lengths) - self.lengths
-        row, column = np.divmod(self.mlm_positions, self.input_ids.shape[1])
-        arrays = (
-            self.lengths, self.input_ids[real_BT], self.token_type_ids[real_BT],
-            before[row] + column, self.mlm_labels, self.nsp_labels,
-        )  # fmt: skip
+        """64 bits over token ids, segments, masks, labels and sentence labels in sample order; the layout does not enter."""
+        samples = self.samples
+        arrays = (samples.lengths, samples.token_ids, samples.first_lengths, samples.mlm_positions, samples.mlm_labels, samples.nsp_labels)
         digest = hashlib.blake2b(digest_size=8)
         for array in arrays:
             digest.update(len(array).to_bytes(4, "little") + array.astype("<i4").tobytes())
@@ -78,40 +126,7 @@ def step_digest(parts: Iterable[tuple[int, int]]) -> int:
 
 def empty_micro_batch(vocabulary: Vocabulary) -> MicroBatch:
     """One row [CLS] [SEP] without labels: what a rank computes, with weight zero, when it has no micro-batch left in a step."""
-    input_ids = np.full((1, ROW_MULTIPLE), vocabulary.pad, dtype=np.int64)
-    input_ids[0, :2] = vocabulary.cls, vocabulary.sep
+    ids, length = np.array([vocabulary.cls, vocabulary.sep], dtype=np.uint32), np.array([2])
     nothing = np.zeros(0, dtype=np.int64)
-    return MicroBatch(-1, input_ids, np.zeros_like(input_ids), np.array([2]), nothing, nothing, np.array([NO_PAIR]))
-
-
-def assemble(number: int, parts: list[tuple[NDArray[np.integer], Samples]], vocabulary: Vocabulary, masking: Masking) -> MicroBatch:
-    """Make the micro-batch of some samples, each part with the tokens that its samples point into."""
-    lengths = np.concatenate([samples.lengths for _, samples in parts])
-    width = -(-int(lengths.max()) // ROW_MULTIPLE) * ROW_MULTIPLE
-    input_ids = np.full((len(lengths), width), vocabulary.pad, dtype=np.int64)
-    row = 0
-    for tokens, samples in parts:
-        _fill_rows(input_ids[row : row + len(samples)], tokens, samples, vocabulary)
-        row += len(samples)
-    a_length = np.concatenate([samples.a_length for _, samples in parts])
-    column = np.arange(width)
-    token_type_ids = ((column >= a_length[:, None] + 2) & (column < lengths[:, None])).astype(np.int64)
-    positions, labels = mask_rows(input_ids, np.concatenate([samples.keys for _, samples in parts]), masking)
-    nsp_labels = np.concatenate([samples.labels for _, samples in parts])
-    return MicroBatch(number, input_ids, token_type_ids, lengths, positions, labels, nsp_labels)
-
-
-def _fill_rows(ids_BT: IntArray, tokens: NDArray[np.integer], samples: Samples, vocabulary: Vocabulary) -> None:
-    """[CLS] A [SEP] B [SEP] in each row; the tokens of all segments move in one gather."""
-    rows = np.arange(len(samples))
-    row_start = rows * ids_BT.shape[1]
-    ids_BT[:, 0] = vocabulary.cls
-    ids_BT[rows, samples.a_length + 1] = vocabulary.sep
-    ids_BT[rows, samples.lengths - 1] = vocabulary.sep
-    source = np.stack([samples.a_start, samples.b_start], axis=1).ravel()
-    target = np.stack([row_start + 1, row_start + samples.a_length + 2], axis=1).ravel()
-    length = np.stack([samples.a_length, samples.b_length], axis=1).ravel()
-    before = np.cumsum(length) - length
-    nth = np.arange(int(length.sum()))
-    flat = ids_BT.reshape(-1)
-    flat[np.repeat(target - before, length) + nth] = tokens[np.repeat(source - before, length) + nth]
+    samples = Finished(ids, length, length, nothing, nothing, np.array([NO_PAIR]))
+    return MicroBatch(-1, samples, pad_rows(length, 2), vocabulary.pad)

@@ -1,7 +1,8 @@
-"""Samples of a window: sentence pairs whose negatives are swapped so that lengths do not tell the label (pure)."""
+"""Samples of a window: single segments or sentence pairs, whose lengths do not tell the label (pure)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +12,12 @@ from data_pipeline.hashing import UInt64Array, mix64
 
 CanSwap = Callable[[IntArray, IntArray], NDArray[np.bool_]]
 
-IS_NEXT, IS_RANDOM, NO_PAIR = 0, 1, -100
+SentenceObjective = Literal["nsp", "sop", "none"]
 
-_SPLIT, _COIN, _RANK, _EXTRA = 1, 2, 3, 4
+IS_NEXT, IS_RANDOM, NO_PAIR = 0, 1, -100
+IN_ORDER, SWAPPED = 0, 1
+
+_SPLIT, _COIN, _RANK, _EXTRA, _ORDER = 1, 2, 3, 4, 5
 """What a hash of the samples' keys is used for; masking.py has its own."""
 _REACH = 16
 _MATCHINGS = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))
@@ -43,21 +47,45 @@ class Samples:
         return self.a_length + self.b_length + 2 + (self.b_length > 0)
 
 
-def make_samples(chunks: Chunks, keys: UInt64Array, sequence_length: int, with_pairs: bool) -> Samples:
-    """One sample per chunk, in the order of the chunks; with pairs, half of them get the second segment of another document."""
+def make_samples(chunks: Chunks, keys: UInt64Array, sequence_length: int, objective: SentenceObjective) -> Samples:
+    """One sample per chunk, in the order of the chunks. `nsp`: half of the pairs get the second segment of another document. `sop`: in half
+    of them the segments change places."""
     start, stop = chunks.token_start(chunks.first_piece), chunks.token_start(chunks.stop_piece)
-    labels = np.full(len(chunks), NO_PAIR, dtype=np.int64)
-    if not with_pairs:
-        return Samples(keys, start, stop - start, stop, np.zeros_like(start), labels)
     num_pieces = chunks.stop_piece - chunks.first_piece
+    is_pair = (num_pieces > 1) & (objective != "none")
     offset = (mix64(keys, _SPLIT) % np.maximum(num_pieces - 1, 1).astype(np.uint64)).astype(np.int64) + 1
-    middle = np.where(num_pieces > 1, chunks.token_start(chunks.first_piece + offset), stop)
-    pairs = np.flatnonzero(num_pieces > 1)
-    b_start, b_length = middle.copy(), stop - middle
-    partner = choose_partners((middle - start)[pairs], b_length[pairs], chunks.document[pairs], keys[pairs], limit=sequence_length - SPECIAL_TOKENS)
+    middle = np.where(is_pair, chunks.token_start(chunks.first_piece + offset), stop)
+    samples = Samples(keys, start, middle - start, middle, stop - middle, np.where(is_pair, IS_NEXT, NO_PAIR))
+    pairs = np.flatnonzero(is_pair)
+    if objective == "nsp":
+        return _with_swapped_seconds(samples, pairs, chunks.document[pairs], sequence_length - SPECIAL_TOKENS)
+    return _with_swapped_segments(samples, pairs)
+
+
+def _with_swapped_seconds(samples: Samples, pairs: IntArray, document: IntArray, limit: int) -> Samples:
+    partner = choose_partners(samples.a_length[pairs], samples.b_length[pairs], document, samples.keys[pairs], limit)
+    labels, b_start, b_length = samples.labels.copy(), samples.b_start.copy(), samples.b_length.copy()
     labels[pairs] = np.where(partner == np.arange(len(pairs)), IS_NEXT, IS_RANDOM)
-    b_start[pairs], b_length[pairs] = middle[pairs[partner]], (stop - middle)[pairs[partner]]
-    return Samples(keys, start, middle - start, b_start, b_length, labels)
+    b_start[pairs], b_length[pairs] = b_start[pairs[partner]], b_length[pairs[partner]]
+    return replace(samples, b_start=b_start, b_length=b_length, labels=labels)
+
+
+def _with_swapped_segments(samples: Samples, pairs: IntArray) -> Samples:
+    """Half of the pairs, those with the smaller hashes. Both orders have the same distribution of lengths: a pair is split anywhere."""
+    swapped = np.zeros(len(samples), dtype=np.bool_)
+    swapped[pairs[np.argsort(mix64(samples.keys[pairs], _ORDER), kind="stable")[: len(pairs) // 2]]] = True
+
+    def exchanged(one: IntArray, other: IntArray) -> IntArray:
+        return np.where(swapped, other, one)
+
+    return Samples(
+        samples.keys,
+        exchanged(samples.a_start, samples.b_start),
+        exchanged(samples.a_length, samples.b_length),
+        exchanged(samples.b_start, samples.a_start),
+        exchanged(samples.b_length, samples.a_length),
+        np.where(swapped, SWAPPED, samples.labels),
+    )
 
 
 def choose_partners(a_length: IntArray, b_length: IntArray, document: IntArray, keys: UInt64Array, limit: int) -> IntArray:

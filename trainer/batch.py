@@ -1,14 +1,15 @@
 """Micro-batches as tensors: made from the stream's arrays, cut into parts where memory is short (pure but for the copy to a device).
 
-Shape suffixes: B samples, T tokens of the longest row, N masked positions.
+Shape suffixes: B samples, R rows, T places of a row, N masked positions.
 """
 
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.objectives import IGNORED
@@ -19,12 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorBatch:
-    """One micro-batch, or a part of one, on a device. `mlm_positions_N` indexes the flattened (B, T) tokens and is never empty."""
+    """One micro-batch, or a part of one, on a device. `mlm_positions_N` and `starts_B` index the flattened (R, T) places."""
 
-    input_ids_BT: Tensor
-    token_type_ids_BT: Tensor
-    attention_mask_BT: Tensor
+    input_ids_RT: Tensor
+    token_type_ids_RT: Tensor
+    position_ids_RT: Tensor
+    sample_ids_RT: Tensor
+    """1, 2, … for the samples of the batch, 0 for padding: attention stays within equal numbers."""
+    starts_B: Tensor
+    """Where each sample's [CLS] is."""
     mlm_positions_N: Tensor
+    """Never empty."""
     mlm_labels_N: Tensor
     nsp_labels_B: Tensor
 
@@ -36,44 +42,42 @@ class TensorBatch:
 
 
 def tensor_batches(batch: "MicroBatch", parts: int = 1) -> list[TensorBatch]:
-    """Cut a micro-batch into exactly `parts` batches of nearly equal numbers of samples, in order.
+    """Cut a micro-batch into exactly `parts` batches of nearly equal numbers of rows.
 
-    Every rank has to run the same number of passes, or collectives would not match; so a batch with fewer samples than parts (the
-    empty micro-batch) gets parts without any label.
+    Every rank has to run the same number of passes, or collectives would not match; so a batch with fewer rows than parts (the empty
+    micro-batch) gets parts without any label.
     """
-    bounds = np.linspace(0, batch.num_samples, min(parts, batch.num_samples) + 1).round().astype(int)
-    batches = [_rows(batch, int(first), int(last)) for first, last in pairwise(bounds)]
+    rows = batch.layout.num_rows
+    tables = [batch.input_ids, batch.token_type_ids, batch.position_ids, batch.sample_ids]
+    bounds = np.linspace(0, rows, min(parts, rows) + 1).round().astype(int)
+    batches = [_part(batch, tables, int(first), int(last)) for first, last in pairwise(bounds)]
     return batches + [_without_labels(batches[0])] * (parts - len(batches))
 
 
-def _rows(batch: "MicroBatch", first: int, last: int) -> TensorBatch:
-    num_tokens = batch.input_ids.shape[1]
-    low, high = np.searchsorted(batch.mlm_positions, [first * num_tokens, last * num_tokens])
-    positions = batch.mlm_positions[low:high] - first * num_tokens
-    labels = batch.mlm_labels[low:high]
+def _part(batch: "MicroBatch", tables: list[NDArray[np.int64]], first: int, last: int) -> TensorBatch:
+    low, high = first * batch.layout.width, last * batch.layout.width
+    positions = batch.mlm_positions
+    masked, own = (positions >= low) & (positions < high), (batch.starts >= low) & (batch.starts < high)
+    positions, labels = positions[masked] - low, batch.mlm_labels[masked]
     if not len(positions):  # the head must run all the same, so that its parameters stay in the graph
         positions, labels = np.zeros(1, np.int64), np.full(1, IGNORED)
-    mask = np.arange(num_tokens)[None, :] < batch.lengths[first:last, None]
-    return TensorBatch(
-        input_ids_BT=_tensor(batch.input_ids[first:last]),
-        token_type_ids_BT=_tensor(batch.token_type_ids[first:last]),
-        attention_mask_BT=_tensor(mask),
-        mlm_positions_N=_tensor(positions),
-        mlm_labels_N=_tensor(labels),
-        nsp_labels_B=_tensor(batch.nsp_labels[first:last]),
-    )
+    arrays = [*(table[first:last] for table in tables), batch.starts[own] - low, positions, labels, batch.nsp_labels[own]]
+    return TensorBatch(*(_tensor(array) for array in arrays))
 
 
 def _without_labels(batch: TensorBatch) -> TensorBatch:
+    """The first row of a batch as one whose loss is zero."""
     return TensorBatch(
-        input_ids_BT=batch.input_ids_BT[:1],
-        token_type_ids_BT=batch.token_type_ids_BT[:1],
-        attention_mask_BT=batch.attention_mask_BT[:1],
+        input_ids_RT=batch.input_ids_RT[:1],
+        token_type_ids_RT=batch.token_type_ids_RT[:1],
+        position_ids_RT=batch.position_ids_RT[:1],
+        sample_ids_RT=batch.sample_ids_RT[:1],
+        starts_B=torch.zeros(1, dtype=torch.int64),
         mlm_positions_N=torch.zeros(1, dtype=torch.int64),
         mlm_labels_N=torch.full((1,), IGNORED),
         nsp_labels_B=torch.full((1,), IGNORED),
     )
 
 
-def _tensor(array: Any) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
+def _tensor(array: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

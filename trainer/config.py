@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline.config import BatchConfig, CorpusConfig, ObjectiveConfig, Phase, Section, TokenizerConfig
+from data_pipeline.config import BatchConfig, CorpusConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
 
 
 class ModelConfig(Section):
@@ -155,6 +155,8 @@ class RunConfig(Section):
     """Seed of the weights, the data order, the masks and dropout."""
     corpus: CorpusConfig = CorpusConfig()
     """The text."""
+    mixture: tuple[MixturePart, ...] = ()
+    """Several corpora with weights instead of `corpus`; a tokenizer that is trained is trained on the first."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -180,6 +182,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if self.mixture and "corpus" in self.model_fields_set and self.corpus != CorpusConfig():
+            raise ValueError("corpus and mixture are both given; put the corpus into the mixture")
         if self.name == "corpora":
             raise ValueError("name 'corpora' is taken by the corpora folder; choose another")
         longest = max(self.batch.sequence_lengths)
@@ -191,3 +195,8 @@ class RunConfig(Section):
     def phases(self) -> tuple[Phase, ...]:
         """The run's phases, resolved."""
         return self.batch.phases_until(self.schedule.steps)
+
+    @property
+    def corpus_label(self) -> str:
+        """The corpus' name, or those of the mixture."""
+        return " + ".join(part.corpus.label for part in self.mixture) or self.corpus.label

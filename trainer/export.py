@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError
-from data_pipeline.index import CorpusIndex
+from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location, storage_errors, sync_folder
 from trainer.checkpoint import Checkpoint, list_checkpoints, verify
 from trainer.config import RunConfig
@@ -43,10 +43,10 @@ def export(run: RunFolder, config: RunConfig, corpus: Location, step: int | None
         ConfigError: `corpus` is not what the checkpoint was trained on.
         MaskwrightError: the exported model does not compute the same logits; nothing is left in `models/<name>` that was not there before.
     """
-    checkpoint, index = _choose(run, step), CorpusIndex.open(corpus)
-    if checkpoint.state.corpus_fingerprint != index.fingerprint:
+    checkpoint, corpora = _choose(run, step), Mixture.open(corpus)
+    if checkpoint.state.corpus_fingerprint != corpora.fingerprint:
         raise ConfigError(
-            f"{checkpoint.folder} was trained on corpus {checkpoint.state.corpus_fingerprint[:12]}; {corpus} is {index.fingerprint[:12]}",
+            f"{checkpoint.folder} was trained on corpus {checkpoint.state.corpus_fingerprint[:12]}; {corpus} is {corpora.fingerprint[:12]}",
             "Name the corpus of the run.",
         )
     target = run.models / name
@@ -57,7 +57,7 @@ def export(run: RunFolder, config: RunConfig, corpus: Location, step: int | None
         with storage_errors(str(target)):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            _write(partial, run, config, checkpoint, index)
+            _write(partial, run, config, checkpoint, corpora)
             _publish(partial, target.path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -109,10 +109,10 @@ def _is_done(target: Path, checkpoint: Checkpoint) -> bool:
     return bool(lineage.get("checkpoint_digest") == checkpoint.manifest.digest and not verify_model(target))
 
 
-def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpoint, index: CorpusIndex) -> None:
+def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpoint, corpora: Mixture) -> None:
     trained = load_trained(checkpoint)
     _save_stock(trained, partial)
-    _copy_tokenizer(Path(index.tokenizer_folder), partial)
+    _copy_tokenizer(Path(corpora.tokenizer_folder), partial)
     agreement = check_export(partial, trained, checkpoint.probe, config.precision)
     facts = _facts(run, config, checkpoint, trained, agreement)
     (partial / "README.md").write_text(render_model_card(facts), encoding="utf-8")
@@ -126,8 +126,8 @@ def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpo
         "step": checkpoint.step,
         "attempt": checkpoint.manifest.attempt,
         "checkpoint_digest": checkpoint.manifest.digest,
-        "corpus_fingerprint": index.fingerprint,
-        "tokenizer_digest": index.tokenizer_digest,
+        "corpus_fingerprint": corpora.fingerprint,
+        "tokenizer_digest": corpora.tokenizer_digest,
         "versions": checkpoint.manifest.circumstances.versions,
         "files": {name: asdict(FileDigest.of(path)) for name, path in files.items()},
         "verification": asdict(agreement),
@@ -179,7 +179,7 @@ def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: P
         num_parameters=sum(parameter.numel() for parameter in trained.parameters()),
         vocab_size=trained.config.vocab_size,
         objective=config.objective.sentence_objective,
-        corpus=config.corpus.label,
+        corpus=config.corpus_label,
         fingerprint=checkpoint.state.corpus_fingerprint,
         steps=checkpoint.step,
         planned_steps=config.schedule.steps,

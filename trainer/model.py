@@ -1,7 +1,7 @@
 """The network: `BertForPreTraining` of transformers with a forward pass that projects to the vocabulary only where tokens are masked.
 
-Parameters keep their transformers names, so that exported weights load in stock transformers. Shape suffixes: B samples, T tokens,
-D hidden width, N masked positions, V vocabulary.
+Parameters keep their transformers names, so that exported weights load in stock transformers. Shape suffixes: B samples, R rows, T places
+of a row, D hidden width, N masked positions, V vocabulary.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, BertConfig, BertForPreTraining, PreTrainedTokenizerBase
 
 from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, UnreachableError
@@ -26,23 +26,42 @@ class PretrainingBert(BertForPreTraining):
 
         All parameters are in the graph whatever the batch holds. Never waits for the device.
         """
-        hidden_BTD, pooled_BD = self._encode(batch.input_ids_BT, batch.token_type_ids_BT, batch.attention_mask_BT)
-        masked_ND = hidden_BTD.flatten(0, 1).index_select(0, batch.mlm_positions_N)
-        mlm_logits_NV, nsp_logits_B2 = self._heads(masked_ND, pooled_BD)
+        attend_R1TT = within_samples(batch.sample_ids_RT, one_each=len(batch.starts_B) == len(batch.input_ids_RT))
+        hidden_RTD = self._encode(batch.input_ids_RT, batch.token_type_ids_RT, batch.position_ids_RT, attend_R1TT).flatten(0, 1)
+        first_B1D, masked_ND = hidden_RTD.index_select(0, batch.starts_B)[:, None], hidden_RTD.index_select(0, batch.mlm_positions_N)
+        mlm_logits_NV, nsp_logits_B2 = self._heads(masked_ND, first_B1D)
         sums = loss_sums(mlm_logits_NV, batch.mlm_labels_N, nsp_logits_B2, batch.nsp_labels_B)
         return sums.mlm_loss, sums.nsp_loss, sums.mlm_correct, sums.nsp_correct
 
     def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 MLM logits (B, T, V) and NSP logits (B, 2) of every token, for comparison with stock transformers."""
-        mlm_logits, nsp_logits = self._heads(*self._encode(input_ids_BT, token_type_ids_BT, attention_mask_BT))
+        """fp32 MLM logits (B, T, V) and NSP logits (B, 2) of a sample a row, for comparison with stock transformers."""
+        position_ids_1T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
+        attend_B11T = within_samples(attention_mask_BT, one_each=True)
+        hidden_BTD = self._encode(input_ids_BT, token_type_ids_BT, position_ids_1T, attend_B11T)
+        mlm_logits, nsp_logits = self._heads(hidden_BTD, hidden_BTD)
         return mlm_logits.float(), nsp_logits.float()
 
-    def _encode(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.bert(input_ids=input_ids_BT, token_type_ids=token_type_ids_BT, attention_mask=attention_mask_BT)
-        return output.last_hidden_state, output.pooler_output
+    def _encode(self, input_ids_RT: Tensor, token_type_ids_RT: Tensor, position_ids_RT: Tensor, attend_R1TT: Tensor) -> Tensor:
+        """`BertModel.forward`, which cannot take a mask of its own for each row and pools only the first place of one."""
+        embedded_RTD = self.bert.embeddings(input_ids=input_ids_RT, token_type_ids=token_type_ids_RT, position_ids=position_ids_RT)
+        if self.config._attn_implementation == "eager":  # pyright: ignore[reportPrivateUsage]  # it adds the mask to the scores
+            lowest = torch.finfo(embedded_RTD.dtype).min
+            attend_R1TT = torch.zeros_like(attend_R1TT, dtype=embedded_RTD.dtype).masked_fill(~attend_R1TT, lowest)
+        return self.bert.encoder(embedded_RTD, attention_mask=attend_R1TT).last_hidden_state
 
-    def _heads(self, hidden: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls.predictions(hidden), self.cls.seq_relationship(pooled)
+    def _heads(self, hidden: Tensor, first_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """MLM logits of `hidden`, NSP logits of the first place of each of `first_BTD`."""
+        return self.cls.predictions(hidden), self.cls.seq_relationship(cast(nn.Module, self.bert.pooler)(first_BTD))
+
+
+def within_samples(sample_ids_RT: Tensor, *, one_each: bool) -> Tensor:
+    """Which places attend to which: (R, 1, T, T), or (R, 1, 1, T) where each row holds one sample and padding.
+
+    Padding attends to padding or to the row's sample, never to nothing: a softmax over nothing is not a number.
+    """
+    if one_each:
+        return sample_ids_RT.bool()[:, None, None, :]
+    return (sample_ids_RT[:, :, None] == sample_ids_RT[:, None, :])[:, None]
 
 
 def as_loss_sums(output: tuple[Tensor, Tensor, Tensor, Tensor]) -> LossSums:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from data_pipeline.config import Phase
 from data_pipeline.hashing import mix64
-from data_pipeline.index import CorpusIndex
+from data_pipeline.mixture import Mixture
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
 from trainer.batch import tensor_batches
 from trainer.config import RunConfig
@@ -47,8 +47,8 @@ def dropout_seed(seed: int, micro_batch: int, piece: int) -> int:
 class Validation:
     """Held-out losses: the same micro-batches of the validation split each time, whatever the number of ranks."""
 
-    def __init__(self, index: CorpusIndex, config: RunConfig, rank: int, world_size: int) -> None:
-        self._index = index
+    def __init__(self, corpora: Mixture, config: RunConfig, rank: int, world_size: int) -> None:
+        self._corpora = corpora
         self._config = config
         self._rank = rank
         self._world_size = world_size
@@ -66,17 +66,17 @@ class Validation:
         if counts.failures:
             raise_together(part.error, "read the validation data")
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
-        for batch in _padded(part, empty_micro_batch(self._index.vocabulary)):
+        for batch in _padded(part, empty_micro_batch(self._corpora.vocabulary)):
             sums += engine.evaluate(tensor_batches(batch)[0].to(engine.device)).detached()
         return StepLosses.total(sums, counts, engine.device, where=f"validation at step {step}")
 
     def _stream(self, phase: Phase) -> MicroBatchStream:
         """The validation split as the one step of a run of its own, with as many micro-batches as there are and as are wanted."""
-        alone = phase.model_copy(update={"first_step": 0, "num_steps": 1, "first_micro_batch": 0})
-        whole = MicroBatchStream(self._index, self._config.objective, (alone,), self._config.seed, split="validation")
-        num_micro_batches = min(self._config.validation.micro_batches, whole.num_validation_micro_batches)
+        config, alone = self._config, phase.model_copy(update={"first_step": 0, "num_steps": 1, "first_micro_batch": 0})
+        whole = MicroBatchStream(self._corpora, config.objective, (alone,), config.seed, "validation", config.batch.row_packing)
+        num_micro_batches = min(config.validation.micro_batches, whole.num_validation_micro_batches)
         part = alone.model_copy(update={"num_micro_batches": num_micro_batches})
-        return MicroBatchStream(self._index, self._config.objective, (part,), self._config.seed, split="validation")
+        return MicroBatchStream(self._corpora, config.objective, (part,), config.seed, "validation", config.batch.row_packing)
 
 
 def _padded(part: StepPart, empty: "MicroBatch") -> "list[MicroBatch]":

@@ -9,7 +9,8 @@ import torch
 
 from data_pipeline.config import Phase
 from data_pipeline.errors import DataCorruptError, DivergedError, InterruptedRunError
-from data_pipeline.index import MANIFEST, CorpusIndex
+from data_pipeline.index import MANIFEST
+from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
 from data_pipeline.tokenizer import load_tokenizer, vocabulary_of
@@ -43,18 +44,18 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     """
     context.heartbeat(0, "set-up")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    folder, index = RunFolder(Location.at(run)), CorpusIndex.open(Location.at(corpus))
-    engine = build_engine(config, index)
+    folder, corpora = RunFolder(Location.at(run)), Mixture.open(Location.at(corpus))
+    engine = build_engine(config, corpora)
     saver = Saver.open(folder, config, context, attempt)
-    state = saver.resume(engine, TrainState(corpus_fingerprint=index.fingerprint, tokenizer_digest=index.tokenizer_digest))
+    state = saver.resume(engine, TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest))
     with closing(StepLog(folder, engine, context, attempt, first_step=state.step)) as log:
-        train(config, index, engine, saver, log, context, state)
+        train(config, corpora, engine, saver, log, context, state)
 
 
-def train(config: RunConfig, index: CorpusIndex, engine: Engine, saver: Saver, log: StepLog, context: RunContext, state: TrainState) -> None:
+def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log: StepLog, context: RunContext, state: TrainState) -> None:
     """The loop: read, agree, forward and backward, agree, step, record, validate, save. See `pretrain`."""
-    stream = MicroBatchStream(index, config.objective, config.phases, config.seed, split="train")
-    validation, empty = Validation(index, config, context.rank, context.world_size), empty_micro_batch(index.vocabulary)
+    stream = MicroBatchStream(corpora, config.objective, config.phases, config.seed, packing=config.batch.row_packing)
+    validation, empty = Validation(corpora, config, context.rank, context.world_size), empty_micro_batch(corpora.vocabulary)
     parts = read_steps(
         stream, config.phases, first_step=state.step, rank=context.rank, world_size=context.world_size, workers=config.batch.loader_workers
     )
@@ -84,21 +85,21 @@ def train(config: RunConfig, index: CorpusIndex, engine: Engine, saver: Saver, l
 
         if is_due(state.step, config.validation.every_steps, config):
             context.heartbeat(state.step, "validation")
-            log.validated(state, validation.measure(engine, phase_of(config.phases, state.step - 1), state.step), index.unigram_entropy)
+            log.validated(state, validation.measure(engine, phase_of(config.phases, state.step - 1), state.step), corpora.unigram_entropy)
         if is_due(state.step, config.checkpoint.every_steps, config):
             saver.save(engine, state)
 
 
-def build_engine(config: RunConfig, index: CorpusIndex) -> Engine:
+def build_engine(config: RunConfig, corpora: Mixture) -> Engine:
     """The network of `config` over the corpus' vocabulary, in an engine on this rank's device.
 
     Raises:
         DataCorruptError: the corpus' tokenizer is not the one that its blocks were encoded with.
     """
-    require_own_tokenizer(index)
+    require_own_tokenizer(corpora)
     model = build_model(
         config.model,
-        index.tokenizer_folder,
+        corpora.tokenizer_folder,
         seed=config.seed,
         sequence_length=max(config.batch.sequence_lengths),
         device=training_device(),
@@ -107,17 +108,17 @@ def build_engine(config: RunConfig, index: CorpusIndex) -> Engine:
     return Engine.build(model, config)
 
 
-def require_own_tokenizer(index: CorpusIndex) -> None:
+def require_own_tokenizer(corpora: Mixture) -> None:
     """Refuse a corpus whose tokenizer folder gives other ids than its manifest says. (Not by digest: that changes with library versions.)
 
     Raises:
         DataCorruptError: it does.
     """
-    found = vocabulary_of(load_tokenizer(index.tokenizer_folder))
-    if found != index.vocabulary:
+    found = vocabulary_of(load_tokenizer(corpora.tokenizer_folder))
+    if found != corpora.vocabulary:
         raise DataCorruptError(
-            f"{index.tokenizer_folder} does not match the corpus: it has {found.size} tokens, {MANIFEST} says {index.vocabulary.size}"
-            + (", and they differ" if found.size == index.vocabulary.size else ""),
+            f"{corpora.tokenizer_folder} does not match the corpus: it has {found.size} tokens, {MANIFEST} says {corpora.vocabulary.size}"
+            + (", and they differ" if found.size == corpora.vocabulary.size else ""),
             "Restore the tokenizer folder from a copy, or prepare the corpus again.",
         )
 

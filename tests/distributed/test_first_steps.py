@@ -74,9 +74,9 @@ def plain_loop(tokenizer: str, config: RunConfig) -> tuple[list[float], list[flo
 def backward(model: BertForPreTraining, masters: Weights, batch: MicroBatch, num_masked: int, num_pairs: int) -> float:
     """Add a micro-batch's gradients to the masters' in fp32; returns its share of the loss."""
     part = tensor_batches(batch)[0]
-    labels = torch.full((part.input_ids_BT.numel(),), -100)
+    labels = torch.full((part.input_ids_RT.numel(),), -100)
     labels[torch.from_numpy(batch.mlm_positions)] = torch.from_numpy(batch.mlm_labels)
-    output = model(input_ids=part.input_ids_BT, token_type_ids=part.token_type_ids_BT, attention_mask=part.attention_mask_BT)
+    output = model(input_ids=part.input_ids_RT, token_type_ids=part.token_type_ids_RT, attention_mask=part.sample_ids_RT.sign())
     cross_entropy = torch.nn.functional.cross_entropy
     mlm = cross_entropy(output.prediction_logits.float().flatten(0, 1), labels, reduction="sum") / num_masked
     nsp = cross_entropy(output.seq_relationship_logits.float(), part.nsp_labels_B, reduction="sum") / num_pairs

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.masking import Vocabulary
+from data_pipeline.packing import LAYOUTS, Packing
 from data_pipeline.stream import MicroBatch, empty_micro_batch
+from data_pipeline.window import Finished
 from trainer.config import RunConfig
 
 VOCAB_SIZE = 97
@@ -13,23 +15,23 @@ SPECIAL = {"pad": 0, "unk": 1, "cls": 2, "sep": 3, "mask": 4}
 EMPTY = empty_micro_batch(Vocabulary(VOCAB_SIZE, **SPECIAL, ordinary_ranges=((5, VOCAB_SIZE),)))
 
 
-def random_micro_batch(number: int, *, num_samples: int = 4, num_tokens: int = 24, pairs: bool = True, masks: bool = True) -> MicroBatch:
-    """A micro-batch that depends on `number` only: rows of different lengths, 15 % masked, some pairs unlabelled."""
+def random_micro_batch(
+    number: int, *, num_samples: int = 4, num_tokens: int = 24, pairs: bool = True, masks: bool = True, packing: Packing = "none"
+) -> MicroBatch:
+    """A micro-batch that depends on `number` only: samples of different lengths, 15 % masked, some pairs unlabelled."""
     random = np.random.default_rng(number)
     lengths = random.integers(num_tokens // 2, num_tokens + 1, num_samples)
-    ids = random.integers(5, VOCAB_SIZE, (num_samples, num_tokens))
-    columns = np.arange(num_tokens)[None, :]
-    ids[columns >= lengths[:, None]] = SPECIAL["pad"]
-    ids[:, 0] = SPECIAL["cls"]
-    ids[np.arange(num_samples), lengths - 1] = SPECIAL["sep"]
-    types = ((columns >= lengths[:, None] // 2) & (columns < lengths[:, None])).astype(np.int64)
-    chosen = (random.random(ids.shape) < 0.15) & (ids >= 5)
-    positions = np.flatnonzero(chosen) if masks else np.zeros(0, np.int64)
-    labels = ids.reshape(-1)[positions]
-    ids.reshape(-1)[positions] = SPECIAL["mask"]
+    ends = np.cumsum(lengths)
+    ids = random.integers(5, VOCAB_SIZE, ends[-1])
+    ids[ends - lengths] = SPECIAL["cls"]
+    ids[ends - 1] = SPECIAL["sep"]
+    positions = np.flatnonzero((random.random(len(ids)) < 0.15) & (ids >= 5)) if masks else np.zeros(0, np.int64)
+    labels = ids[positions]
+    ids[positions] = SPECIAL["mask"]
     nsp = random.integers(0, 2, num_samples) if pairs else np.full(num_samples, -100)
     nsp[0] = -100
-    return MicroBatch(number, ids, types, lengths, positions, labels, nsp)
+    samples = Finished(ids, lengths, lengths // 2, positions, labels, nsp)
+    return MicroBatch(number, samples, LAYOUTS[packing](lengths, num_tokens), SPECIAL["pad"])
 
 
 def small_config(**sections: Any) -> RunConfig:

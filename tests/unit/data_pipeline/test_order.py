@@ -8,10 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config import BatchConfig, PhaseConfig
+from data_pipeline.errors import ConfigError
+from data_pipeline.hashing import mix64
+from data_pipeline.mixture import HORIZON, Shares
 from data_pipeline.order import (
+    Epoch,
+    balanced_order,
+    binary_spread,
     blocks_per_window,
     epoch_order,
     find_window,
+    golden_spread,
     lane_bounds,
     lane_spans,
     micro_batches_of_step,
@@ -20,6 +27,11 @@ from data_pipeline.order import (
 )
 
 BLOCKS = st.lists(st.integers(1, 30), min_size=1, max_size=40)
+
+
+def _epoch(samples_per_block: list[int], key: int) -> Epoch:
+    samples = np.array(samples_per_block, dtype=np.uint32)
+    return epoch_order(samples, samples * 20 + 7, key)
 
 
 @given(st.integers(1, 200), st.integers(1, 64))
@@ -33,7 +45,7 @@ def test_ranks_share_a_step(num_micro_batches: int, world_size: int) -> None:
 
 @given(BLOCKS, st.integers(1, 8), st.integers(1, 5), st.integers(0, 2**63))
 def test_windows_of_all_lanes_use_every_chunk_once(samples: list[int], num_lanes: int, num_blocks: int, key: int) -> None:
-    epoch = epoch_order(np.array(samples, dtype=np.uint32), key)
+    epoch = _epoch(samples, key)
     seen: list[tuple[int, int]] = []
     for lane in range(num_lanes):
         lo, hi = lane_bounds(sum(samples), num_lanes, lane)
@@ -41,7 +53,7 @@ def test_windows_of_all_lanes_use_every_chunk_once(samples: list[int], num_lanes
         while offset < hi - lo:
             window = find_window(epoch, (lo, hi), offset, num_blocks)
             assert window.first == offset
-            assert 1 <= len(window.blocks) <= num_blocks
+            assert 1 <= len(window.blocks) < 2 * num_blocks
             chunks = [(int(block), chunk) for block in window.blocks for chunk in range(samples[block])]
             seen += chunks[window.skip : window.skip + window.num_samples]
             offset += window.num_samples
@@ -51,7 +63,7 @@ def test_windows_of_all_lanes_use_every_chunk_once(samples: list[int], num_lanes
 
 @given(BLOCKS, st.integers(1, 6), st.integers(1, 5), st.data())
 def test_a_window_is_found_from_any_of_its_samples(samples: list[int], num_lanes: int, num_blocks: int, data: st.DataObject) -> None:
-    epoch = epoch_order(np.array(samples), 3)
+    epoch = _epoch(samples, 3)
     lo, hi = lane_bounds(sum(samples), num_lanes, data.draw(st.integers(0, num_lanes - 1)))
     if lo == hi:
         return
@@ -81,17 +93,107 @@ def test_spans_cross_epochs(lane_length: int, start: int, count: int) -> None:
 
 
 def test_epochs_differ_and_repeat() -> None:
-    samples = np.full(100, 5)
-    first, second, again = epoch_order(samples, 1), epoch_order(samples, 2), epoch_order(samples, 1)
+    first, second, again = (_epoch([5] * 100, key) for key in (1, 2, 1))
     assert (first.blocks == again.blocks).all()
     assert (first.blocks != second.blocks).any()
     assert sorted(first.blocks) == list(range(100))
 
 
-def test_windows_hold_about_two_thousand_samples() -> None:
-    assert blocks_per_window(num_samples=100 * 1000, num_blocks=1000) == 20
+def test_windows_hold_about_four_thousand_samples() -> None:
+    assert blocks_per_window(num_samples=100 * 1000, num_blocks=1000) == 40
     assert blocks_per_window(num_samples=5000 * 1000, num_blocks=1000) == 1
     assert blocks_per_window(num_samples=30, num_blocks=3) == 3
+
+
+@pytest.mark.parametrize("num_samples", [64, 4096, 5000])
+def test_runs_of_a_balanced_order_have_equal_means(num_samples: int) -> None:
+    sizes = np.random.default_rng(0).integers(10, 513, num_samples)
+    keys = mix64(7, np.arange(num_samples))
+    for spread in (binary_spread(0, num_samples), binary_spread(640, num_samples), golden_spread(num_samples)):
+        order = balanced_order(sizes, keys, spread, neighbours=8)
+        assert sorted(order) == list(range(num_samples))
+        means = sizes[order][: num_samples // 64 * 64].reshape(-1, 64).mean(axis=1)
+        random = sizes[np.argsort(keys)][: num_samples // 64 * 64].reshape(-1, 64).mean(axis=1)
+        assert means.std() <= 0.3 * random.std() + 1e-9
+
+
+def test_a_balanced_order_is_shuffled() -> None:
+    sizes = np.repeat([1.0, 2.0], 500)
+    one, two = (balanced_order(sizes, mix64(key, np.arange(1000)), binary_spread(0, 1000), neighbours=8) for key in (1, 2))
+    assert (one == two).mean() < 0.05
+    assert np.abs(np.diff(one)).mean() > 200
+
+
+def test_binary_spread_reverses_bits() -> None:
+    assert binary_spread(0, 8).tolist() == [0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875]
+    assert binary_spread(5, 2).tolist() == [0.625, 0.375]
+
+
+_SHARES = st.lists(st.floats(0.02, 10), min_size=1, max_size=5)
+
+
+@given(_SHARES, st.integers(0, 10**7), st.integers(0, 3000))
+def test_shares_of_a_mixture_cover_a_lane(weights: list[float], start: int, count: int) -> None:
+    """Positions of the corpora add up, follow on from each other, and are never far from their share."""
+    shares = Shares.of(weights)
+    ranges = [shares.positions(corpus, start, start + count) for corpus in range(len(weights))]
+    assert sum(last - first for first, last in ranges) == count
+    assert all(shares.positions(corpus, 0, start)[1] == first for corpus, (first, _) in enumerate(ranges))
+    for counts, (_, last) in zip(shares.counts, ranges, strict=True):
+        assert abs(last - (start + count) * counts / HORIZON) < len(weights)
+
+
+def test_shares_are_exact_over_the_horizon() -> None:
+    assert Shares.of([7, 2, 1]).counts == (700, 200, 100)
+    assert Shares.of([1, 1, 1]).counts == (334, 333, 333)
+    assert [Shares.of([7, 2, 1]).positions(corpus, 1000 * 5, 1000 * 9) for corpus in range(3)] == [(3500, 6300), (1000, 1800), (500, 900)]
+    with pytest.raises(ConfigError, match="less than 1 in 1000"):
+        Shares.of([1, 0.0001])
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 6, 32])
+def test_a_thousand_world_sizes_and_offsets_without_io(num_micro_batches: int) -> None:
+    """Whatever the ranks, a step consumes the same micro-batches and these the same samples, in the same order, once each."""
+    epoch = _epoch([7 + block % 5 for block in range(200)], 11)
+    num_samples, micro = int(epoch.sample_ends[-1]), 3
+    phases = BatchConfig(global_batch_size=micro * num_micro_batches, micro_batch_size=micro, sequence_length=32).phases_until(10_000)
+
+    def samples_of(number: int) -> list[tuple[int, int]]:
+        depth, lane = divmod(number, num_micro_batches)
+        lo, hi = lane_bounds(num_samples, num_micro_batches, lane)
+        found: list[tuple[int, int]] = []
+        for span in lane_spans(hi - lo, depth * micro, (depth + 1) * micro):
+            for offset in range(span.start, span.stop):
+                window = find_window(epoch, (lo, hi), offset, 4)
+                assert 0 <= offset - window.first < window.num_samples
+                found.append((span.epoch, lo + offset))
+        return found
+
+    combinations = 0
+    for first_step in (0, 1, 7, 100, 1234, 9_990):
+        whole = [[samples_of(number) for number in micro_batches_of_step(phases, step)] for step in range(first_step, first_step + 3)]
+        for world_size in range(1, 65):
+            for nth, expected in enumerate(whole):
+                step = micro_batches_of_step(phases, first_step + nth)
+                parts = [rank_micro_batches(num_micro_batches, rank, world_size) for rank in range(world_size)]
+                assert [samples_of(step[place]) for part in parts for place in part] == expected
+            combinations += 1
+    assert combinations * 3 > 1000
+    seen = [place for number in range(num_micro_batches * (num_samples // (micro * num_micro_batches))) for _, place in samples_of(number)]
+    assert len(set(seen)) == len(seen)
+
+
+def test_a_batch_size_warm_up_continues_the_epoch_another_length_does_not() -> None:
+    later = (
+        PhaseConfig(from_step=3, global_batch_size=8),
+        PhaseConfig(from_step=5, global_batch_size=12),
+        PhaseConfig(from_step=6, global_batch_size=6, sequence_length=64),
+    )
+    phases = BatchConfig(global_batch_size=4, micro_batch_size=2, sequence_length=32, phases=later).phases_until(8)
+    assert [phase.num_micro_batches for phase in phases] == [2, 4, 6, 3]
+    assert [(phase.series, phase.series_first_micro_batch, phase.num_lanes) for phase in phases] == [(0, 0, 6), (0, 0, 6), (0, 0, 6), (1, 20, 3)]
+    numbers = [number for step in range(8) for number in micro_batches_of_step(phases, step)]
+    assert numbers == list(range(26))
 
 
 def test_steps_of_phases() -> None:

@@ -24,14 +24,14 @@ def _chunks(num_documents: int, sequence_length: int, seed: int) -> Chunks:
 
 def _samples(num_documents: int, sequence_length: int, seed: int) -> Samples:
     chunks = _chunks(num_documents, sequence_length, seed)
-    return make_samples(chunks, mix64(seed, np.arange(len(chunks))), sequence_length, with_pairs=True)
+    return make_samples(chunks, mix64(seed, np.arange(len(chunks))), sequence_length, "nsp")
 
 
 @settings(deadline=None)
 @given(st.integers(1, 60), st.sampled_from([16, 32, 128]), st.integers(0, 10**6))
 def test_every_segment_is_used_once_and_fits(num_documents: int, sequence_length: int, seed: int) -> None:
     chunks = _chunks(num_documents, sequence_length, seed)
-    samples = make_samples(chunks, mix64(seed, np.arange(len(chunks))), sequence_length, with_pairs=True)
+    samples = make_samples(chunks, mix64(seed, np.arange(len(chunks))), sequence_length, "nsp")
     segments = [(start, start + length) for start, length in zip(samples.a_start, samples.a_length, strict=True)]
     segments += [(start, start + length) for start, length in zip(samples.b_start, samples.b_length, strict=True) if length]
     segments.sort()
@@ -58,13 +58,13 @@ def test_half_of_the_pairs_are_swapped(seed: int, num_pairs: int) -> None:
 
 
 def test_one_document_gives_no_negatives() -> None:
-    samples = make_samples(cut_chunks(np.arange(10, 400, 10), np.array([39]), 32), mix64(np.arange(20)), 32, with_pairs=True)
+    samples = make_samples(cut_chunks(np.arange(10, 400, 10), np.array([39]), 32), mix64(np.arange(20)), 32, "nsp")
     assert set(samples.labels.tolist()) <= {IS_NEXT, NO_PAIR}
 
 
 def test_without_pairs_a_chunk_is_one_segment() -> None:
     chunks = _chunks(20, 64, 0)
-    samples = make_samples(chunks, mix64(np.arange(len(chunks))), 64, with_pairs=False)
+    samples = make_samples(chunks, mix64(np.arange(len(chunks))), 64, "none")
     assert set(samples.labels.tolist()) == {NO_PAIR}
     assert (samples.a_length == chunks.token_start(chunks.stop_piece) - chunks.token_start(chunks.first_piece)).all()
     assert samples.lengths.max() <= 64 - SPECIAL_TOKENS + 2
@@ -72,7 +72,7 @@ def test_without_pairs_a_chunk_is_one_segment() -> None:
 
 def test_other_keys_give_other_pairs() -> None:
     chunks = _chunks(100, 128, 0)
-    one, two = (make_samples(chunks, mix64(epoch, np.arange(len(chunks))), 128, with_pairs=True) for epoch in (0, 1))
+    one, two = (make_samples(chunks, mix64(epoch, np.arange(len(chunks))), 128, "nsp") for epoch in (0, 1))
     assert (one.labels != two.labels).any()
     assert (one.a_length != two.a_length).any()
 

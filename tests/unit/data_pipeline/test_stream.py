@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from data_pipeline.index import CorpusIndex
 from data_pipeline.inspection import inspect_steps
 from data_pipeline.micro_batch import MicroBatch, empty_micro_batch, step_digest
 from data_pipeline.order import micro_batches_of_step, rank_micro_batches
+from data_pipeline.packing import pack_rows, unpad
 from data_pipeline.prepare import Prepared
 from data_pipeline.shards import Block
 from data_pipeline.stream import MicroBatchStream, build_loader
@@ -34,7 +36,7 @@ def _phases(
 
 
 def _same(one: MicroBatch, two: MicroBatch) -> bool:
-    names = ("input_ids", "token_type_ids", "lengths", "mlm_positions", "mlm_labels", "nsp_labels")
+    names = ("input_ids", "token_type_ids", "position_ids", "sample_ids", "lengths", "mlm_positions", "mlm_labels", "nsp_labels")
     return one.number == two.number and all(np.array_equal(getattr(one, name), getattr(two, name)) for name in names)
 
 
@@ -52,7 +54,7 @@ def _segments(batch: MicroBatch) -> list[tuple[Segment, Segment, int]]:
 
 def _epoch(stream: MicroBatchStream, phase: Phase, epoch: int) -> list[MicroBatch]:
     """With one sample per micro-batch, the micro-batches of an epoch."""
-    num_samples, lanes = stream.index.num_samples("train", phase.sequence_length), phase.num_micro_batches
+    num_samples, lanes = stream.mixture.num_samples("train", phase.sequence_length), phase.num_micro_batches
     lengths = [num_samples * (lane + 1) // lanes - num_samples * lane // lanes for lane in range(lanes)]
     return [stream[depth * lanes + lane] for lane in range(lanes) for depth in range(epoch * lengths[lane], (epoch + 1) * lengths[lane])]
 
@@ -82,7 +84,7 @@ def test_an_epoch_uses_every_chunk_once(index: CorpusIndex, lanes: int) -> None:
 
 
 def test_pairs_of_an_epoch_cover_the_corpus(index: CorpusIndex) -> None:
-    phases = _phases(4, 1, 64)
+    phases = _phases(4, 1, 64, steps=10_000)
     rows = [row for batch in _epoch(MicroBatchStream(index, ObjectiveConfig(), phases, seed=5), phases[0], 0) for row in _segments(batch)]
     chunks = _chunks(index, 64)
     tokens = Counter(token for chunk, count in chunks.items() for token in chunk for _ in range(count))
@@ -184,25 +186,24 @@ def test_seed_rate_and_phase_matter(index: CorpusIndex) -> None:
     assert len(digests) == 4
 
 
-def test_digest_ignores_padding_and_sees_everything_else(index: CorpusIndex) -> None:
+def test_digest_ignores_the_layout_and_sees_everything_else(index: CorpusIndex) -> None:
     batch = MicroBatchStream(index, ObjectiveConfig(), _phases(length=64), seed=1)[3]
-    rows, width = batch.input_ids.shape
+    assert replace(batch, layout=unpad(batch.lengths, 64)).digest == replace(batch, layout=pack_rows(batch.lengths, 64)).digest == batch.digest
 
     def changed(**fields: Any) -> int:
-        return MicroBatch(**{name: fields.get(name, getattr(batch, name)) for name in MicroBatch.__dataclass_fields__}).digest
+        return replace(batch, samples=replace(batch.samples, **fields)).digest
 
-    wider = {name: np.pad(getattr(batch, name), ((0, 0), (0, 8)), constant_values=3) for name in ("input_ids", "token_type_ids")}
-    positions = batch.mlm_positions // width * (width + 8) + batch.mlm_positions % width
-    assert changed(**wider, mlm_positions=positions) == batch.digest
-    other_ids = batch.input_ids.copy()
-    other_ids[rows - 1, 1] += 1
+    samples = batch.samples
+    other_ids = samples.token_ids.copy()
+    other_ids[1] += 1
     other = [
-        changed(input_ids=other_ids),
-        changed(mlm_labels=batch.mlm_labels + 1),
-        changed(mlm_positions=np.append(batch.mlm_positions[:-1], batch.mlm_positions[-1] - 1)),
+        changed(token_ids=other_ids),
+        changed(mlm_labels=samples.mlm_labels + 1),
+        changed(mlm_positions=np.append(samples.mlm_positions[:-1], samples.mlm_positions[-1] - 1)),
+        changed(first_lengths=samples.first_lengths - 1),
         changed(nsp_labels=batch.nsp_labels[::-1] + 5),
     ]
-    assert len({batch.digest, *other}) == 5
+    assert len({batch.digest, *other}) == 6
 
 
 def test_step_digest_depends_on_position_not_on_order() -> None:

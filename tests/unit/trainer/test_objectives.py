@@ -60,14 +60,14 @@ def test_loss_and_gradients_are_those_of_transformers(model: PretrainingBert) ->
 
     stock = BertForPreTraining(model.config)
     stock.load_state_dict(model.state_dict())
-    labels = torch.full((6 * 24,), -100)
+    labels = torch.full((batch.layout.num_places,), -100)
     labels[torch.from_numpy(batch.mlm_positions)] = torch.from_numpy(batch.mlm_labels)
     part = tensor_batches(batch)[0]
     theirs = stock(
-        input_ids=part.input_ids_BT,
-        token_type_ids=part.token_type_ids_BT,
-        attention_mask=part.attention_mask_BT,
-        labels=labels.view(6, 24),
+        input_ids=part.input_ids_RT,
+        token_type_ids=part.token_type_ids_RT,
+        attention_mask=part.sample_ids_RT.sign(),
+        labels=labels.view(part.input_ids_RT.shape),
         next_sentence_label=part.nsp_labels_B,
     )
     theirs.loss.backward()
@@ -78,11 +78,26 @@ def test_loss_and_gradients_are_those_of_transformers(model: PretrainingBert) ->
         torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_and_padded_rows_give_the_same_losses_and_gradients(model: PretrainingBert, attention: str, parts: int) -> None:
+    """Twelve samples in fewer rows: a sample sees itself only, its positions start at 0, its own [CLS] gives its sentence prediction."""
+    model.config._attn_implementation = attention
+    padded, packed = (random_micro_batch(5, num_samples=12, num_tokens=32, packing=packing) for packing in ("none", "rows"))
+    assert packed.layout.num_rows < padded.layout.num_rows
+    expected, expected_gradients = weighted_loss(model, padded), gradients(model)
+    assert weighted_loss(model, packed, parts) == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    for sums in zip(*(as_loss_sums(model(tensor_batches(batch)[0])).detached() for batch in (padded, packed)), strict=True):
+        torch.testing.assert_close(*sums, rtol=1e-5, atol=1e-5)
+
+
 def test_correct_predictions_are_counted(model: PretrainingBert) -> None:
     batch = random_micro_batch(2, num_samples=8)
     part = tensor_batches(batch)[0]
     sums = as_loss_sums(model(part))
-    mlm, nsp = model.logits(part.input_ids_BT, part.token_type_ids_BT, part.attention_mask_BT)
+    mlm, nsp = model.logits(part.input_ids_RT, part.token_type_ids_RT, part.sample_ids_RT.sign())
     guesses = mlm.flatten(0, 1)[part.mlm_positions_N].argmax(-1)
     assert int(sums.mlm_correct) == int((guesses == part.mlm_labels_N).sum())
     assert int(sums.nsp_correct) == sum(int(guess == label) for guess, label in zip(nsp.argmax(-1), part.nsp_labels_B, strict=True))
@@ -198,12 +213,12 @@ def test_init_from_reads_no_pickles(model: PretrainingBert, tokenizer: str, tmp_
 def test_parts_keep_every_sample_and_label() -> None:
     batch = random_micro_batch(7, num_samples=5)
     parts: list[TensorBatch] = tensor_batches(batch, 3)
-    assert torch.equal(torch.cat([part.input_ids_BT for part in parts]), torch.from_numpy(batch.input_ids))
+    assert torch.equal(torch.cat([part.input_ids_RT for part in parts]), torch.from_numpy(batch.input_ids))
     assert torch.equal(torch.cat([part.nsp_labels_B for part in parts]), torch.from_numpy(batch.nsp_labels))
     assert torch.equal(torch.cat([part.mlm_labels_N for part in parts]), torch.from_numpy(batch.mlm_labels))
-    assert torch.equal(torch.cat([part.attention_mask_BT.sum(1) for part in parts]), torch.from_numpy(batch.lengths))
+    assert torch.equal(torch.cat([part.sample_ids_RT.sign().sum(1) for part in parts]), torch.from_numpy(batch.lengths))
     for part in parts:
-        assert bool((part.input_ids_BT.flatten()[part.mlm_positions_N] == 4).all())
+        assert bool((part.input_ids_RT.flatten()[part.mlm_positions_N] == 4).all())
 
 
 def test_init_from_another_vocabulary_of_the_same_size_is_refused(model: PretrainingBert, tokenizer: str, tmp_path: Path) -> None:

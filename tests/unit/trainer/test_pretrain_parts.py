@@ -11,6 +11,7 @@ from transformers import BertConfig
 
 from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError
 from data_pipeline.index import CorpusIndex
+from data_pipeline.mixture import Mixture
 from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
 from tests.support.batches import small_config, write_tokenizer
@@ -118,13 +119,13 @@ def test_fp16_without_a_gpu_is_refused_with_a_remedy() -> None:
 
 
 def test_a_tokenizer_that_does_not_match_the_corpus_is_refused(tiny_corpus: Prepared, tmp_path: Path) -> None:
-    require_own_tokenizer(CorpusIndex.open(tiny_corpus.folder))
+    require_own_tokenizer(Mixture.open(tiny_corpus.folder))
     copy = tmp_path / "corpus"
     shutil.copytree(tiny_corpus.folder.path, copy)
     shutil.rmtree(copy / "tokenizer")
     write_tokenizer(str(copy / "tokenizer"))
     with pytest.raises(DataCorruptError, match=r"tokenizer does not match the corpus: it has 97 tokens"):
-        require_own_tokenizer(replace(CorpusIndex.open(tiny_corpus.folder), folder=Location.at(copy)))
+        require_own_tokenizer(Mixture.of(replace(CorpusIndex.open(tiny_corpus.folder), folder=Location.at(copy))))
 
 
 def test_a_record_cut_by_a_full_disk_does_not_stop_the_next_attempt(tmp_path: Path) -> None:
