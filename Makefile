@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-full unit distributed e2e chaos
+.PHONY: help setup demo check format test test-full unit distributed e2e chaos bench bench-table
 
 help:  ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,3 +43,9 @@ test: check  ## Everything that must hold before a change lands (at most 15 minu
 
 test-full: check  ## The same with every sweep
 	@$(BIN)/python -m pytest --durations=30
+
+bench: setup  ## Measure every claim, or BENCH=name; SHORT=1 to try, CORPUS=path, RESULTS=1 to keep the results
+	@$(BIN)/python -m benchmarks $(BENCH) $(if $(SHORT),--short) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(RESULTS),--results)
+
+bench-table: setup  ## Make the README's table from the committed results
+	@$(BIN)/python -m benchmarks.table

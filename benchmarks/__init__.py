@@ -1,0 +1,1 @@
+"""One file per claim: `python -m benchmarks.<name> [--short] [--json FILE] [--corpus PATH]`."""

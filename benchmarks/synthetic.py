@@ -1,0 +1,140 @@
+"""Corpora far larger than this machine's disk: a real manifest and a full index over a few real blocks, which stand for all the others.
+
+What opening and positioning cost depends on the index alone; the blocks that are then read are real and checked like any other.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.chunks import cut_chunks
+from data_pipeline.index import INDEX, MANIFEST, TOKENIZER, CorpusIndex, record_dtype, sealed
+from data_pipeline.shards import Block, write_shard
+from data_pipeline.storage import Location
+
+BLOCK_TOKENS = 512 << 10
+"""Tokens of a block of a large corpus: the most that `prepare` makes."""
+NUM_SHARDS = 4096
+"""Shards of a large corpus: the most that `prepare` makes. One is real, the others are names in the manifest."""
+_REAL_BLOCKS = 4
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A corpus that was made, and its size."""
+
+    folder: str
+    num_blocks: int
+    num_tokens: int
+    num_documents: int
+    index_bytes: int
+    corpus_bytes: int
+
+
+def build_for_documents(real: CorpusIndex, folder: Path, num_documents: int, progress: Callable[[str], None]) -> Synthetic:
+    """A corpus of at least `num_documents` documents like those of `real`."""
+    blocks = large_blocks(real)
+    per_block = sum(len(block.document_ends) for block in blocks) / len(blocks)
+    return build(real, blocks, folder, -(-num_documents // int(per_block)), progress)
+
+
+def build_for_tokens(real: CorpusIndex, folder: Path, num_tokens: int, progress: Callable[[str], None]) -> Synthetic:
+    """A corpus of at least `num_tokens` tokens."""
+    return build(real, large_blocks(real), folder, -(-num_tokens // BLOCK_TOKENS), progress)
+
+
+def large_blocks(real: CorpusIndex) -> list[Block]:
+    """A few blocks of `BLOCK_TOKENS` tokens or a little more, made of the corpus' documents, which come again when they are too few."""
+    small = [real.read_block(record) for record in real.blocks("train")]
+    found: list[Block] = []
+    held: list[Block] = []
+    nth = 0
+    while len(found) < _REAL_BLOCKS:
+        held.append(small[nth % len(small)])
+        nth += 1
+        if sum(len(block.ids) for block in held) >= BLOCK_TOKENS:
+            found.append(join(held))
+            held = []
+    return found
+
+
+def join(blocks: list[Block]) -> Block:
+    """Several blocks as one; pure."""
+    token_starts = np.cumsum([0, *(len(block.ids) for block in blocks[:-1])])
+    sentence_starts = np.cumsum([0, *(len(block.sentence_ends) for block in blocks[:-1])])
+    return Block(
+        np.concatenate([block.ids for block in blocks]),
+        np.concatenate([block.sentence_ends + start for block, start in zip(blocks, token_starts, strict=True)]).astype("<u4"),
+        np.concatenate([block.document_ends + start for block, start in zip(blocks, sentence_starts, strict=True)]).astype("<u4"),
+    )
+
+
+def build(real: CorpusIndex, blocks: list[Block], folder: Path, num_blocks: int, progress: Callable[[str], None]) -> Synthetic:
+    """Write the manifest, the index of `num_blocks` training blocks, and a shard with the few real ones."""
+    progress(f"index of {num_blocks:,} blocks")
+    folder.mkdir(parents=True)
+    (folder / TOKENIZER).symlink_to(real.tokenizer_folder)
+    names = [f"train-{number:06d}.tar" for number in range(NUM_SHARDS)]
+    rows = np.concatenate(
+        [_write_real(folder, names[0], blocks, real, 0), _write_real(folder, "validation-000000.tar", blocks[:1], real, NUM_SHARDS)]
+    )
+    digest = _write_index(folder / INDEX, rows[:-1], rows[-1:], num_blocks)
+    sizes = {name: (folder / name).stat().st_size for name in (names[0], "validation-000000.tar")}
+    counts = {**real.manifest["counts"], "train_blocks": num_blocks, "validation_blocks": 1}
+    manifest: dict[str, Any] = {
+        **real.manifest,
+        "counts": counts,
+        "block_tokens": BLOCK_TOKENS,
+        "digests": {**real.manifest["digests"], "index": digest},
+        "shards": [_shard(name, sizes.get(name, sizes[names[0]])) for name in [*names, "validation-000000.tar"]],
+    }
+    for name in names[1:]:
+        (folder / name).hardlink_to(folder / names[0])
+    Location.at(folder / MANIFEST).write_json(sealed(manifest))
+    shares = _totals(rows[:-1], num_blocks)
+    return Synthetic(str(folder), num_blocks, shares["tokens"], shares["documents"], (folder / INDEX).stat().st_size, shares["bytes"])
+
+
+def _shard(name: str, size: int) -> dict[str, Any]:
+    return {"name": name, "bytes": size, "sha256": hashlib.sha256(name.encode()).hexdigest(), "blocks": 0}
+
+
+def _write_real(folder: Path, name: str, blocks: list[Block], real: CorpusIndex, shard: int) -> NDArray[np.void]:
+    data, extents = write_shard(name, blocks)
+    (folder / name).write_bytes(data)
+    rows = np.zeros(len(blocks), dtype=record_dtype(len(real.sequence_lengths)))
+    for number, (block, extent) in enumerate(zip(blocks, extents, strict=True)):
+        samples = [len(cut_chunks(block.sentence_ends, block.document_ends, length)) for length in real.sequence_lengths]
+        place = (extent.offset, extent.checksum, shard, number, extent.num_bytes)
+        rows[number] = (*place, len(block.ids), len(block.document_ends), samples)
+    return rows
+
+
+def _write_index(path: Path, rows: NDArray[np.void], validation: NDArray[np.void], num_blocks: int) -> str:
+    """Write the rows again and again until there are `num_blocks`; returns the digest. Holds a part of the index at a time."""
+    digest = hashlib.sha256()
+    part = np.tile(rows, _CHUNK // len(rows)).tobytes()
+    remaining = num_blocks * rows.dtype.itemsize
+    with path.open("wb") as file:
+        while remaining:
+            piece = part[:remaining]
+            file.write(piece)
+            digest.update(piece)
+            remaining -= len(piece)
+        file.write(validation.tobytes())
+        digest.update(validation.tobytes())
+    return digest.hexdigest()
+
+
+def _totals(rows: NDArray[np.void], num_blocks: int) -> dict[str, int]:
+    """Sums over all blocks of the synthetic corpus."""
+    whole, rest = divmod(num_blocks, len(rows))
+    return {
+        name: int(rows[name].sum(dtype=np.int64)) * whole + int(rows[name][:rest].sum(dtype=np.int64)) for name in ("tokens", "documents", "bytes")
+    }

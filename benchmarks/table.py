@@ -1,0 +1,78 @@
+"""The README's table from the committed results: `python -m benchmarks.table [--check]`."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import ROOT
+from benchmarks.claims import number
+
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+START, END = "<!-- benchmarks: made by `make bench-table` -->", "<!-- end of benchmarks -->"
+
+Record = dict[str, Any]
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, list[Record]]:
+    """The committed claims by benchmark, in the order of their names."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def render(results: dict[str, Sequence[Record]]) -> str:
+    """Markdown: the claims that have a goal, and below what they were measured on; pure."""
+    lines = ["| claim | ours | peer | ratio | goal | met |", "|---|--:|--:|--:|--:|---|"]
+    lines += [_row(record) for records in results.values() for record in records if record["goal"] is not None]
+    lines += ["", *_origins(results)]
+    return "\n".join(lines)
+
+
+def replace_table(readme: str, table: str) -> str:
+    """The text with the table between its markers; pure. Raises ValueError where there are none."""
+    before, found, rest = readme.partition(START)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise ValueError(f"README.md lacks the markers {START} and {END}")
+    return f"{before}{START}\n{table}\n{END}{after}"
+
+
+def _row(record: Record) -> str:
+    unit = record["unit"]
+    peer = f"{number(record['peer'])} {unit} ({record['peer_version']})" if record["peer"] is not None else record["peer_version"] or ""
+    ratio = f"{number(record['ratio'])} ×" if record["ratio"] is not None else ""
+    met = "yes" if record["met"] else "**no**"
+    return f"| {record['claim']} | {number(record['ours'])} {unit} | {peer} | {ratio} | {record['goal']} | {met} |"
+
+
+def _origins(results: dict[str, Sequence[Record]]) -> list[str]:
+    """One line a machine and text, with the commands whose results it holds."""
+    commands: dict[str, list[str]] = {}
+    for records in results.values():
+        if records:
+            environment = records[0]["environment"]
+            commands.setdefault(_place(environment), []).append(f"`{environment['command']}`")
+    return [f"Measured on {place}: {', '.join(names)}." for place, names in commands.items()]
+
+
+def _place(environment: dict[str, Any]) -> str:
+    versions = environment["versions"]
+    machine = f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gb']} GB"
+    corpus = environment.get("corpus")
+    text = f", {corpus['name']} ({corpus['documents']:,} distinct documents)" if corpus else ""
+    return f"{machine}, Python {versions['python']}, torch {versions['torch']}{text}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Rewrite the README's table; with --check, only say whether it is up to date."""
+    readme = README.read_text(encoding="utf-8")
+    wanted = replace_table(readme, render(read_results()))
+    if "--check" in arguments:
+        return 0 if readme == wanted else 1
+    README.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
