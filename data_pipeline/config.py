@@ -140,7 +140,7 @@ class DataConfig(Section):
     total_timeout_s: float = Field(default=120.0, gt=0.0)
     """Seconds after which a block that could not be read, with all retries, is an error."""
     max_attempts: int = Field(default=12, ge=1)
-    """Attempts at a read that fails with a server error, a time-out or a broken connection; the pauses between them double, with jitter, up to 10 s."""
+    """Attempts at a read that fails with a server error, a time-out or a broken connection; pauses between them double, with jitter, up to 10 s."""
     concurrent_reads: int = Field(default=8, ge=1)
     """Reads under way at once, per process."""
     read_ahead_bytes: int = Field(default=256 << 20, ge=0)

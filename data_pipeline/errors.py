@@ -104,9 +104,17 @@ class NoCheckpointError(MaskwrightError):
 
 
 class DataCorruptError(MaskwrightError):
-    """Input text, shards or an index that are damaged."""
+    """Input text, shards or an index that are damaged.
+
+    `shard` (a file name) and `block` (its number within the shard) say which block of a corpus cannot be used; None where it is something else.
+    """
 
     exit_code = ExitCode.DATA_CORRUPT
+
+    def __init__(self, cause: str, remedy: str, shard: str | None = None, block: int | None = None) -> None:
+        super().__init__(cause, remedy)
+        self.shard = shard
+        self.block = block
 
 
 class InterruptedRunError(MaskwrightError):

@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.block_reader import BlockPlace, BlockReader
+from data_pipeline.config import DataConfig
+from data_pipeline.corpus_files import local_copy, read_intact, read_large
 from data_pipeline.errors import ConfigError, DataCorruptError, NotFoundError
 from data_pipeline.masking import Vocabulary
-from data_pipeline.shards import Block, BlockExtent, block_key, read_block
+from data_pipeline.shards import Block, BlockExtent
 from data_pipeline.storage import Location
 
 FORMAT_VERSION = 1
@@ -22,6 +23,8 @@ MANIFEST = "corpus.json"
 INDEX = "index.bin"
 TOKENIZER = "tokenizer"
 _REMEDY = "Restore the corpus from a copy or prepare it again."
+_SHARDS_LOOKED_AT = 2000
+"""Up to this many local shards are looked for when a corpus is opened. A block is always checked when it is read."""
 
 Split = Literal["train", "validation"]
 
@@ -42,6 +45,12 @@ def record_dtype(num_lengths: int) -> np.dtype[np.void]:
     )
 
 
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with `digest`, which covers everything else in it."""
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    return {**body, "digest": hashlib.sha256(_canonical(body)).hexdigest()}
+
+
 @dataclass(frozen=True)
 class CorpusIndex:
     """An opened corpus. Pickled by its folder: a worker opens it again."""
@@ -51,27 +60,37 @@ class CorpusIndex:
     fingerprint: str
     """SHA-256 of corpus.json, which names everything else by digest."""
     records: NDArray[np.void]
+    settings: DataConfig = field(default_factory=DataConfig)
+    """How blocks are read; decides nothing about what they are."""
 
     @classmethod
-    def open(cls, folder: Location) -> "CorpusIndex":
-        """Open a corpus and check its version, the digests of its index and its tokenizer's files, and the sizes of its shards.
+    def open(cls, folder: Location, settings: DataConfig | None = None) -> "CorpusIndex":
+        """Open a corpus and check its version, the digests of its manifest, its index and its tokenizer's files, and the sizes of local shards.
+
+        Nothing is listed, so a web server will do.
 
         Raises:
             NotFoundError: there is no prepared corpus.
             DataCorruptError: it is damaged, or was written by a newer release.
+            UnreachableError: its store gave no answer in time, or refused us.
         """
+        settings = settings or DataConfig()
         path = folder / MANIFEST
-        if not path.exists():
-            raise NotFoundError(f"{folder} holds no prepared corpus", "Run `maskwright prepare CONFIG`.")
-        data = path.read_bytes()
-        manifest = _parse(data, path)
-        records = _open_records(folder, manifest)
+        try:
+            data, manifest = read_intact(path, settings, partial(_parse, path))
+        except NotFoundError as error:
+            raise NotFoundError(f"{folder} holds no prepared corpus", "Run `maskwright prepare CONFIG`.") from error
+        records = _open_records(folder, manifest, settings)
         _check_shards(folder, manifest)
-        _check_tokenizer(folder, manifest)
-        return cls(folder, manifest, hashlib.sha256(data).hexdigest(), records)
+        index = cls(folder, manifest, hashlib.sha256(data).hexdigest(), records, settings)
+        if folder.is_local:
+            _check_tokenizer(folder, manifest)
+        else:
+            _ = index.tokenizer_folder  # a verified copy
+        return index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (CorpusIndex.open, (self.folder,))
+        return (_reopen, (self.folder, self.settings, self.fingerprint))
 
     @property
     def tokenizer_digest(self) -> str:
@@ -100,9 +119,10 @@ class CorpusIndex:
     def tokenizer_folder(self) -> str:
         """A local folder with the tokenizer's files; of a remote corpus, a copy that lasts as long as this process."""
         folder = self.folder / TOKENIZER
+        digests: dict[str, str] = self.manifest["digests"]["tokenizer_files"]
         if folder.is_local:
             return folder.url
-        return _local_copy(folder, self.fingerprint).name
+        return local_copy(folder, tuple(sorted(digests.items())), self.settings).name  # pyright: ignore[reportArgumentType]
 
     def blocks(self, split: Split) -> NDArray[np.void]:
         """Records of the split's blocks."""
@@ -125,13 +145,50 @@ class CorpusIndex:
         return int(self.samples_per_block(split, sequence_length).sum(dtype=np.int64))
 
     def read_block(self, record: np.void) -> Block:
-        """Read and verify the block of a record. Raises DataCorruptError."""
-        shard = str(self.manifest["shards"][int(record["shard"])]["name"])
+        """Read and verify the block of a record.
+
+        Raises:
+            DataCorruptError: it is damaged or its shard is missing; `shard` and `block` of the error name it.
+            UnreachableError: its store gave no answer within `data.total_timeout_s`, or refused us.
+        """
+        return self._reader.read(self._place(record))
+
+    def read_blocks(self, records: Iterable[np.void]) -> list[Block]:
+        """The blocks of several records, read at the same time where they come from a store. Errors as `read_block` has them."""
+        wanted = list(records)
+        self.prefetch(wanted)
+        return [self.read_block(record) for record in wanted]
+
+    def prefetch(self, records: Iterable[np.void]) -> None:
+        """Begin to read blocks that will be asked for, the soonest first; returns at once. Errors wait for `read_block`.
+
+        Of a local corpus it does nothing. Of more than `data.read_ahead_bytes` those begun first are given up.
+        """
+        if not self.folder.is_local:
+            self._reader.read_ahead(self._place(record) for record in records)
+
+    @cached_property
+    def _reader(self) -> BlockReader:
+        return BlockReader(self.folder, self.settings)
+
+    def _place(self, record: np.void) -> BlockPlace:
         extent = BlockExtent(int(record["offset"]), int(record["bytes"]), int(record["checksum"]))
-        return read_block(self.folder / shard, block_key(shard, int(record["number"])), extent)
+        return BlockPlace(str(self.manifest["shards"][int(record["shard"])]["name"]), int(record["number"]), extent)
 
 
-def _parse(data: bytes, path: Location) -> dict[str, Any]:
+def _reopen(folder: Location, settings: DataConfig, fingerprint: str) -> CorpusIndex:
+    index = CorpusIndex.open(folder, settings)
+    if index.fingerprint != fingerprint:
+        raise DataCorruptError(f"{folder} changed while it was in use", "Do not change a corpus; resume on the one that the run was begun with.")
+    return index
+
+
+def _canonical(manifest: dict[str, Any]) -> bytes:
+    """What `Location.write_json` makes of it."""
+    return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _parse(path: Location, data: bytes) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(data)
         version = int(manifest["format_version"])
@@ -139,29 +196,39 @@ def _parse(data: bytes, path: Location) -> dict[str, Any]:
         raise DataCorruptError(f"{path} is not a corpus manifest: {error}", _REMEDY) from error
     if version > FORMAT_VERSION:
         raise DataCorruptError(f"{path} has format version {version}; this release reads up to {FORMAT_VERSION}", "Upgrade maskwright.")
+    if data != _canonical(sealed(manifest)):
+        raise DataCorruptError(f"{path}: its contents do not match the digest in it", _REMEDY)
     return manifest
 
 
-def _open_records(folder: Location, manifest: dict[str, Any]) -> NDArray[np.void]:
-    path = folder / INDEX
+def _open_records(folder: Location, manifest: dict[str, Any], settings: DataConfig) -> NDArray[np.void]:
+    path, digest = folder / INDEX, str(manifest["digests"]["index"])
     dtype = record_dtype(len(manifest["sequence_lengths"]))
     try:
-        data = np.memmap(path.url, dtype=np.uint8, mode="r") if path.is_local else np.frombuffer(path.read_bytes(), dtype=np.uint8)
-    except (FileNotFoundError, NotFoundError, ValueError) as error:  # an empty file cannot be mapped
+        if not path.is_local:
+            num_blocks = int(manifest["counts"]["train_blocks"]) + int(manifest["counts"]["validation_blocks"])
+            return read_large(path, num_blocks * dtype.itemsize, digest, settings).view(dtype)
+        data: NDArray[np.uint8] = np.memmap(path.url, dtype=np.uint8, mode="r")
+    except (FileNotFoundError, ValueError) as error:  # an empty file cannot be mapped
         raise DataCorruptError(f"{path} is missing or empty", _REMEDY) from error
-    if hashlib.sha256(data.data).hexdigest() != manifest["digests"]["index"]:
+    if hashlib.sha256(data.data).hexdigest() != digest:
         raise DataCorruptError(f"{path}: its digest is not the one in {MANIFEST}", _REMEDY)
     return data.view(dtype)
 
 
 def _check_shards(folder: Location, manifest: dict[str, Any]) -> None:
-    sizes = folder_sizes(folder)
     shards: Sequence[dict[str, Any]] = manifest["shards"]
+    if not folder.is_local or len(shards) > _SHARDS_LOOKED_AT:
+        return
     for shard in shards:
-        found = sizes.get(shard["name"])
+        path = folder / shard["name"]
+        try:
+            found = path.path.stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
         if found != shard["bytes"]:
             said = "is missing" if found is None else f"has {found} bytes"
-            raise DataCorruptError(f"{folder / shard['name']} {said}; {MANIFEST} says {shard['bytes']} bytes", _REMEDY)
+            raise DataCorruptError(f"{path} {said}; {MANIFEST} says {shard['bytes']} bytes", _REMEDY, shard["name"])
 
 
 def _check_tokenizer(folder: Location, manifest: dict[str, Any]) -> None:
@@ -172,21 +239,3 @@ def _check_tokenizer(folder: Location, manifest: dict[str, Any]) -> None:
         if found.get(name) != expected.get(name):
             said = "is missing" if name not in found else f"is not in {MANIFEST}" if name not in expected else f"has not the digest in {MANIFEST}"
             raise DataCorruptError(f"{path / name} {said}", _REMEDY)
-
-
-@cache
-def _local_copy(folder: Location, fingerprint: str) -> tempfile.TemporaryDirectory[str]:
-    """A private copy of the files in `folder`, of the corpus with `fingerprint`; removed when the process ends."""
-    copy = tempfile.TemporaryDirectory(prefix="maskwright-tokenizer-")
-    for name in folder.children():
-        (Path(copy.name) / name).write_bytes((folder / name).read_bytes())
-    return copy
-
-
-def folder_sizes(folder: Location) -> dict[str, int]:
-    """Size in bytes of every entry of a folder, from one listing."""
-    filesystem, path = folder.filesystem()
-    if not folder.is_local:
-        filesystem.invalidate_cache(path)
-    entries: list[dict[str, Any]] = filesystem.ls(path, detail=True)
-    return {str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in entries}

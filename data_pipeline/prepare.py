@@ -20,7 +20,7 @@ from data_pipeline.config import CorpusConfig, TokenizerConfig
 from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.executor import Executor, InProcessExecutor
 from data_pipeline.hashing import threshold64
-from data_pipeline.index import FORMAT_VERSION, INDEX, MANIFEST, TOKENIZER, record_dtype
+from data_pipeline.index import FORMAT_VERSION, INDEX, MANIFEST, TOKENIZER, record_dtype, sealed
 from data_pipeline.masking import Vocabulary
 from data_pipeline.partitions import WORK, Job, Receipt, encode_partition, load_partition, load_tables, read_partition
 from data_pipeline.reading import count_documents
@@ -156,7 +156,7 @@ def _build(
     manifest["counts"] |= _counts(read, encoded)
     manifest["digests"] |= digests
     manifest |= {"sources": sources, "config": _settings(corpus, tokenizer, sequence_lengths), "versions": _library_versions()}
-    (folder / MANIFEST).write_json(manifest)
+    (folder / MANIFEST).write_json(sealed(manifest))
 
 
 def plan_job(folder: Location, seed: int, text_bytes: int, sequence_lengths: tuple[int, ...]) -> Job:

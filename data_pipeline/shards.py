@@ -67,18 +67,48 @@ def write_shard(name: str, blocks: Sequence[Block]) -> tuple[bytes, list[BlockEx
     return data, [BlockExtent(start, stop - start, checksum64(view[start:stop])) for start, stop in pairwise(bounds)]
 
 
-def read_block(shard: Location, key: str, extent: BlockExtent) -> Block:
-    """Read one block by range.
+def read_block(shard: Location, number: int, extent: BlockExtent) -> Block:
+    """Read the n-th block of a shard by range.
 
     Raises:
         DataCorruptError: the shard is missing or cut, or the block's bytes are not those that were written.
+        UnreachableError: the shard's store does not give it.
     """
-    data = _read_range(shard, extent)
+    try:
+        data = shard.read_range(extent.offset, extent.offset + extent.num_bytes)
+    except FileNotFoundError as error:
+        raise missing_shard(shard, number) from error
+    if (damage := find_damage(data, extent)) is not None:
+        raise damaged_block(shard, number, damage)
+    return decode_block(data, shard, number)
+
+
+def decode_block(data: bytes, shard: Location, number: int) -> Block:
+    """The block whose bytes were read and found to be intact. Raises DataCorruptError where they hold something else than a block."""
+    try:
+        return parse_block(data, block_key(shard.name, number), str(shard))
+    except DataCorruptError as error:
+        raise DataCorruptError(error.cause, error.remedy, shard.name, number) from error
+
+
+def find_damage(data: bytes | memoryview, extent: BlockExtent) -> str | None:
+    """How the bytes of a block differ from those that were written; None where they do not. `{key}` stands for the block."""
     if len(data) != extent.num_bytes:
-        raise DataCorruptError(f"{shard}: block {key} should have {extent.num_bytes} bytes at {extent.offset}, found {len(data)}", _REMEDY)
+        page = " (a page of HTML)" if bytes(data[:256]).lstrip().lower().startswith((b"<!doctype html", b"<html")) else ""
+        return f"block {{key}} should have {extent.num_bytes} bytes at {extent.offset}, found {len(data)}{page}"
     if checksum64(data) != extent.checksum:
-        raise DataCorruptError(f"{shard}: checksum of block {key} at byte {extent.offset} does not match the index", _REMEDY)
-    return parse_block(data, key, str(shard))
+        return f"checksum of block {{key}} at byte {extent.offset} does not match the index"
+    return None
+
+
+def damaged_block(shard: Location, number: int, damage: str) -> DataCorruptError:
+    """What a block is refused with; see `find_damage`."""
+    return DataCorruptError(f"{shard}: {damage.format(key=block_key(shard.name, number))}", _REMEDY, shard.name, number)
+
+
+def missing_shard(shard: Location, number: int) -> DataCorruptError:
+    """What a block is refused with whose shard is not there."""
+    return DataCorruptError(f"{shard} is missing (wanted: block {block_key(shard.name, number)})", _REMEDY, shard.name, number)
 
 
 def parse_block(data: bytes, key: str, shard: str) -> Block:
@@ -96,13 +126,6 @@ def parse_block(data: bytes, key: str, shard: str) -> Block:
         raise DataCorruptError(f"{shard}: block {key} has unexpected members {sorted(fields)}", _REMEDY)
     arrays = {name: _from_npy(value, f"{shard}: {key}.{name}") for name, value in fields.items()}
     return Block(arrays["ids.npy"], arrays["sentences.npy"], arrays["documents.npy"])
-
-
-def _read_range(shard: Location, extent: BlockExtent) -> bytes:
-    try:
-        return shard.read_range(extent.offset, extent.offset + extent.num_bytes)
-    except FileNotFoundError as error:
-        raise DataCorruptError(f"{shard} is missing", _REMEDY) from error
 
 
 def _to_npy(array: NDArray[np.integer]) -> bytes:

@@ -9,12 +9,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 from fsspec.core import url_to_fs
 
+from data_pipeline import remote
+from data_pipeline.config import DataConfig
 from data_pipeline.errors import NotFoundError, StorageError
+from data_pipeline.remote_file import open_remote
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -87,8 +90,9 @@ class Location:
         """Whether a file or folder is there."""
         if self.is_local:
             return self.path.exists()
-        fs, path = self.filesystem()
-        return bool(fs.exists(path))
+        store = remote.Store.of(self.url)
+        store.fs.invalidate_cache(store.path)
+        return remote.call(self.url, lambda: remote.exists(store), DataConfig())
 
     def children(self) -> list[str]:
         """Sorted names in this folder; empty when there is no such folder."""
@@ -100,28 +104,33 @@ class Location:
             return []
         return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
 
-    def read_bytes(self) -> bytes:
-        """The whole file.
+    def read_bytes(self, settings: DataConfig | None = None) -> bytes:
+        """The whole file; one in a store with the retries and time-outs of `settings`.
 
         Raises:
             NotFoundError: there is no such file.
+            UnreachableError: its store gave no answer in time, or refused us.
         """
         try:
-            if self.is_local:
-                return self.path.read_bytes()
-            fs, path = self.filesystem()
-            return bytes(fs.cat_file(path))  # pyright: ignore[reportArgumentType]
+            return self.path.read_bytes() if self.is_local else remote.read_file(self.url, settings or DataConfig())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise NotFoundError(f"{self.url} does not exist", "Check the path.") from error
 
-    def read_range(self, start: int, stop: int) -> bytes:
-        """Bytes [start, stop) of the file."""
-        if self.is_local:
-            with self.path.open("rb") as file:
-                file.seek(start)
-                return file.read(stop - start)
-        fs, path = self.filesystem()
-        return bytes(fs.cat_file(path, start=start, end=stop))  # pyright: ignore[reportArgumentType]
+    def read_range(self, start: int, stop: int, settings: DataConfig | None = None) -> bytes:
+        """Bytes [start, stop) of the file, or those there are. Errors as `read_bytes` has them, but a missing file is a FileNotFoundError."""
+        if not self.is_local:
+            return remote.read_range(self.url, start, stop, settings or DataConfig())
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
+    def open_binary(self, settings: DataConfig | None = None) -> IO[bytes]:
+        """The file to be read from, and sought in; one in a store is read in large ranges, the next ahead of use, with retries and time-outs.
+
+        Raises:
+            FileNotFoundError: there is no such file. UnreachableError: see `read_bytes`; also of the reads that follow.
+        """
+        return self.path.open("rb") if self.is_local else open_remote(self.url, settings or DataConfig())
 
     def read_json(self) -> Any:
         """The file parsed as JSON.

@@ -1,0 +1,195 @@
+"""Reads from object stores and web servers: retries with back-off, a time-out for each attempt and for all of them, failures as errors with a remedy.
+
+All reads run on fsspec's own event loop, so many are under way without a thread for each, and one that hangs is really given up.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
+
+from fsspec.asyn import AsyncFileSystem, get_loop
+from fsspec.core import url_to_fs
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_random_exponential
+
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, UnreachableError
+
+T = TypeVar("T")
+
+_NETWORK_ERRORS = {"ClientError", "HTTPClientError", "IncompleteRead", "IncompleteReadError", "ProtocolError", "ResponseStreamingError", "HTTPError"}
+"""Names of the exceptions, not OSErrors, with which aiohttp, botocore, urllib3 and requests report a broken connection."""
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_TRY_AGAIN_STATUS = {408, 425, 429}
+_RANGE_NOT_SATISFIABLE = 416
+_LONGEST_PAUSE_S = 10.0
+_GRACE_S = 2.0
+PART_BYTES = 8 << 20
+"""A file is read in parts of this size, each with retries and time-outs of its own."""
+_PACKAGES = {"s3": 'pip install "maskwright[s3]"', "s3a": 'pip install "maskwright[s3]"', "gs": "pip install gcsfs", "gcs": "pip install gcsfs"}
+
+
+class Store(NamedTuple):
+    """A filesystem that answers coroutines, and a path in it."""
+
+    fs: AsyncFileSystem
+    path: str
+
+    @classmethod
+    def of(cls, url: str) -> "Store":
+        """The store of a URL.
+
+        Raises:
+            EnvironmentMismatchError: the package for this kind of store is not installed. ConfigError: there is no such kind of store.
+        """
+        try:
+            found, path = url_to_fs(url)
+        except ImportError as error:
+            remedy = _PACKAGES.get(url.partition("://")[0], "Install the fsspec implementation of this protocol.")
+            raise EnvironmentMismatchError(f"{url} needs a package that is not installed: {error}", f"Install it: {remedy}.") from error
+        except ValueError as error:
+            raise ConfigError(f"{url}: {error}", "Use a path, or a URL such as s3://bucket/folder or https://host/folder.") from error
+        if isinstance(found, AsyncFileSystem) and found.async_impl:
+            return cls(found, path)
+        from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+        return cls(AsyncFileSystemWrapper(found, asynchronous=False), path)
+
+
+def read_range(url: str, start: int, stop: int, settings: DataConfig) -> bytes:
+    """Bytes [start, stop) of a file; fewer where it ends before, as the store says it. See `call` for errors."""
+    store = Store.of(url)
+    return call(url, lambda: range_of(store, start, stop), settings)
+
+
+def read_file(url: str, settings: DataConfig) -> bytes:
+    """The whole of a small file. See `call` for errors."""
+    store = Store.of(url)
+    return call(url, lambda: cat(store), settings)
+
+
+def call(url: str, operation: Callable[[], Awaitable[T]], settings: DataConfig) -> T:
+    """Run a read with retries and wait for it.
+
+    Raises:
+        FileNotFoundError: the store says that there is no such file.
+        UnreachableError: the store refuses us, or did not give an answer in `total_timeout_s`.
+    """
+    return wait(start(with_retries(url, operation, settings)), url, settings)
+
+
+def start(coroutine: Coroutine[Any, Any, T]) -> "Future[T]":
+    """Begin a read; `wait` for it later."""
+    return asyncio.run_coroutine_threadsafe(coroutine, get_loop())  # pyright: ignore[reportArgumentType]
+
+
+def wait(future: "Future[T]", url: str, settings: DataConfig) -> T:
+    """The result of a read that was started; never waits longer than `total_timeout_s`."""
+    try:
+        return future.result(settings.total_timeout_s + _GRACE_S)
+    except TimeoutError as error:
+        future.cancel()
+        raise _unreachable(url, f"no answer in {settings.total_timeout_s:g} s") from error
+
+
+def deadline_of(settings: DataConfig) -> float:
+    """When a read that begins now is given up, on the monotonic clock."""
+    return time.monotonic() + settings.total_timeout_s
+
+
+async def with_retries(url: str, operation: Callable[[], Awaitable[T]], settings: DataConfig, deadline: float | None = None) -> T:
+    """Try until it works, the failure is not a passing one, or attempts or the time until `deadline` are spent. See `call`."""
+    started_at = time.monotonic()
+    until = deadline_of(settings) if deadline is None else deadline
+    retrying = AsyncRetrying(
+        retry=retry_if_exception(is_passing),
+        stop=stop_after_attempt(settings.max_attempts) | stop_before_delay(max(0.0, until - started_at)),
+        wait=wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE_S),
+        reraise=True,
+    )
+    attempts = 0
+    try:
+        async for attempt in retrying:
+            with attempt:
+                attempts += 1
+                async with asyncio.timeout(max(0.0, min(settings.read_timeout_s, until - time.monotonic()))):
+                    return await operation()
+    except MaskwrightError:
+        raise
+    except Exception as error:
+        if isinstance(error, FileNotFoundError) and not is_passing(error):
+            raise
+        if not is_passing(error):
+            raise _unreachable(url, _said(error)) from error
+        number = "1 attempt" if attempts == 1 else f"{attempts} attempts"
+        raise _unreachable(url, f"no answer in {number} over {time.monotonic() - started_at:.1f} s: {_said(error)}") from error
+    raise AssertionError("tenacity ends with a result or an error")
+
+
+async def range_of(store: Store, start: int, stop: int) -> bytes:
+    """One attempt at a range. A range past the end of the file is empty, as it is locally."""
+    try:
+        return bytes(await store.fs._cat_file(store.path, start=start, end=stop))  # pyright: ignore[reportPrivateUsage]
+    except Exception as error:
+        if http_status(error) == _RANGE_NOT_SATISFIABLE:
+            return b""
+        raise
+
+
+async def cat(store: Store) -> bytes:
+    """One attempt at a whole file."""
+    return bytes(await store.fs._cat_file(store.path))  # pyright: ignore[reportPrivateUsage]
+
+
+async def exists(store: Store) -> bool:
+    """Whether a file or folder is there. (`_exists` of fsspec's HTTP takes a server that is down for a file that is not there.)"""
+    try:
+        await store.fs._info(store.path)  # pyright: ignore[reportPrivateUsage]
+    except FileNotFoundError as error:
+        if is_passing(error):
+            raise
+        return False
+    return True
+
+
+async def size(store: Store) -> int | None:
+    """Bytes of a file; None where the store does not say."""
+    info: dict[str, Any] = await store.fs._info(store.path)  # pyright: ignore[reportPrivateUsage]
+    return None if info.get("size") is None else int(info["size"])
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether the same read may work in a moment: server errors, time-outs and broken connections; not what the store has refused."""
+    status = http_status(error)
+    if status is not None:
+        return status >= 500 or status in _TRY_AGAIN_STATUS
+    if isinstance(error, _PERMANENT):  # fsspec's HTTP says "not found" of whatever kept it from looking
+        return isinstance(error, FileNotFoundError) and error.__cause__ is not None and is_passing(error.__cause__)
+    return isinstance(error, OSError | EOFError) or any(each.__name__ in _NETWORK_ERRORS for each in type(error).__mro__)
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status behind an exception of aiohttp, botocore, gcsfs or requests; None where there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        response: Any = getattr(cause, "response", None)
+        if isinstance(response, dict):
+            found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        else:
+            found = getattr(cause, "status", None) or getattr(cause, "code", None) or getattr(response, "status_code", None)
+        if isinstance(found, int):
+            return found
+        cause = cause.__cause__
+    return None
+
+
+def _said(error: BaseException) -> str:
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _unreachable(url: str, cause: str) -> UnreachableError:
+    return UnreachableError(
+        f"cannot read {url}: {cause}", "Check the store, the network and the credentials; data.total_timeout_s says how long to try."
+    )
