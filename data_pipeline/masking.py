@@ -109,8 +109,8 @@ def _by_token(tokens: Tokens, hashes: UInt64Array, masking: Masking) -> tuple[ND
 
 def _by_word(tokens: Tokens, hashes: UInt64Array, masking: Masking) -> tuple[NDArray[np.bool_], UInt64Array]:
     """All tokens of a word by the hash of its first; each draws its own replacement, as in BERT's whole-word release."""
-    first, word = _words(tokens, masking)
-    return (hashes[first] < threshold64(masking.rate))[word], hashes
+    is_first, word = _words(tokens, masking)
+    return (hashes[is_first] < threshold64(masking.rate))[word], hashes
 
 
 def _by_span(tokens: Tokens, hashes: UInt64Array, masking: Masking) -> tuple[NDArray[np.bool_], UInt64Array]:
@@ -118,25 +118,24 @@ def _by_span(tokens: Tokens, hashes: UInt64Array, masking: Masking) -> tuple[NDA
 
     Every word, and ten places before each segment, may start a span; so a word at a segment's start is chosen as often as any other.
     """
-    first, word = _words(tokens, masking)
+    _, word = _words(tokens, masking)
     sample_starts = np.cumsum(tokens.lengths) - tokens.lengths
     segment_starts = np.stack([sample_starts, sample_starts + np.minimum(tokens.second_starts, tokens.lengths - 1)], axis=1).ravel()
-    segment_of_word = np.searchsorted(segment_starts, first, side="right") - 1
-    num_before = np.arange(1, len(segment_starts) + 1) * _MAX_SPAN_WORDS
-    slot_of_word = np.arange(len(first)) + num_before[segment_of_word]
-    num_slots = len(first) + len(segment_starts) * _MAX_SPAN_WORDS
-    words_before = np.searchsorted(first, segment_starts)  # a segment's slots start at its words' slots minus ten
-    slot_starts = words_before + num_before - _MAX_SPAN_WORDS
-    within = np.arange(num_slots) - np.repeat(slot_starts, np.diff(slot_starts, append=num_slots))
+    num_words = np.diff(word[segment_starts], append=word[-1] + 1)
+    num_slots = num_words + _MAX_SPAN_WORDS  # ten places, then the words
+    segment_slots = np.cumsum(num_slots) - num_slots
+    within = np.arange(int(num_slots.sum())) - np.repeat(segment_slots, num_slots)
     keys = np.stack([mix64(tokens.keys, _LENGTH), mix64(tokens.keys, _LENGTH, 1)], axis=1).ravel()
-    slots = mix64(np.repeat(keys, np.diff(slot_starts, append=num_slots)) ^ within.astype(np.uint64))
-    starts = slots < threshold64(span_start_probability(masking.rate))
-    length = np.searchsorted(_span_length_ends(), (mix64(slots, _LENGTH) >> _HALF_WORD).astype(np.float64) / 2**32, side="right") + 1
+    slots = mix64(np.repeat(keys, num_slots) ^ within.astype(np.uint64))
+    starts = np.flatnonzero(slots < threshold64(span_start_probability(masking.rate)))
+    lengths = np.searchsorted(_span_length_ends(), (mix64(slots[starts], _LENGTH) >> _HALF_WORD).astype(np.float64) / 2**32, side="right") + 1
     # Of the spans begun so far the one that reaches furthest covers a slot, if any does; none reaches over the ten places of a gap.
-    reach = np.where(starts, (np.arange(num_slots) + length) * num_slots + np.arange(num_slots), 0)
-    end, start = np.divmod(np.maximum.accumulate(reach), num_slots)
-    covered = end[slot_of_word] > slot_of_word
-    return covered[word], slots[start[slot_of_word]][word]
+    reach = np.zeros(len(slots), dtype=np.int64)
+    reach[starts] = ((starts + lengths) << 32) | starts
+    slot_of_word = np.arange(int(num_words.sum())) + np.repeat(np.arange(1, len(num_words) + 1) * _MAX_SPAN_WORDS, num_words)
+    furthest = np.maximum.accumulate(reach)[slot_of_word]
+    covered = (furthest >> 32) > slot_of_word
+    return covered[word], slots[furthest & 0xFFFFFFFF][word]
 
 
 _UNITS: dict[MaskUnit, Callable[[Tokens, UInt64Array, Masking], tuple[NDArray[np.bool_], UInt64Array]]] = {
@@ -147,13 +146,14 @@ _UNITS: dict[MaskUnit, Callable[[Tokens, UInt64Array, Masking], tuple[NDArray[np
 """Each returns, by token, whether it is chosen, and the hash that decides between [MASK], a random token and itself."""
 
 
-def _words(tokens: Tokens, masking: Masking) -> tuple[IntArray, IntArray]:
-    """(position of each word's first token, word of each token). Special tokens are words: a word never crosses them."""
+def _words(tokens: Tokens, masking: Masking) -> tuple[NDArray[np.bool_], IntArray]:
+    """(whether a token is the first of its word, word of each token). Special tokens are words: a word never crosses them."""
     assert masking.continues_word is not None
     continues = masking.continues_word[tokens.ids]
     continues[1:] &= masking.is_ordinary[tokens.ids[:-1]]
     continues[0] = False
-    return np.flatnonzero(~continues), np.cumsum(~continues) - 1
+    is_first = ~continues
+    return is_first, np.cumsum(is_first) - 1
 
 
 @cache
