@@ -31,6 +31,7 @@ _MEASURED = (
     ("step_bytes", "read for the first step", "MB", 1e-6),
     ("private_bytes", "memory of its own", "MB", 1e-6),
     ("mapped_bytes", "memory shared by the ranks of a node", "MB", 1e-6),
+    ("peak_bytes", "most memory at a time, both and the libraries", "MB", 1e-6),
 )
 
 

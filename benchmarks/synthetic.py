@@ -4,7 +4,7 @@ What opening and positioning cost depends on the index alone; the blocks that ar
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.chunks import cut_chunks
 from data_pipeline.index import INDEX, MANIFEST, TOKENIZER, CorpusIndex, record_dtype, sealed
-from data_pipeline.shards import Block, write_shard
+from data_pipeline.shards import Block, BlockExtent, write_shard
 from data_pipeline.storage import Location
 
 BLOCK_TOKENS = 512 << 10
@@ -76,60 +76,68 @@ def join(blocks: list[Block]) -> Block:
 
 
 def build(real: CorpusIndex, blocks: list[Block], folder: Path, num_blocks: int, progress: Callable[[str], None]) -> Synthetic:
-    """Write the manifest, the index of `num_blocks` training blocks, and a shard with the few real ones."""
+    """Write a shard with the few real blocks, and an index in which they stand for `num_blocks`."""
     progress(f"index of {num_blocks:,} blocks")
     folder.mkdir(parents=True)
-    (folder / TOKENIZER).symlink_to(real.tokenizer_folder)
     names = [f"train-{number:06d}.tar" for number in range(NUM_SHARDS)]
-    rows = np.concatenate(
-        [_write_real(folder, names[0], blocks, real, 0), _write_real(folder, "validation-000000.tar", blocks[:1], real, NUM_SHARDS)]
-    )
-    digest = _write_index(folder / INDEX, rows[:-1], rows[-1:], num_blocks)
-    sizes = {name: (folder / name).stat().st_size for name in (names[0], "validation-000000.tar")}
-    counts = {**real.manifest["counts"], "train_blocks": num_blocks, "validation_blocks": 1}
-    manifest: dict[str, Any] = {
-        **real.manifest,
-        "counts": counts,
-        "block_tokens": BLOCK_TOKENS,
-        "digests": {**real.manifest["digests"], "index": digest},
-        "shards": [_shard(name, sizes.get(name, sizes[names[0]])) for name in [*names, "validation-000000.tar"]],
-    }
+    held_out = "validation-000000.tar"
+    train = _write_real(folder, names[0], blocks, real, shard=0)
+    validation = _write_real(folder, held_out, blocks[:1], real, shard=NUM_SHARDS)
     for name in names[1:]:
         (folder / name).hardlink_to(folder / names[0])
+    shards = [shard_entry(name, (folder / name).stat().st_size) for name in [*names, held_out]]
+    write_corpus(real, folder, [*_repeated(train, num_blocks), validation.tobytes()], shards, num_blocks, num_validation=1)
+    totals = _totals(train, num_blocks)
+    return Synthetic(str(folder), num_blocks, totals["tokens"], totals["documents"], (folder / INDEX).stat().st_size, totals["bytes"])
+
+
+def write_corpus(
+    real: CorpusIndex, folder: Path, records: Iterable[bytes], shards: list[dict[str, Any]], num_train: int, num_validation: int
+) -> None:
+    """Write index.bin from parts of its bytes, and a manifest like that of `real`, whose tokenizer it shares."""
+    digest = hashlib.sha256()
+    with (folder / INDEX).open("wb") as file:
+        for part in records:
+            file.write(part)
+            digest.update(part)
+    (folder / TOKENIZER).symlink_to(real.tokenizer_folder)
+    manifest: dict[str, Any] = {
+        **real.manifest,
+        "counts": {**real.manifest["counts"], "train_blocks": num_train, "validation_blocks": num_validation},
+        "digests": {**real.manifest["digests"], "index": digest.hexdigest()},
+        "shards": shards,
+    }
     Location.at(folder / MANIFEST).write_json(sealed(manifest))
-    shares = _totals(rows[:-1], num_blocks)
-    return Synthetic(str(folder), num_blocks, shares["tokens"], shares["documents"], (folder / INDEX).stat().st_size, shares["bytes"])
 
 
-def _shard(name: str, size: int) -> dict[str, Any]:
+def shard_entry(name: str, size: int) -> dict[str, Any]:
+    """A shard as the manifest lists it."""
     return {"name": name, "bytes": size, "sha256": hashlib.sha256(name.encode()).hexdigest(), "blocks": 0}
 
 
-def _write_real(folder: Path, name: str, blocks: list[Block], real: CorpusIndex, shard: int) -> NDArray[np.void]:
-    data, extents = write_shard(name, blocks)
-    (folder / name).write_bytes(data)
-    rows = np.zeros(len(blocks), dtype=record_dtype(len(real.sequence_lengths)))
+def index_rows(blocks: Sequence[Block], extents: Sequence[BlockExtent], shard: int, sequence_lengths: Sequence[int]) -> NDArray[np.void]:
+    """Index records of the blocks of a shard."""
+    rows = np.zeros(len(blocks), dtype=record_dtype(len(sequence_lengths)))
     for number, (block, extent) in enumerate(zip(blocks, extents, strict=True)):
-        samples = [len(cut_chunks(block.sentence_ends, block.document_ends, length)) for length in real.sequence_lengths]
+        samples = [len(cut_chunks(block.sentence_ends, block.document_ends, length)) for length in sequence_lengths]
         place = (extent.offset, extent.checksum, shard, number, extent.num_bytes)
         rows[number] = (*place, len(block.ids), len(block.document_ends), samples)
     return rows
 
 
-def _write_index(path: Path, rows: NDArray[np.void], validation: NDArray[np.void], num_blocks: int) -> str:
-    """Write the rows again and again until there are `num_blocks`; returns the digest. Holds a part of the index at a time."""
-    digest = hashlib.sha256()
+def _write_real(folder: Path, name: str, blocks: list[Block], real: CorpusIndex, shard: int) -> NDArray[np.void]:
+    data, extents = write_shard(name, blocks)
+    (folder / name).write_bytes(data)
+    return index_rows(blocks, extents, shard, real.sequence_lengths)
+
+
+def _repeated(rows: NDArray[np.void], num_rows: int) -> Iterator[bytes]:
+    """The bytes of the rows again and again until there are `num_rows`, a part at a time."""
     part = np.tile(rows, _CHUNK // len(rows)).tobytes()
-    remaining = num_blocks * rows.dtype.itemsize
-    with path.open("wb") as file:
-        while remaining:
-            piece = part[:remaining]
-            file.write(piece)
-            digest.update(piece)
-            remaining -= len(piece)
-        file.write(validation.tobytes())
-        digest.update(validation.tobytes())
-    return digest.hexdigest()
+    remaining = num_rows * rows.dtype.itemsize
+    while remaining:
+        yield part[:remaining]
+        remaining -= len(part[:remaining])
 
 
 def _totals(rows: NDArray[np.void], num_blocks: int) -> dict[str, int]:

@@ -1,12 +1,14 @@
 """The neutral documents are the same text as our blocks, and plain Python makes the same kind of samples from them."""
 
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.contestants.assembly import windows, without_separators
 from benchmarks.contestants.documents import Documents, with_separators, write_documents
 from benchmarks.contestants.hugging_face import cut, encode, examples, sentences, split_pair
 
@@ -27,6 +29,21 @@ def _arrays(documents: list[list[list[int]]]) -> list[np.ndarray]:
 def test_separators_keep_documents_and_sentences(documents: list[list[list[int]]]) -> None:
     arrays = _arrays(documents)
     assert [sentences(array, SEP) for array in arrays] == documents
+
+
+@given(_DOCUMENTS)
+def test_our_masking_gets_the_sentences_back(documents: list[list[list[int]]]) -> None:
+    tokens, sentence_ends, document_ends = without_separators(_arrays(documents), SEP)
+    cut_at = [0, *sentence_ends.tolist()]
+    found = [tokens[start:end].tolist() for start, end in pairwise(cut_at)]
+    starts = [0, *document_ends.tolist()]
+    assert [found[start:end] for start, end in pairwise(starts)] == documents
+
+
+def test_windows_hold_every_document_once() -> None:
+    arrays = [np.arange(length) for length in (5, 1, 9, 2, 2)]
+    found = list(windows(iter(arrays), 6))
+    assert [[len(array) for array in window] for window in found] == [[5, 1], [9], [2, 2]]
 
 
 def test_documents_are_written_and_opened(tmp_path: Path) -> None:
