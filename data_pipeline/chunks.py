@@ -14,7 +14,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Chunks:
-    """Chunks of some documents, in order: chunk c is the pieces first_piece[c] .. stop_piece[c]-1.
+    """Chunks of some documents: chunk c is the pieces first_piece[c] .. stop_piece[c]-1.
 
     A piece is a sentence, or a part of one that is longer than a row.
     """
@@ -37,16 +37,24 @@ class Chunks:
 def cut_chunks(sentence_ends: NDArray[np.integer], document_ends: NDArray[np.integer], sequence_length: int) -> Chunks:
     """Pack the sentences of each document greedily into chunks of at most `sequence_length - SPECIAL_TOKENS` tokens.
 
-    `sentence_ends` are cumulative token counts, `document_ends` cumulative sentence counts. The chunks cover every token once, in order.
+    `sentence_ends` are cumulative token counts, `document_ends` cumulative sentence counts. The chunks of a document cover its tokens once.
+    Documents of an odd number of tokens are packed from their end: greedy chunks begin with a sentence that did not fit before, a long one,
+    and if all did, the lengths of two segments would tell their order.
     """
     limit = sequence_length - SPECIAL_TOKENS
-    piece_ends, document_piece_ends = _cut_long_sentences(sentence_ends.astype(np.int64), document_ends.astype(np.int64), limit)
-    piece_starts = np.concatenate([[0], piece_ends[:-1]])
-    pieces_per_document = np.diff(document_piece_ends, prepend=0)
-    document_end_of_piece = np.repeat(document_piece_ends, pieces_per_document)
-    next_piece = np.minimum(np.searchsorted(piece_ends, piece_starts + limit, side="right"), document_end_of_piece)
+    piece_ends, stops = _cut_long_sentences(sentence_ends.astype(np.int64), document_ends.astype(np.int64), limit)
+    starts = np.concatenate([[0], stops[:-1]])
+    document_of_piece = np.repeat(np.arange(len(stops)), stops - starts)
+    from_end = (np.diff(piece_ends[stops - 1], prepend=0) % 2 == 1)[document_of_piece]
+    mirror = (starts + stops - 1)[document_of_piece] - np.arange(len(piece_ends))
+    lengths = np.diff(piece_ends, prepend=0)
+    ends = np.cumsum(np.where(from_end, lengths[mirror], lengths))
+    next_piece = np.minimum(np.searchsorted(ends, np.concatenate([[0], ends[:-1]]) + limit, side="right"), stops[document_of_piece])
     first = _walk(next_piece.tolist())
-    return Chunks(piece_ends, first, next_piece[first], np.searchsorted(document_piece_ends, first, side="right"))
+    stop = next_piece[first]
+    mirrored = from_end[first]
+    first_piece, stop_piece = np.where(mirrored, mirror[stop - 1], first), np.where(mirrored, mirror[first] + 1, stop)
+    return Chunks(piece_ends, first_piece, stop_piece, document_of_piece[first])
 
 
 def _cut_long_sentences(sentence_ends: IntArray, document_ends: IntArray, limit: int) -> tuple[IntArray, IntArray]:

@@ -43,7 +43,7 @@ def run_job(
     config = config.model_copy(update={"storage": Location.at(config.storage).url})
     run = RunFolder(Location.at(config.storage) / config.name)
     machine = this_machine()
-    workers = resolve_workers(cluster, machine, min(phase.num_micro_batches for phase in config.phases))
+    workers = resolve_workers(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with Lease.acquire(run) as lease:
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run)

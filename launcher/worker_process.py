@@ -14,7 +14,7 @@ from typing import Any
 from data_pipeline.errors import InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt, record_failure
-from launcher.control import read_stop
+from launcher.control import StopRequest, read_stop
 from trainer.runlog import RunFolder
 
 WATCH_S = 0.2
@@ -138,6 +138,11 @@ def _copy_out(path: Path, log: Location, done: threading.Event) -> None:
             log.write_bytes(path.read_bytes())
 
 
+def _should_save(request: StopRequest | None) -> bool:
+    """Without `save` the driver ends everything; a rank that saw the request first would save all the same."""
+    return request is not None and request.save
+
+
 @contextmanager
 def _watch(run: RunFolder, attempt: int, context: WorkerContext) -> Generator[None]:
     """Poll for stop requests (rank 0) and preemption (every rank); end the process when a newer attempt has begun."""
@@ -147,7 +152,7 @@ def _watch(run: RunFolder, attempt: int, context: WorkerContext) -> Generator[No
         written: tuple[int, str] | None = None
         while not done.wait(WATCH_S):
             with suppress(MaskwrightError, OSError):
-                if context.preempted() or (context.rank == 0 and read_stop(run) is not None):
+                if context.preempted() or (context.rank == 0 and _should_save(read_stop(run))):
                     context.ask_to_stop()
                 if context.rank == 0:
                     if last_attempt(run) > attempt:

@@ -61,8 +61,8 @@ class Command:
                 raise AssertionError(f"{self.arguments} never came so far (exit code {code})\n{self.text()}")
             time.sleep(0.01)
 
-    def wait_until_gone(self, timeout_s: float = 15.0) -> None:
-        """Everything that the command started ends by itself soon after it."""
+    def wait_until_gone(self, timeout_s: float = 90.0) -> None:
+        """Everything that the command started ends by itself after it: Ray's agents may try to reach their dead server for a minute."""
         deadline = time.monotonic() + timeout_s
         while alive := self.processes():
             assert time.monotonic() < deadline, f"outlived the command that started them: {[_name(pid) for pid in alive]}"

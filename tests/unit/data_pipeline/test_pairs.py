@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from data_pipeline.chunks import SPECIAL_TOKENS, Chunks, cut_chunks
 from data_pipeline.hashing import mix64
-from data_pipeline.pairs import IS_NEXT, IS_RANDOM, NO_PAIR, Samples, choose_partners, make_samples
+from data_pipeline.pairs import IN_ORDER, IS_NEXT, IS_RANDOM, NO_PAIR, SWAPPED, Samples, SentenceObjective, choose_partners, make_samples
 
 
 def _chunks(num_documents: int, sequence_length: int, seed: int) -> Chunks:
@@ -22,9 +22,9 @@ def _chunks(num_documents: int, sequence_length: int, seed: int) -> Chunks:
     return cut_chunks(np.cumsum(lengths), np.cumsum(num_sentences), sequence_length)
 
 
-def _samples(num_documents: int, sequence_length: int, seed: int) -> Samples:
+def _samples(num_documents: int, sequence_length: int, seed: int, objective: SentenceObjective = "nsp") -> Samples:
     chunks = _chunks(num_documents, sequence_length, seed)
-    return make_samples(chunks, mix64(seed, np.arange(len(chunks))), sequence_length, "nsp")
+    return make_samples(chunks, mix64(seed, np.arange(len(chunks))), sequence_length, objective)
 
 
 @settings(deadline=None)
@@ -70,6 +70,19 @@ def test_without_pairs_a_chunk_is_one_segment() -> None:
     assert samples.lengths.max() <= 64 - SPECIAL_TOKENS + 2
 
 
+@given(st.integers(1, 60), st.sampled_from([16, 32, 128]), st.integers(0, 10**6))
+def test_sentence_order_swaps_the_segments_of_half_of_the_pairs(num_documents: int, sequence_length: int, seed: int) -> None:
+    straight, ordered = (_samples(num_documents, sequence_length, seed, objective) for objective in ("nsp", "sop"))
+    is_pair = ordered.labels != NO_PAIR
+    assert (is_pair == (straight.labels != NO_PAIR)).all()
+    first, second = ordered.a_start + ordered.a_length == ordered.b_start, ordered.b_start + ordered.b_length == ordered.a_start
+    assert (first[ordered.labels == IN_ORDER]).all()
+    assert (second[ordered.labels == SWAPPED]).all()
+    assert abs(int((ordered.labels == SWAPPED).sum()) - is_pair.sum() / 2) <= 0.5
+    assert ordered.lengths.max() <= sequence_length
+    assert ordered.a_length.sum() + ordered.b_length.sum() == straight.a_length.sum() + straight.b_length.sum()
+
+
 def test_other_keys_give_other_pairs() -> None:
     chunks = _chunks(100, 128, 0)
     one, two = (make_samples(chunks, mix64(epoch, np.arange(len(chunks))), 128, "nsp") for epoch in (0, 1))
@@ -84,11 +97,12 @@ def test_other_keys_give_other_pairs() -> None:
         (512, 1200, 24),
         pytest.param(64, 250, 60, marks=pytest.mark.full),
         pytest.param(128, 100, 200, marks=pytest.mark.full),
-        pytest.param(512, 300, 200, marks=pytest.mark.full),
+        pytest.param(512, 3000, 30, marks=pytest.mark.full),
     ],
 )
-def test_lengths_do_not_tell_the_label(sequence_length: int, num_documents: int, num_windows: int) -> None:
-    windows = [_samples(num_documents, sequence_length, seed) for seed in range(num_windows)]
+@pytest.mark.parametrize("objective", ["nsp", "sop"])
+def test_lengths_do_not_tell_the_label(sequence_length: int, num_documents: int, num_windows: int, objective: SentenceObjective) -> None:
+    windows = [_samples(num_documents, sequence_length, seed, objective) for seed in range(num_windows)]
     pairs = [samples[np.flatnonzero(samples.labels != NO_PAIR)] for samples in windows]
     a, b = (np.concatenate([getattr(samples, name) for samples in pairs]) for name in ("a_length", "b_length"))
     labels = np.concatenate([samples.labels for samples in pairs])
@@ -97,5 +111,7 @@ def test_lengths_do_not_tell_the_label(sequence_length: int, num_documents: int,
     half = len(labels) // 2
     classifier = HistGradientBoostingClassifier(max_iter=30).fit(features[:half], labels[:half])
     assert roc_auc_score(labels[half:], classifier.predict_proba(features[half:])[:, 1]) < 0.52
+    if objective == "sop":
+        return
     full = a + b == sequence_length - SPECIAL_TOKENS  # rows without room are where a careless swap shows
     assert abs(labels[full].mean() - 0.5) < 0.1

@@ -4,7 +4,7 @@ import pickle
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
@@ -16,10 +16,11 @@ from data_pipeline.index import CorpusIndex
 from data_pipeline.inspection import inspect_steps
 from data_pipeline.micro_batch import MicroBatch, empty_micro_batch, step_digest
 from data_pipeline.order import micro_batches_of_step, rank_micro_batches
-from data_pipeline.packing import pack_rows, unpad
+from data_pipeline.packing import Packing, pack_rows, unpad
 from data_pipeline.prepare import Prepared
 from data_pipeline.shards import Block
 from data_pipeline.stream import MicroBatchStream, build_loader
+from data_pipeline.tokenizer import load_tokenizer
 
 Segment = tuple[int, ...]
 
@@ -204,6 +205,66 @@ def test_digest_ignores_the_layout_and_sees_everything_else(index: CorpusIndex) 
         changed(nsp_labels=batch.nsp_labels[::-1] + 5),
     ]
     assert len({batch.digest, *other}) == 6
+
+
+@pytest.mark.parametrize("packing", ["rows", "unpadded"])
+def test_packing_changes_rows_and_nothing_else(index: CorpusIndex, packing: Packing) -> None:
+    phases = _phases(64, 16, 64)
+    padded, packed = (MicroBatchStream(index, ObjectiveConfig(), phases, 1, packing=each)[5] for each in ("none", packing))
+    assert padded.digest == packed.digest
+    assert packed.fill > padded.fill
+    assert packed.fill > 0.8
+    ids, types, positions, samples = (
+        table.reshape(-1) for table in (packed.input_ids, packed.token_type_ids, packed.position_ids, packed.sample_ids)
+    )
+    assert packed.input_ids.shape[1] == 64 if packing == "rows" else packed.input_ids.shape[0] == 1
+    for sample, length in enumerate(padded.lengths):
+        own = np.flatnonzero(samples == sample + 1)
+        assert own.tolist() == list(range(own[0], own[0] + length))
+        assert own[0] == packed.starts[sample]
+        assert positions[own].tolist() == list(range(length))
+        assert (ids[own] == padded.input_ids[sample, :length]).all()
+        assert (types[own] == padded.token_type_ids[sample, :length]).all()
+    assert (ids[samples == 0] == index.vocabulary.pad).all()
+    row, column = np.divmod(padded.mlm_positions, padded.layout.width)
+    assert (packed.mlm_positions == packed.starts[row] + column).all()
+    assert (packed.mlm_labels == padded.mlm_labels).all()
+
+
+def test_micro_batches_of_a_step_have_nearly_equal_numbers_of_tokens(index: CorpusIndex) -> None:
+    phases = _phases(2 * 64, 64, 64, steps=30)
+    stream = MicroBatchStream(index, ObjectiveConfig(), phases, 1)
+    tokens = np.array([stream[number].num_tokens for number in range(60)]).reshape(-1, 2)
+    assert (tokens.max(axis=1) / tokens.min(axis=1)).mean() < 1.05
+
+
+@pytest.mark.parametrize("unit", ["whole_word", "span"])
+def test_words_of_the_corpus_are_masked_whole(index: CorpusIndex, unit: Literal["whole_word", "span"]) -> None:
+    stream = MicroBatchStream(index, ObjectiveConfig(mask_unit=unit, mask_rate=0.2), _phases(64, 64, 64), seed=1)
+    tokens: dict[int, str] = {number: token for token, number in load_tokenizer(index.tokenizer_folder).get_vocab().items()}
+    masked = total = 0
+    for number in range(20):
+        samples = stream[number].samples
+        chosen = np.zeros(len(samples.token_ids), dtype=bool)
+        chosen[samples.mlm_positions] = True
+        original = samples.token_ids.copy()
+        original[samples.mlm_positions] = samples.mlm_labels
+        words = [tokens[token] for token in original.tolist()]
+        together = [place for place in range(1, len(words)) if words[place].startswith("##") and not words[place - 1].startswith("[")]
+        assert together
+        assert all(chosen[place] == chosen[place - 1] for place in together)
+        masked, total = masked + int(chosen.sum()), total + sum(not word.startswith("[") for word in words)
+    assert abs(masked / total - 0.2) < 0.01
+
+
+def test_a_warm_up_of_the_batch_size_keeps_the_epoch(index: CorpusIndex) -> None:
+    """Steps of 2, then 4, then 8 micro-batches read what steps of 8 from the start would have read."""
+    later = (PhaseConfig(from_step=10, global_batch_size=16), PhaseConfig(from_step=20, global_batch_size=32))
+    warming = _phases(8, 4, 64, later=later)
+    steady = MicroBatchStream(index, ObjectiveConfig(), _phases(32, 4, 64), seed=3)
+    stream = MicroBatchStream(index, ObjectiveConfig(), warming, seed=3)
+    assert [len(micro_batches_of_step(warming, step)) for step in (0, 10, 20)] == [2, 4, 8]
+    assert all(stream[number].digest == steady[number].digest for number in range(0, 100, 7))
 
 
 def test_step_digest_depends_on_position_not_on_order() -> None:
