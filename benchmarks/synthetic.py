@@ -6,6 +6,7 @@ What opening and positioning cost depends on the index alone; the blocks that ar
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +50,32 @@ def build_for_tokens(real: CorpusIndex, folder: Path, num_tokens: int, progress:
     return build(real, large_blocks(real), folder, -(-num_tokens // BLOCK_TOKENS), progress)
 
 
+def with_larger_blocks(real: CorpusIndex, folder: Path, block_tokens: int) -> str:
+    """The training documents of `real` in blocks of `block_tokens` tokens, as a larger corpus has them; returns the folder."""
+    folder.mkdir(parents=True)
+    blocks = list(joined_blocks((real.read_block(record) for record in real.blocks("train")), block_tokens))
+    name = "train-000000.tar"
+    rows = _write_real(folder, name, blocks, real, shard=0)
+    write_corpus(real, folder, [rows.tobytes()], [shard_entry(name, (folder / name).stat().st_size)], len(rows), num_validation=0)
+    return str(folder)
+
+
 def large_blocks(real: CorpusIndex) -> list[Block]:
     """A few blocks of `BLOCK_TOKENS` tokens or a little more, made of the corpus' documents, which come again when they are too few."""
     small = [real.read_block(record) for record in real.blocks("train")]
-    found: list[Block] = []
+    return list(islice(joined_blocks(cycle(small), BLOCK_TOKENS), _REAL_BLOCKS))
+
+
+def joined_blocks(blocks: Iterable[Block], num_tokens: int) -> Iterator[Block]:
+    """Whole blocks joined until they hold `num_tokens`; pure."""
     held: list[Block] = []
-    nth = 0
-    while len(found) < _REAL_BLOCKS:
-        held.append(small[nth % len(small)])
-        nth += 1
-        if sum(len(block.ids) for block in held) >= BLOCK_TOKENS:
-            found.append(join(held))
+    for block in blocks:
+        held.append(block)
+        if sum(len(each.ids) for each in held) >= num_tokens:
+            yield join(held)
             held = []
-    return found
+    if held:
+        yield join(held)
 
 
 def join(blocks: list[Block]) -> Block:

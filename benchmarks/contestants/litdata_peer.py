@@ -1,4 +1,7 @@
-"""litdata, local: each document as bytes, the fastest item it stores (memory-mapped in place, decoded some hundreds at a time by default)."""
+"""litdata, local: each document as bytes, the fastest item it stores (memory-mapped in place, decoded some hundreds at a time by default).
+
+Its TokensLoader is no faster by token and keeps no documents: sentence pairs cannot be made from what it returns.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,6 @@ from benchmarks.contestants.documents import Documents
 
 _CHUNK_BYTES = "64MB"
 _BATCH = 64
-_WINDOW_TOKENS = 512
 
 
 def write_bytes(documents: str, folder: str) -> None:
@@ -27,12 +29,6 @@ def write_arrays(documents: str, folder: str) -> None:
     _write_dtype(documents, folder)
 
 
-def write_tokens(documents: str, folder: str) -> None:
-    """All documents as one run of tokens: TokensLoader's format, which keeps no document."""
-    litdata.optimize(fn=_arrays, inputs=[documents], output_dir=folder, chunk_bytes=_CHUNK_BYTES, num_workers=1, item_loader=litdata.TokensLoader())
-    _write_dtype(documents, folder)
-
-
 def read_bytes(folder: str) -> Iterator[NDArray[np.integer]]:
     """An epoch of a StreamingDataset."""
     dtype = _dtype(folder)
@@ -42,11 +38,6 @@ def read_bytes(folder: str) -> Iterator[NDArray[np.integer]]:
 def read_arrays(folder: str) -> Iterator[NDArray[np.integer]]:
     """An epoch of a StreamingDataset of arrays."""
     return iter(litdata.StreamingDataset(folder, shuffle=False))
-
-
-def read_tokens(folder: str) -> Iterator[NDArray[np.integer]]:
-    """An epoch of windows of tokens, cut without regard to documents."""
-    return iter(litdata.StreamingDataset(folder, shuffle=False, item_loader=litdata.TokensLoader(block_size=_WINDOW_TOKENS)))
 
 
 def resume_bytes(folder: str, position: int) -> Iterator[NDArray[np.integer]]:

@@ -48,5 +48,14 @@ def test_large_blocks_use_the_documents_again_when_they_are_too_few(tiny_corpus:
     assert all(synthetic.BLOCK_TOKENS <= len(block.ids) < 2 * synthetic.BLOCK_TOKENS for block in blocks)
 
 
+def test_larger_blocks_hold_the_same_documents(tiny_corpus: Prepared, tmp_path: Path) -> None:
+    real = CorpusIndex.open(tiny_corpus.folder)
+    larger = CorpusIndex.open(Location.at(synthetic.with_larger_blocks(real, tmp_path / "larger", 20_000)))
+    assert len(larger.blocks("train")) < len(real.blocks("train"))
+    ids = [np.concatenate([index.read_block(record).ids for record in index.blocks("train")]) for index in (real, larger)]
+    assert (ids[0] == ids[1]).all()
+    assert larger.blocks("train")["documents"].sum() == real.blocks("train")["documents"].sum()
+
+
 def test_a_listed_shard_has_what_the_manifest_says_of_any() -> None:
     assert set(shard_entry("train-000000.tar", 5)) == {"name", "bytes", "sha256", "blocks"}
