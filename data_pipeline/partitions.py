@@ -1,34 +1,32 @@
-"""The two passes of `prepare` as functions of one partition each: read and spill by hash, then shuffle, de-duplicate, encode.
+"""What every task of `prepare` knows, its first pass over input partitions, and how later passes get at the documents.
 
-Pass 1 cleans documents and spills them, with a 128-bit keyed hash of their text, into hash partitions. Pass 2 takes one hash partition:
-sorting by the hash is the global shuffle, equal hashes are duplicates. Each task leaves a receipt, written last, and returns it at once
-when it is already there; so a run that was killed continues, and results depend neither on workers nor on order.
+The first pass cleans documents and spills them, with a 128-bit keyed hash of their text, into hash partitions. Later passes take one hash
+partition each: sorting by the hash is the global shuffle, equal hashes are duplicates. `selection` may drop documents, `blocks` encodes the
+others. Each task leaves a receipt, written last, and returns it at once when it is already there; so a run that was killed continues, and
+results depend neither on workers nor on order.
 """
 
-import hashlib
 import io
-import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_pipeline.chunks import cut_chunks
-from data_pipeline.encoding import EncodedDocuments, Encoder
-from data_pipeline.index import record_dtype
+from data_pipeline.config import CorpusConfig
+from data_pipeline.personal_data import scrub
+from data_pipeline.quality import failed_rules
 from data_pipeline.reading import read_documents
-from data_pipeline.shards import Block, write_shard
 from data_pipeline.sources import Partition
+from data_pipeline.spills import Document, SpillWriter, read_spill
+from data_pipeline.stopwatch import Stopwatch
 from data_pipeline.storage import Location
 from data_pipeline.text import clean_document
 
 WORK = "work"
-_RECORD = struct.Struct("<16s8sI")  # key, split hash, bytes of UTF-8 text
-_SPILL_BYTES = 64 << 20
-_ENCODE_DOCUMENTS = 512
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 512, 4 << 20
 
 Receipt = dict[str, Any]
 
@@ -39,42 +37,67 @@ class Job:
 
     folder: Location
     """The corpus folder."""
-    seed: int
+    corpus: CorpusConfig
     num_partitions: int
     """Hash partitions."""
     block_tokens: int
     sequence_lengths: tuple[int, ...]
+    held_out: str | None = None
+    """Digest of the test sets that documents are compared with, None without any."""
 
     @property
     def work(self) -> Location:
         """Working files, removed when the corpus is complete."""
         return self.folder / WORK
 
+    @property
+    def drops(self) -> bool:
+        """Whether `selection` drops documents."""
+        return self.corpus.near_duplicates is not None or (self.held_out is not None and self.corpus.contamination == "remove")
 
-@dataclass(frozen=True)
-class Document:
-    """A cleaned document with its place in the global shuffle."""
-
-    key: bytes
-    split_hash: int
-    """Documents below the threshold are held out for validation."""
-    text: str
+    def dropped(self, number: int) -> Location:
+        """Rows of the documents of a hash partition that `selection` dropped."""
+        return self.work / f"dropped-{number:06d}.npy"
 
 
 def read_partition(job: Job, numbered: tuple[int, Partition]) -> Receipt:
-    """Pass 1: clean the documents of an input partition and spill them by hash. Memory holds one spill's worth of text."""
+    """First pass: clean, filter and scrub the documents of an input partition and spill them by hash. Memory holds one spill's worth of text."""
     number, partition = numbered
     receipt = job.work / f"read-{number:06d}.json"
     if receipt.exists():
         return receipt.read_json()
-    counts = {"documents": 0, "empty": 0, "bytes": 0}
-    smallest = 2**64 - 1
-    spills: list[str] = []
-    for batch in _batches(_cleaned(partition, counts), _SPILL_BYTES):
-        name = f"spill-{number:06d}-{len(spills):04d}.bin"
-        smallest = min(smallest, *(_spill(job, name, batch)))
-        spills.append(name)
-    result = {**counts, "smallest_split_hash": smallest, "spills": spills}
+    watch = Stopwatch()
+    counts = Counter[str](documents=0, empty=0, low_quality=0)
+    failed, personal = Counter[str](), Counter[str]()
+    spills = SpillWriter(job.work, f"spill-{number:06d}", job.corpus.seed, job.num_partitions)
+    raw = batches(read_documents(partition))
+    while True:
+        with watch("read"):
+            batch = next(raw, None)
+        if batch is None:
+            break
+        counts["documents"] += len(batch)
+        with watch("clean"):
+            texts = [text for text in map(clean_document, batch) if text]
+        counts["empty"] += len(batch) - len(texts)
+        with watch("quality"):
+            kept = _good(job.corpus, texts, failed)
+        counts["low_quality"] += len(texts) - len(kept)
+        with watch("personal_data"):
+            kept = _scrubbed(job.corpus, kept, personal)
+        with watch("spill"):
+            for text in kept:
+                spills.add(text)
+    with watch("spill"):
+        spills.flush()
+    result: Receipt = {
+        "counts": {**counts, "bytes": spills.num_bytes},
+        "quality": dict(failed),
+        "personal_data": dict(personal),
+        "smallest_split_hash": spills.smallest_split_hash,
+        "spills": spills.names,
+        "seconds": watch.seconds,
+    }
     receipt.write_json(result)
     return result
 
@@ -84,154 +107,48 @@ def load_partition(job: Job, spills: Sequence[str], number: int) -> tuple[list[D
     documents: dict[bytes, Document] = {}
     num_read = 0
     for name in spills:
-        for document in _load_spill(job.work / name, job.num_partitions, number):
+        for document in read_spill(job.work / name, number, job.num_partitions):
             num_read += 1
             documents[document.key] = document
     return [documents[key] for key in sorted(documents)], num_read - len(documents)
 
 
-def encode_partition(job: Job, spills: Sequence[str], threshold: int, number: int) -> Receipt:
-    """Pass 2: shuffle, de-duplicate, split, encode and write the shards of a hash partition."""
-    receipt = job.work / f"encode-{number:06d}.json"
-    if receipt.exists():
-        return receipt.read_json()
+def kept_documents(job: Job, spills: Sequence[str], number: int) -> tuple[list[Document], int]:
+    """The distinct documents of a hash partition but those that `selection` dropped, and how many duplicates there were."""
     documents, num_duplicates = load_partition(job, spills, number)
-    encoder = Encoder.load(job.folder / "tokenizer")
-    result: Receipt = {"duplicates": num_duplicates, "splits": {}}
-    for split in ("train", "validation"):
-        chosen = (document.text for document in documents if (document.split_hash < threshold) == (split == "validation"))
-        result["splits"][split] = _write_split(job, f"{split}-{number:06d}.tar", encoder, chosen)
-    receipt.write_json(result)
-    return result
+    if not job.drops:
+        return documents, num_duplicates
+    rows = set(np.lib.format.read_array(io.BytesIO(job.dropped(number).read_bytes()), allow_pickle=False).tolist())
+    return [document for row, document in enumerate(documents) if row not in rows], num_duplicates
 
 
-def load_tables(job: Job, shard: str) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-    """The index records and the token counts that go with a shard."""
-    buffer = io.BytesIO((job.work / f"{shard}.tables").read_bytes())
-    records = np.lib.format.read_array(buffer, allow_pickle=False)
-    return records, np.lib.format.read_array(buffer, allow_pickle=False)
-
-
-def _write_split(job: Job, shard: str, encoder: Encoder, texts: Iterable[str]) -> Receipt:
-    counts = {"documents": 0, "without_tokens": 0, "single_sentence_documents": 0, "tokens": 0, "sentences": 0}
-    pairs = dict.fromkeys(job.sequence_lengths, 0)
-    token_counts = np.zeros(encoder.vocabulary_size, dtype=np.int64)
-    blocks: list[Block] = []
-    samples: list[list[int]] = []
-    for block in _blocks(_encoded(encoder, texts, counts), job.block_tokens, encoder.dtype):
-        blocks.append(block)
-        chunks = [cut_chunks(block.sentence_ends, block.document_ends, length) for length in job.sequence_lengths]
-        samples.append([len(each) for each in chunks])
-        for length, each in zip(job.sequence_lengths, chunks, strict=True):
-            pairs[length] += int(np.count_nonzero(each.stop_piece - each.first_piece > 1))
-        token_counts += np.bincount(block.ids, minlength=len(token_counts))
-    counts["documents"] = sum(len(block.document_ends) for block in blocks)
-    counts["tokens"] = sum(len(block.ids) for block in blocks)
-    counts["sentences"] = sum(len(block.sentence_ends) for block in blocks)
-    result: Receipt = {**counts, "pairs": [pairs[length] for length in job.sequence_lengths], "shard": None}
-    if blocks:
-        data, extents = write_shard(shard, blocks)
-        records = np.zeros(len(blocks), dtype=record_dtype(len(job.sequence_lengths)))
-        for number, (block, extent) in enumerate(zip(blocks, extents, strict=True)):
-            place = (extent.offset, extent.checksum, 0, number, extent.num_bytes)
-            records[number] = (*place, len(block.ids), len(block.document_ends), samples[number])
-        (job.folder / shard).write_bytes(data)
-        (job.work / f"{shard}.tables").write_bytes(_arrays_to_bytes(records, token_counts))
-        result["shard"] = {"name": shard, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return result
-
-
-def _encoded(encoder: Encoder, texts: Iterable[str], counts: dict[str, int]) -> Iterator[EncodedDocuments]:
-    remaining = iter(texts)
-    while batch := list(islice(remaining, _ENCODE_DOCUMENTS)):
-        encoded = encoder.encode(batch)
-        counts["without_tokens"] += len(batch) - len(encoded)
-        counts["single_sentence_documents"] += sum(len(sentences) == 1 for sentences in encoded)
-        yield encoded
-
-
-def _blocks(batches: Iterable[EncodedDocuments], block_tokens: int, dtype: np.dtype[Any]) -> Iterator[Block]:
-    """Whole documents until a block holds `block_tokens`; a block is exceeded by at most its last document."""
-    documents: EncodedDocuments = []
-    num_tokens = 0
-    for document in (document for batch in batches for document in batch):
-        documents.append(document)
-        num_tokens += sum(map(len, document))
-        if num_tokens >= block_tokens:
-            yield _block(documents, dtype)
-            documents, num_tokens = [], 0
-    if documents:
-        yield _block(documents, dtype)
-
-
-def _block(documents: EncodedDocuments, dtype: np.dtype[Any]) -> Block:
-    sentences = [sentence for document in documents for sentence in document]
-    ids = np.fromiter(chain.from_iterable(sentences), dtype=dtype)
-    sentence_ends = np.cumsum([len(sentence) for sentence in sentences]).astype("<u4")
-    document_ends = np.cumsum([len(document) for document in documents]).astype("<u4")
-    return Block(ids, sentence_ends, document_ends)
-
-
-def _cleaned(partition: Partition, counts: dict[str, int]) -> Iterator[str]:
-    for raw in read_documents(partition):
-        text = clean_document(raw)
-        counts["documents"] += 1
-        counts["bytes"] += len(text.encode())
-        if text:
-            yield text
-        else:
-            counts["empty"] += 1
-
-
-def _batches(texts: Iterable[str], max_characters: int) -> Iterator[list[str]]:
+def batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Documents by the hundreds: enough to spread the price of a call, few enough to be small."""
     batch: list[str] = []
     num_characters = 0
     for text in texts:
         batch.append(text)
         num_characters += len(text)
-        if num_characters >= max_characters:
+        if len(batch) >= _BATCH_DOCUMENTS or num_characters >= _BATCH_CHARACTERS:
             yield batch
             batch, num_characters = [], 0
     if batch:
         yield batch
 
 
-def _spill(job: Job, name: str, texts: Sequence[str]) -> list[int]:
-    """Write documents grouped by hash partition behind a table of offsets; return their split hashes."""
-    groups: list[list[bytes]] = [[] for _ in range(job.num_partitions)]
-    seed = job.seed.to_bytes(8, "little")
-    split_hashes: list[int] = []
-    for text in texts:
-        data = text.encode()
-        key = hashlib.blake2b(data, digest_size=16, key=seed, person=b"shuffle").digest()
-        split = hashlib.blake2b(data, digest_size=8, key=seed, person=b"split").digest()
-        split_hashes.append(int.from_bytes(split, "big"))
-        groups[_hash_partition(key, job.num_partitions)].append(_RECORD.pack(key, split, len(data)) + data)
-    joined = [b"".join(group) for group in groups]
-    ends = np.cumsum([0, *(len(group) for group in joined)]).astype("<u8")
-    (job.work / name).write_bytes(ends.tobytes() + b"".join(joined))
-    return split_hashes
+def _good(corpus: CorpusConfig, texts: list[str], failed: Counter[str]) -> list[str]:
+    """The texts that pass every quality rule; the rules that the others fail are counted, each for itself."""
+    if corpus.quality is None:
+        return texts
+    found = [failed_rules(text, corpus.quality) for text in texts]
+    failed.update(chain.from_iterable(found))
+    return [text for text, rules in zip(texts, found, strict=True) if not rules]
 
 
-def _hash_partition(key: bytes, num_partitions: int) -> int:
-    """By the key's top bits, so that partition after partition is ascending in the key."""
-    return int.from_bytes(key[:8], "big") * num_partitions >> 64
-
-
-def _load_spill(path: Location, num_partitions: int, number: int) -> Iterator[Document]:
-    table_bytes = 8 * (num_partitions + 1)
-    start, stop = np.frombuffer(path.read_range(8 * number, 8 * number + 16), dtype="<u8").tolist()
-    data = path.read_range(table_bytes + start, table_bytes + stop) if stop > start else b""
-    offset = 0
-    while offset < len(data):
-        key, split, size = _RECORD.unpack_from(data, offset)
-        offset += _RECORD.size
-        yield Document(key, int.from_bytes(split, "big"), data[offset : offset + size].decode())
-        offset += size
-
-
-def _arrays_to_bytes(*arrays: NDArray[Any]) -> bytes:
-    buffer = io.BytesIO()
-    for array in arrays:
-        np.lib.format.write_array(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+def _scrubbed(corpus: CorpusConfig, texts: list[str], counts: Counter[str]) -> list[str]:
+    if not corpus.personal_data:
+        return texts
+    found = [scrub(text, corpus.personal_data) for text in texts]
+    for _, replaced in found:
+        counts.update(replaced)
+    return [text for text, _ in found]

@@ -5,8 +5,9 @@ import json
 import tempfile
 import time
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,29 +16,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import text
+from data_pipeline.blocks import encode_partition, load_tables
 from data_pipeline.claims import claimed
 from data_pipeline.config import CorpusConfig, TokenizerConfig
+from data_pipeline.contamination import REPORT, held_out_digest, unreported, write_report
 from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.executor import Executor, InProcessExecutor
 from data_pipeline.hashing import threshold64
 from data_pipeline.index import FORMAT_VERSION, INDEX, MANIFEST, TOKENIZER, record_dtype, sealed
 from data_pipeline.masking import Vocabulary
-from data_pipeline.partitions import WORK, Job, Receipt, encode_partition, load_partition, load_tables, read_partition
+from data_pipeline.partitions import WORK, Job, Receipt, kept_documents, read_partition
 from data_pipeline.reading import count_documents
+from data_pipeline.selection import Selection, select
 from data_pipeline.sources import PYTHON_DOCS, Inputs, Partition, describe_source, limit_documents, list_inputs, source_names
+from data_pipeline.stopwatch import Stopwatch, total
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer, loaded_digest, tokenizer_digest, train_tokenizer, vocabulary_of, write_tokenizer
 
 Progress = Callable[[str], None]
+TestTexts = Mapping[str, Sequence[str]]
+"""The texts of the test set of each task, by the task's name."""
 
-_RULES_VERSION = 2
-"""Raise it when this module, partitions, chunks or shards change what they write."""
+_RULES_VERSION = 3
+"""Raise it when this module, partitions, selection, blocks, chunks or shards change what they write."""
 _BYTES_PER_TOKEN = 4
 _NUM_BLOCKS = 4096
 _MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 8 << 10, 512 << 10
 _HASH_PARTITION_BYTES = 16 << 20
 _MAX_HASH_PARTITIONS = 4096
-_SAMPLE_CHARACTERS = 512 << 20
+_SAMPLE_CHARACTERS = 128 << 20
+_NOTHING: TestTexts = {}
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,25 @@ class Prepared:
     created: bool
     """False when the corpus was there already."""
     summary: dict[str, Any]
-    """Counts of corpus.json, and `seconds`, which is not in it: a corpus is byte-identical however long it took."""
+    """Counts of corpus.json, and two things that are not in it, because a corpus is byte-identical however long it took: `seconds`, and
+    `cpu_seconds` of each step, summed over all tasks (empty when the corpus was there already)."""
 
 
-def find_prepared(corpus: CorpusConfig, tokenizer: TokenizerConfig, sequence_lengths: tuple[int, ...], storage: Location) -> Location:
-    """Folder of the corpus that these settings and sources make.
+def find_prepared(
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    sequence_lengths: tuple[int, ...],
+    storage: Location,
+    *,
+    test_texts: Callable[[], TestTexts] = lambda: _NOTHING,
+) -> Location:
+    """Folder of the corpus that these settings and sources make. Test texts are asked for only when documents like them are removed.
 
     Raises:
         NotFoundError: it has not been prepared, or a source is missing.
     """
-    folder = _corpus_folder(corpus, tokenizer, sequence_lengths, storage, describe_sources(corpus, InProcessExecutor()))
+    held_out = held_out_digest(test_texts()) if corpus.contamination == "remove" else None
+    folder = _corpus_folder(corpus, tokenizer, sequence_lengths, storage, describe_sources(corpus, InProcessExecutor()), held_out)
     if not (folder / MANIFEST).exists():
         raise NotFoundError(f"corpus {folder.name} is not prepared in {storage}", "Run `maskwright prepare CONFIG`.")
     return folder
@@ -70,8 +87,13 @@ def prepare(
     storage: Location,
     executor: Executor,
     progress: Progress,
+    *,
+    test_texts: Callable[[], TestTexts] = lambda: _NOTHING,
 ) -> Prepared:
     """Prepare the corpus, or return at once when it is there. Same inputs and settings, same bytes, whatever the executor.
+
+    Documents that overlap with `test_texts` are reported in contamination.json or removed, as `corpus.contamination` says; a corpus that is
+    there already, but was never compared with them, is read again and reported on.
 
     Raises:
         NotFoundError: a source is missing.
@@ -83,15 +105,21 @@ def prepare(
     started_at = time.monotonic()
     sources = describe_sources(corpus, executor)
     lengths = tuple(sorted(set(sequence_lengths)))
-    folder = _corpus_folder(corpus, tokenizer, lengths, storage, sources)
+    texts = test_texts()
+    held_out = held_out_digest(texts)
+    folder = _corpus_folder(corpus, tokenizer, lengths, storage, sources, held_out if corpus.contamination == "remove" else None)
     created = not (folder / MANIFEST).exists()
-    if created or (folder / WORK).exists():  # working files beside a corpus that is complete: killed while it removed them
+    cpu_seconds: dict[str, float] = {}
+    if created or unreported(folder / REPORT, texts) or (folder / WORK).exists():  # killed while it removed its working files
         with claimed(folder / "claim.json", f"corpus {folder.name}"):
             if not (folder / MANIFEST).exists():  # the holder before us may have finished it
-                _build(corpus, tokenizer, lengths, folder, sources, executor, progress)
+                cpu_seconds = _Build(corpus, tokenizer, lengths, folder, sources, executor, progress).run(texts)
+            elif missing := unreported(folder / REPORT, texts):
+                _report_again(corpus, lengths, folder, executor, progress, missing)
             (folder / WORK).remove()
     manifest = (folder / MANIFEST).read_json()
-    return Prepared(folder, created, {**manifest["counts"], "seconds": round(time.monotonic() - started_at, 3)})
+    measured = {"seconds": round(time.monotonic() - started_at, 3), "cpu_seconds": {step: round(value, 3) for step, value in cpu_seconds.items()}}
+    return Prepared(folder, created, {**manifest["counts"], **measured})
 
 
 def describe_sources(corpus: CorpusConfig, executor: Executor) -> list[dict[str, Any]]:
@@ -104,18 +132,25 @@ def _describe(corpus: CorpusConfig, source: str) -> dict[str, Any]:
 
 
 def _corpus_folder(
-    corpus: CorpusConfig, tokenizer: TokenizerConfig, sequence_lengths: tuple[int, ...], storage: Location, sources: list[dict[str, Any]]
+    corpus: CorpusConfig,
+    tokenizer: TokenizerConfig,
+    sequence_lengths: tuple[int, ...],
+    storage: Location,
+    sources: list[dict[str, Any]],
+    held_out: str | None,
 ) -> Location:
-    settings = _settings(corpus, tokenizer, tuple(sorted(set(sequence_lengths))))
+    settings = _settings(corpus, tokenizer, tuple(sorted(set(sequence_lengths))), held_out)
     identity = json.dumps([FORMAT_VERSION, _library_versions(), settings, sources], sort_keys=True)
     return storage / "corpora" / f"{corpus.label}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
-def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig, sequence_lengths: tuple[int, ...]) -> dict[str, Any]:
-    """The settings that decide the bytes: content stands for the paths of sources and tokenizer."""
+def _settings(corpus: CorpusConfig, tokenizer: TokenizerConfig, sequence_lengths: tuple[int, ...], held_out: str | None) -> dict[str, Any]:
+    """The settings that decide the bytes: content stands for the paths of sources and tokenizer. `held_out` is what documents are removed for."""
     chosen: dict[str, Any]
     chosen = tokenizer.model_dump(exclude={"path"}) if tokenizer.path is None else {"digest": tokenizer_digest(tokenizer.path)}
-    return {"corpus": corpus.model_dump(exclude={"source", "name"}), "tokenizer": chosen, "sequence_lengths": list(sequence_lengths)}
+    settings = {**corpus.model_dump(mode="json", exclude={"source", "name", "contamination"}), "removed_test_texts": held_out}
+    settings["personal_data"] = sorted(set(corpus.personal_data))
+    return {"corpus": settings, "tokenizer": chosen, "sequence_lengths": list(sequence_lengths)}
 
 
 def _library_versions() -> dict[str, Any]:
@@ -127,43 +162,87 @@ def _library_versions() -> dict[str, Any]:
     return {**versions, "rules": [_RULES_VERSION, text.RULES_VERSION]}
 
 
-def _build(
-    corpus: CorpusConfig,
-    tokenizer: TokenizerConfig,
-    sequence_lengths: tuple[int, ...],
-    folder: Location,
-    sources: list[dict[str, Any]],
-    executor: Executor,
-    progress: Progress,
+@dataclass(frozen=True)
+class _Build:
+    """What one preparation is made from."""
+
+    corpus: CorpusConfig
+    tokenizer: TokenizerConfig
+    sequence_lengths: tuple[int, ...]
+    folder: Location
+    sources: list[dict[str, Any]]
+    executor: Executor
+    progress: Progress
+
+    def run(self, test_texts: TestTexts) -> dict[str, float]:
+        """Read, select, train the tokenizer, encode, index; return CPU seconds by step. A step that an earlier attempt finished is not redone."""
+        watch = Stopwatch()
+        job, read = _read(self.corpus, self.sequence_lengths, self.folder, self.executor, self.progress, test_texts)
+        spills = [name for receipt in read for name in receipt["spills"]]
+        selection = None
+        if job.drops or job.held_out is not None:
+            self.progress(f"comparing {job.num_partitions} partitions")
+            selection = select(job, spills, test_texts, self.executor)
+        smallest = selection.smallest_split_hash if selection else min(receipt["smallest_split_hash"] for receipt in read)
+        # The document with the smallest hash is always held out: a small corpus has a validation split, too.
+        threshold = max(int(threshold64(self.corpus.validation_fraction)), smallest + 1)
+        self.progress("tokenizer")
+        with watch("tokenizer"):
+            vocabulary, digests = _make_tokenizer(job, self.tokenizer, spills, threshold)
+        self.progress(f"encoding {job.num_partitions} partitions")
+        encoded = list(self.executor.map(partial(encode_partition, job, spills, threshold), list(range(job.num_partitions))))
+        self.progress("index")
+        with watch("index"):
+            manifest = _index(job, encoded, vocabulary)
+        manifest["counts"] |= _counts(read, selection, encoded)
+        manifest["digests"] |= digests
+        removed_for = job.held_out if self.corpus.contamination == "remove" else None
+        settings = _settings(self.corpus, self.tokenizer, self.sequence_lengths, removed_for)
+        manifest |= {"sources": self.sources, "config": settings, "versions": _library_versions()}
+        if selection and selection.tasks:
+            write_report(self.folder / REPORT, selection.tasks)
+        (self.folder / MANIFEST).write_json(sealed(manifest))
+        receipts = [*read, *(selection.receipts if selection else ()), *encoded]
+        return total([*(receipt["seconds"] for receipt in receipts), watch.seconds])
+
+
+def _report_again(
+    corpus: CorpusConfig, sequence_lengths: tuple[int, ...], folder: Location, executor: Executor, progress: Progress, test_texts: TestTexts
 ) -> None:
-    """Read, train the tokenizer, encode, index. Every step returns at once when an earlier attempt finished it."""
+    """Compare the documents of a corpus that is complete with more test sets."""
+    alone = corpus.model_copy(update={"near_duplicates": None, "contamination": "report"})
+    job, read = _read(alone, sequence_lengths, folder, executor, progress, test_texts)
+    progress(f"comparing {job.num_partitions} partitions")
+    spills = [name for receipt in read for name in receipt["spills"]]
+    write_report(folder / REPORT, select(job, spills, test_texts, executor).tasks)
+
+
+def _read(
+    corpus: CorpusConfig, sequence_lengths: tuple[int, ...], folder: Location, executor: Executor, progress: Progress, test_texts: TestTexts
+) -> tuple[Job, list[Receipt]]:
+    """The first pass.
+
+    Raises:
+        ConfigError: there is no text.
+    """
     inputs = list_inputs(corpus)
-    job = plan_job(folder, corpus.seed, inputs.text_bytes, sequence_lengths)
+    job = replace(plan_job(folder, corpus, inputs.text_bytes, sequence_lengths), held_out=held_out_digest(test_texts))
     partitions = _limited(inputs, corpus, executor)
     progress(f"reading {len(partitions)} partitions")
     read = list(executor.map(partial(read_partition, job), list(enumerate(partitions))))
-    spills = [name for receipt in read for name in receipt["spills"]]
-    if not spills:
-        raise ConfigError(f"corpus.source {', '.join(source_names(corpus))} holds no text", "Point it at a folder of text.")
-    # The document with the smallest hash is always held out: a small corpus has a validation split, too.
-    threshold = max(int(threshold64(corpus.validation_fraction)), min(receipt["smallest_split_hash"] for receipt in read) + 1)
-    progress("tokenizer")
-    vocabulary, digests = _make_tokenizer(job, tokenizer, spills, threshold)
-    progress(f"encoding {job.num_partitions} partitions")
-    encoded = list(executor.map(partial(encode_partition, job, spills, threshold), list(range(job.num_partitions))))
-    progress("index")
-    manifest = _index(job, encoded, vocabulary)
-    manifest["counts"] |= _counts(read, encoded)
-    manifest["digests"] |= digests
-    manifest |= {"sources": sources, "config": _settings(corpus, tokenizer, sequence_lengths), "versions": _library_versions()}
-    (folder / MANIFEST).write_json(sealed(manifest))
+    if not any(receipt["spills"] for receipt in read):
+        dropped = sum(receipt["counts"]["low_quality"] for receipt in read)
+        why = f"no text that passes corpus.quality: {dropped} documents fail it" if dropped else "no text"
+        remedy = "Loosen the rules of corpus.quality." if dropped else "Point it at a folder of text."
+        raise ConfigError(f"corpus.source {', '.join(source_names(corpus))} holds {why}", remedy)
+    return job, read
 
 
-def plan_job(folder: Location, seed: int, text_bytes: int, sequence_lengths: tuple[int, ...]) -> Job:
+def plan_job(folder: Location, corpus: CorpusConfig, text_bytes: int, sequence_lengths: tuple[int, ...]) -> Job:
     """Layout of a corpus, a function of the size of its text: about 4096 blocks or more, of 8 k to 512 k tokens; pure."""
     num_partitions = min(max(1, -(-text_bytes // _HASH_PARTITION_BYTES)), _MAX_HASH_PARTITIONS)
     block_tokens = min(max(text_bytes // _BYTES_PER_TOKEN // _NUM_BLOCKS, _MIN_BLOCK_TOKENS), _MAX_BLOCK_TOKENS)
-    return Job(folder, seed, num_partitions, block_tokens, sequence_lengths)
+    return Job(folder, corpus, num_partitions, block_tokens, sequence_lengths)
 
 
 def _limited(inputs: Inputs, corpus: CorpusConfig, executor: Executor) -> Sequence[Partition]:
@@ -182,7 +261,7 @@ def _make_tokenizer(job: Job, config: TokenizerConfig, spills: Sequence[str], th
     if not receipt.exists():
         with tempfile.TemporaryDirectory() as folder:
             if config.path is None:
-                write_tokenizer(train_tokenizer(_sample(job, config, spills, threshold), config), config, Path(folder))
+                write_tokenizer(train_tokenizer(_Sample(job, config.sample_documents, spills, threshold), config), config, Path(folder))
             else:
                 load_tokenizer(config.path).save_pretrained(folder)
             loaded = load_tokenizer(folder)
@@ -196,20 +275,24 @@ def _make_tokenizer(job: Job, config: TokenizerConfig, spills: Sequence[str], th
     return Vocabulary(**stored["vocabulary"]), stored["digests"]
 
 
-def _sample(job: Job, config: TokenizerConfig, spills: Sequence[str], threshold: int) -> list[str]:
-    """Training documents with the smallest keys: a uniform sample that depends on neither files nor partitions."""
-    sample: list[str] = []
-    num_characters = 0
-    for number in range(job.num_partitions):
-        for document in load_partition(job, spills, number)[0]:
-            if len(sample) >= config.sample_documents or num_characters >= _SAMPLE_CHARACTERS:
-                return sample
-            if document.split_hash >= threshold:
-                sample.append(document.text)
-                num_characters += len(document.text)
-    if not sample:
-        raise ConfigError("the corpus has fewer than 2 distinct documents: none is left to train on", "Use more text.")
-    return sample
+@dataclass(frozen=True)
+class _Sample:
+    """Training documents with the smallest keys: a uniform sample that depends on neither files nor partitions. One partition is in memory."""
+
+    job: Job
+    num_documents: int
+    spills: Sequence[str]
+    threshold: int
+
+    def __iter__(self) -> Iterator[str]:
+        left, characters = self.num_documents, _SAMPLE_CHARACTERS
+        for number in range(self.job.num_partitions):
+            for document in kept_documents(self.job, self.spills, number)[0]:
+                if left <= 0 or characters <= 0:
+                    return
+                if document.split_hash >= self.threshold:
+                    left, characters = left - 1, characters - len(document.text)
+                    yield document.text
 
 
 def _index(job: Job, encoded: Sequence[Receipt], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -246,9 +329,13 @@ def _index(job: Job, encoded: Sequence[Receipt], vocabulary: Vocabulary) -> dict
     }
 
 
-def _counts(read: Sequence[Receipt], encoded: Sequence[Receipt]) -> dict[str, Any]:
-    totals: dict[str, Any] = {name: sum(receipt[name] for receipt in read) for name in ("documents", "empty", "bytes")}
+def _counts(read: Sequence[Receipt], selection: Selection | None, encoded: Sequence[Receipt]) -> dict[str, Any]:
+    totals: dict[str, Any] = {name: sum(receipt["counts"][name] for receipt in read) for name in ("documents", "empty", "low_quality", "bytes")}
+    for name in ("quality", "personal_data"):
+        totals[name] = dict(sum((Counter[str](receipt[name]) for receipt in read), Counter[str]()))
     totals["duplicates"] = sum(receipt["duplicates"] for receipt in encoded)
+    totals["contaminated"] = selection.contaminated if selection else 0
+    totals["near_duplicates"] = selection.near_duplicates if selection else 0
     for split in ("train", "validation"):
         parts = [receipt["splits"][split] for receipt in encoded]
         totals["empty"] += sum(part["without_tokens"] for part in parts)

@@ -3,12 +3,16 @@
 import hashlib
 import json
 import re
+import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_pipeline.config import TokenizerConfig
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _ROLES = ("pad", "unk", "cls", "sep", "mask")
 _ALPHABET = 1000
+_COUNTED_DOCUMENTS = 64
 _MIN_COUNT = 2
 _PLACEHOLDER = re.compile(r"\[unused\d+\]")
 
@@ -77,17 +82,21 @@ def vocabulary_of(tokenizer: "PreTrainedTokenizerFast") -> Vocabulary:
     return Vocabulary(size=max(tokens.values()) + 1, ordinary_ranges=_ranges(ordinary), **roles)
 
 
-def train_tokenizer(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Train WordPiece with BERT's normalisation on `texts`; the same texts give the same tokenizer in every process.
+
+    `texts` is walked through twice and never held.
 
     The library numbers the characters in the order of a randomly seeded hash map, which then decides ties between merges. Giving it the
     alphabet as special tokens, in a fixed order, takes that freedom away; the tokenizer returned is built afresh from the vocabulary.
 
     Raises:
-        ConfigError: vocab_size is too small for the alphabet of the texts.
+        ConfigError: there is no text, or vocab_size is too small for its alphabet.
     """
     shape = _untrained(models.WordPiece(unk_token="[UNK]"), config)
     initial, inner = _alphabet(texts, shape)
+    if not initial:
+        raise ConfigError("the corpus has fewer than 2 distinct documents: none is left to train on", "Use more text.")
     fixed = [*SPECIAL_TOKENS, *initial, *(f"##{character}" for character in inner)]
     if len(fixed) >= config.vocab_size:
         raise ConfigError(
@@ -144,16 +153,25 @@ def _untrained(model: models.WordPiece, config: TokenizerConfig) -> Tokenizer:
 def _alphabet(texts: Iterable[str], shape: Tokenizer) -> tuple[list[str], list[str]]:
     """The most frequent characters of the normalised texts, sorted: all of them, and those that can stand inside a word."""
     normalizer: Any = shape.normalizer
-    raw: Counter[str] = Counter()
-    for text in texts:
-        raw.update(text)
+    raw = _character_counts(texts)
     counts: Counter[str] = Counter()
-    for character, count in raw.items():  # the normaliser works on single characters: no need to run it on the whole text
+    for code in np.flatnonzero(raw).tolist():  # the normaliser works on single characters: no need to run it on the whole text
+        character, count = chr(code), int(raw[code])
         for normalised in normalizer.normalize_str(character).strip():
             counts[normalised] += count
     characters = [character for character in counts if not character.isspace()]
     kept = sorted(sorted(characters, key=lambda character: (-counts[character], character))[:_ALPHABET])
     return kept, [character for character in kept if not _stands_alone(character, normalizer)]
+
+
+def _character_counts(texts: Iterable[str]) -> NDArray[np.int64]:
+    """How often each code point occurs."""
+    counts = np.zeros(sys.maxunicode + 1, dtype=np.int64)
+    remaining = iter(texts)
+    while batch := "".join(islice(remaining, _COUNTED_DOCUMENTS)):
+        found, times = np.unique(np.frombuffer(batch.encode("utf-32-le", "surrogatepass"), dtype="<u4"), return_counts=True)
+        counts[found] += times
+    return counts
 
 
 def _stands_alone(character: str, normalizer: Any) -> bool:

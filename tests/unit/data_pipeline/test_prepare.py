@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
+from data_pipeline.blocks import encode_partition
 from data_pipeline.config import CorpusConfig, TokenizerConfig
 from data_pipeline.errors import ConfigError, ConflictError, DataCorruptError, NotFoundError, StorageError
 from data_pipeline.executor import Executor, InProcessExecutor
 from data_pipeline.index import CorpusIndex
-from data_pipeline.partitions import Job, encode_partition, load_partition, read_partition
+from data_pipeline.partitions import Job, load_partition, read_partition
 from data_pipeline.prepare import Prepared, find_prepared, plan_job, prepare
 from data_pipeline.sources import list_inputs
 from data_pipeline.storage import Location
@@ -154,7 +155,7 @@ def test_other_settings_are_another_corpus(texts: Path, prepared: Prepared, tmp_
 
 
 def _job(folder: Path, num_partitions: int) -> Job:
-    return Job(Location.at(folder), seed=0, num_partitions=num_partitions, block_tokens=512, sequence_lengths=LENGTHS)
+    return Job(Location.at(folder), CorpusConfig(), num_partitions, block_tokens=512, sequence_lengths=LENGTHS)
 
 
 def test_partitioning_does_not_change_the_shuffle(texts: Path, tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_max_documents(texts: Path, tmp_path: Path) -> None:
 
 
 def test_layout_follows_the_size_of_the_text() -> None:
-    layouts = [plan_job(Location("/x"), 0, num_bytes, (128,)) for num_bytes in (0, 10**6, 10**9, 10**12, 10**14)]
+    layouts = [plan_job(Location("/x"), CorpusConfig(), num_bytes, (128,)) for num_bytes in (0, 10**6, 10**9, 10**12, 10**14)]
     assert [job.block_tokens for job in layouts] == [8192, 8192, 61035, 524288, 524288]
     assert [job.num_partitions for job in layouts] == [1, 1, 60, 4096, 4096]
 

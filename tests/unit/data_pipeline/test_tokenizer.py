@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
+from data_pipeline import encoding
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.encoding import Encoder
 from data_pipeline.errors import ConfigError, NotFoundError
@@ -62,13 +65,46 @@ def test_size_and_special_tokens(folder: str) -> None:
 def test_transformers_encodes_as_prepare_does(folder: str) -> None:
     text = "Café naïve, the tokenizer IS one; 日本"
     ids = load_tokenizer(folder)(text, add_special_tokens=False)["input_ids"]
-    assert Encoder.load(Location(folder)).encode([text]) == [[ids]]
+    assert Encoder.load(Location(folder)).encode([[text]]).ids.tolist() == ids
     assert load_tokenizer(folder)("a", "b")["token_type_ids"] == [0, 0, 0, 1, 1]
 
 
+@given(st.lists(st.lists(st.text().map(lambda text: text.replace("\n", " ")), max_size=4), max_size=4))
+@settings(max_examples=200, deadline=None)
+@example([["the  the", " The\tthe\u00a0é\u0301 \u0301x", "日本 x\u2028y"], [], ["", "  "], ["a" * 300 + " b"]])
+def test_remembered_words_are_encoded_as_the_tokenizer_does(folder: str, documents: list[list[str]]) -> None:
+    encoder = Encoder.load(Location(folder))
+    assert encoder.words is not None
+    expected = [[encoder.tokenizer.encode(text, add_special_tokens=False).ids for text in document] for document in documents]
+    encoded = encoder.encode(documents)
+    assert encoded.ids.tolist() == [token for document in expected for ids in document for token in ids]
+    assert encoded.sentence_lengths.tolist() == [len(ids) for document in expected for ids in document if ids]
+    assert encoded.document_lengths.tolist() == [count for document in expected if (count := sum(bool(ids) for ids in document))]
+
+
+def test_words_are_forgotten_when_there_are_too_many(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_MAX_WORDS", 3)
+    encoder = Encoder.load(Location(folder))
+    for text in ("one two three four", "five two", "three one"):
+        expected = encoder.tokenizer.encode(text, add_special_tokens=False).ids
+        assert encoder.encode([[text]]).ids.tolist() == expected
+    assert encoder.words is not None
+    assert len(encoder.words.numbers) <= 4
+
+
+def test_a_tokenizer_that_looks_across_spaces_encodes_whole_sentences(folder: str, tmp_path: Path) -> None:
+    definition = json.loads((Path(folder) / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**definition, "pre_tokenizer": {"type": "Punctuation", "behavior": "Isolated"}}))
+    encoder = Encoder.load(Location(str(tmp_path)))
+    assert encoder.words is None
+    encoded = encoder.encode([["the cat.", ""], [], ["a"]])
+    assert encoded.ids.tolist() == [token for text in ("the cat.", "a") for token in encoder.tokenizer.encode(text, add_special_tokens=False).ids]
+    assert encoded.document_lengths.tolist() == [1, 1]
+
+
 def test_special_tokens_in_a_text_are_text(folder: str) -> None:
-    [[ids]] = Encoder.load(Location(folder)).encode(["see [MASK] and [SEP]"])
-    assert not {2, 3, 4} & set(ids)
+    encoded = Encoder.load(Location(folder)).encode([["see [MASK] and [SEP]"]])
+    assert not {2, 3, 4} & set(encoded.ids.tolist())
 
 
 def test_too_small_a_vocabulary_is_refused() -> None:
