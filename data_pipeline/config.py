@@ -130,10 +130,16 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    """How a corpus that does not lie on a local disk is read: time-outs, retries, reading ahead, and each node's copy of its blocks.
+    """How a prepared corpus is read: what happens at damage and, where it does not lie on a local disk, time-outs, retries, reading ahead, and each
+    node's copy of its blocks.
 
-    Nothing here is part of the corpus' identity or changes what the model sees; all of it may change when a run is continued.
+    Nothing here is part of the corpus' identity; all of it may change when a run is continued.
     """
+
+    on_damage: Literal["fail", "skip"] = "fail"
+    """At a block that is damaged or missing: `fail` ends the run with exit code 14; `skip` trains on without its samples and records an event."""
+    skip_budget: int = Field(default=8, ge=0)
+    """Different blocks that a run may skip; at the next one it ends with exit code 14."""
 
     read_timeout_s: float = Field(default=30.0, gt=0.0)
     """A read that has not answered after this long is given up and tried again."""

@@ -81,7 +81,8 @@ class CorpusIndex:
         except NotFoundError as error:
             raise NotFoundError(f"{folder} holds no prepared corpus", "Run `maskwright prepare CONFIG`.") from error
         records = _open_records(folder, manifest, settings)
-        _check_shards(folder, manifest)
+        if settings.on_damage == "fail":
+            _check_shards(folder, manifest)
         index = cls(folder, manifest, hashlib.sha256(data).hexdigest(), records, settings)
         if folder.is_local:
             _check_tokenizer(folder, manifest)

@@ -16,6 +16,23 @@ from data_pipeline.pairs import NO_PAIR
 from data_pipeline.window import Finished
 
 
+@dataclass(frozen=True, order=True)
+class SkippedBlock:
+    """A damaged block that was left out, see `data.on_damage`."""
+
+    corpus: str
+    shard: str
+    block: int
+    """Number within the shard."""
+    samples: int
+    cause: str
+
+    @property
+    def name(self) -> str:
+        """Which block it is, among all corpora of a run."""
+        return f"{self.corpus}/{self.shard}:{self.block}"
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """B samples laid end to end, and how they are laid into R rows of T places: what the model computes does not depend on the rows."""
@@ -25,6 +42,8 @@ class MicroBatch:
     samples: Finished
     layout: Layout
     pad_id: int
+    skipped: tuple[SkippedBlock, ...] = ()
+    """Blocks found damaged while this micro-batch was read; it and the ones after it have fewer samples."""
 
     @property
     def num_samples(self) -> int:

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError, DataCorruptError
 from data_pipeline.index import CorpusIndex, Split
 from data_pipeline.masking import Vocabulary
@@ -64,7 +65,7 @@ class Mixture:
     weights: tuple[float, ...]
 
     @classmethod
-    def open(cls, folder: Location) -> "Mixture":
+    def open(cls, folder: Location, settings: DataConfig | None = None) -> "Mixture":
         """Open what `folder` holds: a corpus, or the mixture.json that names several beside it.
 
         Raises:
@@ -72,9 +73,9 @@ class Mixture:
             ConfigError: the corpora were prepared with different tokenizers.
         """
         if not (folder / MIXTURE).exists():
-            return cls.of(CorpusIndex.open(folder))
+            return cls.of(CorpusIndex.open(folder, settings))
         parts = _read(folder / MIXTURE)
-        indexes = tuple(CorpusIndex.open(folder.parent / name) for name in parts)
+        indexes = tuple(CorpusIndex.open(folder.parent / name, settings) for name in parts)
         for index, (fingerprint, _) in zip(indexes, parts.values(), strict=True):
             if index.fingerprint != fingerprint:
                 raise DataCorruptError(f"{index.folder} is not the corpus that {folder / MIXTURE} names", "Run `maskwright prepare` again.")

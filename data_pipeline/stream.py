@@ -1,11 +1,12 @@
 """The data stream: a function from a micro-batch's number to the micro-batch, and its loader. No state is ever saved from it."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_pipeline.chunks import Chunks, cut_chunks
 from data_pipeline.config import ObjectiveConfig, Phase
@@ -13,7 +14,7 @@ from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError
 from data_pipeline.hashing import mix64
 from data_pipeline.index import TOKENIZER, CorpusIndex, Split
 from data_pipeline.masking import Masking
-from data_pipeline.micro_batch import MicroBatch, empty_micro_batch, step_digest
+from data_pipeline.micro_batch import MicroBatch, SkippedBlock, empty_micro_batch, step_digest
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import (
     Epoch,
@@ -30,7 +31,7 @@ from data_pipeline.order import (
 from data_pipeline.packing import LAYOUTS, Packing
 from data_pipeline.pairs import make_samples
 from data_pipeline.shards import Block
-from data_pipeline.window import Finished, finish, joined
+from data_pipeline.window import EMPTY, Finished, finish, joined
 from data_pipeline.words import continues_word
 
 __all__ = ["MicroBatch", "MicroBatchStream", "build_loader", "empty_micro_batch", "micro_batches_of_step", "step_digest"]
@@ -40,14 +41,23 @@ _NEIGHBOURS = 8
 _SPLIT_KEYS: dict[Split, int] = {"train": 0, "validation": 1}
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Held:
     """The window that a lane of a corpus was read from last."""
 
     epoch: int
-    first: int
-    """Offset within the lane's epoch of the first sample."""
+    window: Window
     samples: Finished
+    """Fewer than the window has places where blocks were skipped."""
+    skipped: tuple[SkippedBlock, ...]
+    """Not yet told of."""
+    is_next_wanted: bool = True
+    """Whether nobody has asked yet for the blocks of the window after it."""
+
+    def rows(self, start: int, stop: int) -> Finished:
+        """The samples at places [start, stop) of the window: as many as places, but for skipped ones, whose gaps are spread evenly."""
+        first, last = (place * len(self.samples) // self.window.num_samples for place in (start, stop))
+        return self.samples[first:last]
 
 
 class MicroBatchStream:
@@ -103,28 +113,36 @@ class MicroBatchStream:
             corpus, nth = self._validation_order[number].tolist()
             num_samples = self.mixture.indexes[corpus].num_samples("validation", phase.sequence_length)
             start, stop = nth * phase.micro_batch_size, min((nth + 1) * phase.micro_batch_size, num_samples)
-            parts = list(self._read(corpus, phase, 0, start, stop))
+            held = list(self._read(corpus, phase, 0, start, stop))
         else:
             phase = next(phase for phase in reversed(self.phases) if phase.first_micro_batch <= number)
             depth, lane = divmod(number - phase.series_first_micro_batch, phase.num_lanes)
             start, stop = depth * phase.micro_batch_size, (depth + 1) * phase.micro_batch_size
             shares = self.mixture.shares
             corpora = range(len(self.mixture))
-            parts = [part for corpus in corpora for part in self._read(corpus, phase, lane, *shares.positions(corpus, start, stop))]
-        samples = joined(parts)
-        return MicroBatch(number, samples, LAYOUTS[self.packing](samples.lengths, phase.sequence_length), self.mixture.vocabulary.pad)
+            held = [each for corpus in corpora for each in self._read(corpus, phase, lane, *shares.positions(corpus, start, stop))]
+        parts, skipped = [part for part, _ in held if len(part)], tuple(block for _, blocks in held for block in blocks)
+        if not parts:
+            return replace(empty_micro_batch(self.mixture.vocabulary), number=number, skipped=skipped)
+        samples, layout = joined(parts), LAYOUTS[self.packing]
+        return MicroBatch(number, samples, layout(samples.lengths, phase.sequence_length), self.mixture.vocabulary.pad, skipped)
 
-    def _read(self, corpus: int, phase: Phase, lane: int, start: int, stop: int) -> Iterator[Finished]:
-        """Positions [start, stop) of a lane's infinite sequence of samples of one corpus."""
+    def _read(self, corpus: int, phase: Phase, lane: int, start: int, stop: int) -> Iterator[tuple[Finished, tuple[SkippedBlock, ...]]]:
+        """Positions [start, stop) of a lane's infinite sequence of samples of one corpus, and blocks that were found damaged on the way."""
         num_samples = self.mixture.indexes[corpus].num_samples(self.split, phase.sequence_length)
         lo, hi = lane_bounds(num_samples, self._num_lanes(corpus, phase), lane)
         for span in lane_spans(hi - lo, start, stop):
             offset = span.start
             while offset < span.stop:
                 held = self._window(corpus, phase, lane, span.epoch, offset)
-                rows = held.samples[offset - held.first : span.stop - held.first]
-                yield rows
-                offset += len(rows)
+                end = held.window.first + held.window.num_samples
+                last = min(span.stop, end)
+                yield held.rows(offset - held.window.first, last - held.window.first), held.skipped
+                held.skipped = ()
+                if held.is_next_wanted and 2 * (end - last) < held.window.num_samples:
+                    self._prefetch(corpus, phase, lane, *((span.epoch, end) if end < hi - lo else (span.epoch + 1, 0)))
+                    held.is_next_wanted = False
+                offset = last
 
     def _num_lanes(self, corpus: int, phase: Phase) -> int:
         if self.split == "validation":
@@ -162,32 +180,68 @@ class MicroBatchStream:
         if phase.series != self._series:
             self._windows, self._series = {}, phase.series
         held = self._windows.get((corpus, lane))
-        if held is not None and held.epoch == epoch and 0 <= offset - held.first < len(held.samples):
-            return held
+        if held is None or held.epoch != epoch or not 0 <= offset - held.window.first < held.window.num_samples:
+            window = self._find(corpus, phase, lane, epoch, offset)
+            key = self._key(corpus, phase.series, epoch)
+            held = _Held(epoch, window, *self._load(self.mixture.indexes[corpus], window, key, phase.sequence_length))
+            self._windows[corpus, lane] = held
+        return held
+
+    def _find(self, corpus: int, phase: Phase, lane: int, epoch: int, offset: int) -> Window:
         order = self._epoch(corpus, phase.series, phase.sequence_length, epoch)
         num_samples = int(order.sample_ends[-1])
         bounds = lane_bounds(num_samples, self._num_lanes(corpus, phase), lane)
-        window = find_window(order, bounds, offset, blocks_per_window(num_samples, len(order.blocks)))
-        samples = self._load(self.mixture.indexes[corpus], window, self._key(corpus, phase.series, epoch), phase.sequence_length)
-        self._windows[corpus, lane] = _Held(epoch, window.first, samples)
-        return self._windows[corpus, lane]
+        return find_window(order, bounds, offset, blocks_per_window(num_samples, len(order.blocks)))
 
-    def _load(self, index: CorpusIndex, window: Window, key: int, length: int) -> Finished:
-        """Read, cut into chunks, pair, shuffle, lay out and mask."""
+    def _prefetch(self, corpus: int, phase: Phase, lane: int, epoch: int, offset: int) -> None:
+        """Ask a store for the blocks of a lane's next window, when half of the present one is used."""
+        index = self.mixture.indexes[corpus]
+        if not index.folder.is_local:
+            index.prefetch(index.blocks(self.split)[self._find(corpus, phase, lane, epoch, offset).blocks])
+
+    def _load(self, index: CorpusIndex, window: Window, key: int, length: int) -> tuple[Finished, tuple[SkippedBlock, ...]]:
+        """Read, cut into chunks, pair, shuffle, lay out and mask; blocks that were skipped leave no samples."""
         records = index.blocks(self.split)[window.blocks]
         expected = index.samples_per_block(self.split, length)[window.blocks]
-        block = join_blocks([index.read_block(record) for record in records])
+        blocks, skipped = self._read_blocks(index, records, expected)
+        if not blocks:
+            return EMPTY, skipped
+        block = join_blocks(list(blocks.values()))
         chunks = cut_chunks(block.sentence_ends, block.document_ends, length)
-        if len(chunks) != int(expected.sum()):
-            raise DataCorruptError(f"{index.folder}: blocks and index disagree on the number of samples", "Prepare the corpus again.")
+        # Places of the window's blocks one after the other; those of skipped blocks have no chunk.
         firsts = np.cumsum(expected, dtype=np.int64) - expected
-        chunk = np.arange(len(chunks)) - np.repeat(firsts, expected)
-        keys = mix64(key, np.repeat(window.blocks, expected), chunk)
-        rows = slice(window.skip, window.skip + window.num_samples)
+        present = np.array(list(blocks))
+        counts = expected[present]
+        if len(chunks) != int(counts.sum()):
+            raise DataCorruptError(f"{index.folder}: blocks and index disagree on the number of samples", "Prepare the corpus again.")
+        nth = np.arange(len(chunks)) - np.repeat(np.cumsum(counts, dtype=np.int64) - counts, counts)
+        place = nth + np.repeat(firsts[present], counts)
+        rows = np.flatnonzero((place >= window.skip) & (place < window.skip + window.num_samples))
+        if not len(rows):
+            return EMPTY, skipped
+        keys = mix64(key, np.repeat(window.blocks[present], counts), nth)[rows]
         chosen = Chunks(chunks.piece_ends, chunks.first_piece[rows], chunks.stop_piece[rows], chunks.document[rows])
-        samples = make_samples(chosen, keys[rows], length, self.objective.sentence_objective)
+        samples = make_samples(chosen, keys, length, self.objective.sentence_objective)
         ordered = samples[balanced_order(samples.lengths, samples.keys, binary_spread(window.first, len(samples)), _NEIGHBOURS)]
-        return finish(block.ids, ordered, index.vocabulary, self._masking)
+        return finish(block.ids, ordered, index.vocabulary, self._masking), skipped
+
+    def _read_blocks(
+        self, index: CorpusIndex, records: NDArray[np.void], expected: NDArray[np.integer]
+    ) -> tuple[dict[int, Block], tuple[SkippedBlock, ...]]:
+        """Blocks by their place in the window; under `data.on_damage: skip` without damaged ones. An unreachable store is no damage."""
+        if index.settings.on_damage == "fail":
+            return dict(enumerate(index.read_blocks(records))), ()
+        index.prefetch(records)
+        blocks: dict[int, Block] = {}
+        skipped: list[SkippedBlock] = []
+        for place, record in enumerate(records):
+            try:
+                blocks[place] = index.read_block(record)
+            except DataCorruptError as error:
+                if error.shard is None or error.block is None:
+                    raise
+                skipped.append(SkippedBlock(index.folder.name, error.shard, error.block, int(expected[place]), error.cause))
+        return blocks, tuple(skipped)
 
     @cached_property
     def _masking(self) -> Masking:

@@ -46,6 +46,11 @@ class Finished:
         )
 
 
+_NOTHING = np.zeros(0, dtype=np.int64)
+EMPTY = Finished(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
+"""No samples at all."""
+
+
 def finish(tokens: NDArray[np.integer], samples: Samples, vocabulary: Vocabulary, masking: Masking) -> Finished:
     """Lay out and mask `samples`, which point into `tokens`, in the order of the samples."""
     lengths = samples.lengths

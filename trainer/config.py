@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline.config import BatchConfig, CorpusConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
+from data_pipeline.config import BatchConfig, CorpusConfig, DataConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
 
 
 class ModelConfig(Section):
@@ -157,6 +157,8 @@ class RunConfig(Section):
     """The text."""
     mixture: tuple[MixturePart, ...] = ()
     """Several corpora with weights instead of `corpus`; a tokenizer that is trained is trained on the first."""
+    data: DataConfig = DataConfig()
+    """How the prepared corpus is read."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     objective: ObjectiveConfig = ObjectiveConfig()

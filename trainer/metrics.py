@@ -3,11 +3,13 @@
 import math
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from data_pipeline.micro_batch import SkippedBlock
 from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome
 from trainer.runlog import RunFolder
@@ -94,6 +96,12 @@ class StepLog:
             values = finite(asdict(losses) | {"unigram_entropy": unigram_entropy})
             self._run.append_event("validation", attempt=self._attempt, step=state.step, **values)
             self._draw("validation", state.step, values)
+
+    def skipped(self, state: TrainState, blocks: Sequence[SkippedBlock]) -> None:
+        """Record damaged blocks that the run goes on without."""
+        if self._writes:
+            for block in blocks:
+                self._run.append_event("data_skipped", attempt=self._attempt, step=state.step, **asdict(block))
 
     def stopped(self, state: TrainState) -> None:
         """Record that the run ended on request, with `state` saved."""

@@ -24,6 +24,7 @@ from trainer.reading import read_steps
 from trainer.runlog import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
+from trainer.skips import newly_skipped, with_skipped
 from trainer.state import TrainState
 from trainer.totals import StepCounts, StepLosses, raise_together
 
@@ -44,7 +45,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     """
     context.heartbeat(0, "set-up")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    folder, corpora = RunFolder(Location.at(run)), Mixture.open(Location.at(corpus))
+    folder, corpora = RunFolder(Location.at(run)), Mixture.open(Location.at(corpus), config.data)
     engine = build_engine(config, corpora)
     saver = Saver.open(folder, config, context, attempt)
     state = saver.resume(engine, TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest))
@@ -71,6 +72,10 @@ def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log
             saver.save(engine, state)
             log.stopped(state)
             raise stopped_at(state.step)
+        if counts.skipped_blocks:
+            skipped = newly_skipped(part.batches, state)
+            log.skipped(state, skipped)
+            state = with_skipped(state, skipped, config.data.skip_budget)
 
         context.heartbeat(state.step, "forward")
         sums = forward_backward(engine, part, counts, empty, config, context.world_size)

@@ -15,6 +15,8 @@ class TrainState:
     micro_batches_consumed: int = 0
     tokens_seen: int = 0
     skipped_steps: tuple[int, ...] = ()
+    skipped_blocks: tuple[str, ...] = ()
+    """Damaged blocks that were left out, see `SkippedBlock.name`; never more than `data.skip_budget`."""
     corpus_fingerprint: str = ""
     tokenizer_digest: str = ""
 
@@ -29,10 +31,10 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """JSON object; `from_json` reads it back."""
-        return {**asdict(self), "skipped_steps": list(self.skipped_steps)}
+        return {**asdict(self), "skipped_steps": list(self.skipped_steps), "skipped_blocks": list(self.skipped_blocks)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
-        """The state written by `to_json`."""
-        fields: dict[str, Any] = {**value, "skipped_steps": tuple(value["skipped_steps"])}
+        """The state written by `to_json`, of this release or an older one."""
+        fields: dict[str, Any] = {**value, "skipped_steps": tuple(value["skipped_steps"]), "skipped_blocks": tuple(value.get("skipped_blocks", ()))}
         return cls(**fields)

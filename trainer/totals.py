@@ -30,6 +30,8 @@ class StepCounts:
     samples: int = 0
     squared_lengths: int = 0
     digest: int = 0
+    skipped_blocks: int = 0
+    """Damaged blocks met, a block as often as it was."""
     stops: int = 0
     failures: int = 0
 
@@ -45,6 +47,7 @@ class StepCounts:
             samples=sum(batch.num_samples for batch in batches),
             squared_lengths=sum(int((batch.lengths.astype("int64") ** 2).sum()) for batch in batches),
             digest=step_digest([(first_position + place, batch.digest) for place, batch in enumerate(batches)]),
+            skipped_blocks=sum(len(batch.skipped) for batch in batches),
             stops=int(stop),
             failures=int(failed),
         )

@@ -134,10 +134,13 @@ def troubles(rank: int, world_size: int, corpus: str, damaged: str, other: str, 
     """What each rank is told when a run cannot go on."""
     context = LocalContext(rank, world_size)
     config = config_of(1, "bf16")
+    skipping, strict = (config_of(1, "bf16", data={"on_damage": "skip", "skip_budget": budget}) for budget in (99, 0))
     wild = config_of(1, "fp32", optimizer={"lr": 1e30, "clip_norm": 1e30}, schedule={"steps": STEPS, "warmup_steps": 0})
     pretrain(config, corpus, f"{root}/good", context, 1)
     return {
         "data": caught(lambda: pretrain(config, damaged if rank == 1 else corpus, f"{root}/data", context, 1)),
+        "skipped": caught(lambda: pretrain(skipping, damaged, f"{root}/skipped", context, 1)),
+        "budget": caught(lambda: pretrain(strict, damaged, f"{root}/budget", context, 1)),
         "diverged": caught(lambda: pretrain(wild, corpus, f"{root}/wild", context, 1)),
         "corpus": caught(lambda: pretrain(config, other, f"{root}/good", context, 2)),
         "fp16": caught(lambda: pretrain(config_of(1, "fp16"), corpus, f"{root}/fp16", context, 1)),
@@ -148,13 +151,21 @@ def troubles(rank: int, world_size: int, corpus: str, damaged: str, other: str, 
 def test_all_ranks_fail_together_with_the_cause(corpus: str, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(corpus, damaged)
-    for shard in damaged.glob("train-*.tar"):  # what one rank would see of a failing disk
-        data = bytearray(shard.read_bytes())
-        data[600 : len(data) : 97] = b"\xff" * len(range(600, len(data), 97))
-        shard.write_bytes(data)
+    shard = damaged / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[600] ^= 1  # the first block's token ids
+    shard.write_bytes(data)
     other = small_corpus(tmp_path / "other", seed=1)
     for heard in run_distributed(troubles, 2, (corpus, str(damaged), other, str(tmp_path)), timeout_s=100):
-        expected = {"data": DataCorruptError, "diverged": DivergedError, "corpus": ConfigError, "fp16": ConfigError, "finished": type(None)}
+        expected = {
+            "data": DataCorruptError,
+            "skipped": type(None),
+            "budget": DataCorruptError,
+            "diverged": DivergedError,
+            "corpus": ConfigError,
+            "fp16": ConfigError,
+            "finished": type(None),
+        }
         assert {name: type(error) for name, (error, _) in heard.items()} == expected
         error, elapsed_s = heard["data"]
         assert error is not None
@@ -162,4 +173,9 @@ def test_all_ranks_fail_together_with_the_cause(corpus: str, tmp_path: Path) -> 
         assert elapsed_s < 20
         assert "was trained on corpus" in str(heard["corpus"][0])
         assert "bf16" in str(heard["fp16"][0])
+        assert "1 damaged blocks, data.skip_budget is 0" in str(heard["budget"][0])
+    skipped = RunFolder(Location.at(tmp_path / "skipped"))
+    (event,) = [event for event in skipped.read_events() if event["kind"] == "data_skipped"]
+    assert (event["shard"], event["block"]) == ("train-000000.tar", 0)
+    assert len(skipped.read_metrics()) == STEPS
     assert len(RunFolder(Location.at(tmp_path / "good")).read_metrics()) == STEPS

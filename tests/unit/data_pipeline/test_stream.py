@@ -1,16 +1,18 @@
 """The stream is a function of the micro-batch's number: pure, complete, the same for any world size, offset and worker."""
 
 import pickle
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 
 from data_pipeline.chunks import cut_chunks
-from data_pipeline.config import BatchConfig, ObjectiveConfig, Phase, PhaseConfig
+from data_pipeline.config import BatchConfig, DataConfig, ObjectiveConfig, Phase, PhaseConfig
 from data_pipeline.errors import ConfigError, DataCorruptError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.inspection import inspect_steps
@@ -19,6 +21,7 @@ from data_pipeline.order import micro_batches_of_step, rank_micro_batches
 from data_pipeline.packing import Packing, pack_rows, unpad
 from data_pipeline.prepare import Prepared
 from data_pipeline.shards import Block
+from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, build_loader
 from data_pipeline.tokenizer import load_tokenizer
 
@@ -61,8 +64,12 @@ def _epoch(stream: MicroBatchStream, phase: Phase, epoch: int) -> list[MicroBatc
 
 
 def _chunks(index: CorpusIndex, length: int) -> Counter[Segment]:
+    return _chunks_of(index, index.blocks("train"), length)
+
+
+def _chunks_of(index: CorpusIndex, records: np.ndarray, length: int) -> Counter[Segment]:
     chunks: Counter[Segment] = Counter()
-    for record in index.blocks("train"):
+    for record in records:
         block = index.read_block(record)
         cut = cut_chunks(block.sentence_ends, block.document_ends, length)
         bounds = zip(cut.token_start(cut.first_piece), cut.token_start(cut.stop_piece), strict=True)
@@ -347,6 +354,30 @@ def test_documents_are_shuffled_across_a_window(index: CorpusIndex) -> None:
         for start, stop in zip(cut.token_start(cut.first_piece), cut.token_start(cut.stop_piece), strict=True):
             place[tuple(block.ids[start:stop].tolist())] = len(place)
     assert sum(abs(place[one] - place[two]) == 1 for one, two in pairwise(order)) < 10
+
+
+def test_damaged_blocks_are_skipped_alone_and_named(index: CorpusIndex, tmp_path: Path) -> None:
+    folder = Location.at(shutil.copytree(index.folder.url, tmp_path / "corpus"))
+    damaged = index.blocks("train")[[3, 7]]
+    for record in damaged:
+        shard = Path(folder.url) / index.manifest["shards"][int(record["shard"])]["name"]
+        data = bytearray(shard.read_bytes())
+        data[int(record["offset"]) + 700] ^= 1
+        shard.write_bytes(data)
+    phases = _phases(5, 1, 64, steps=10_000)
+    objective = ObjectiveConfig(sentence_objective="none")
+    with pytest.raises(DataCorruptError, match="block"):
+        _epoch(MicroBatchStream(CorpusIndex.open(folder), objective, phases, seed=5), phases[0], 0)
+    stream = MicroBatchStream(CorpusIndex.open(folder, DataConfig(on_damage="skip")), objective, phases, seed=5)
+    for epoch in (0, 1):
+        batches = _epoch(stream, phases[0], epoch)
+        found = Counter(a for batch in batches if batch.num_tokens > 2 for a, _, _ in _segments(batch))
+        assert found == _chunks(index, 64) - _chunks_of(index, damaged, 64)
+        skipped = {(block.block, block.samples) for batch in batches for block in batch.skipped}
+        assert skipped == {(int(record["number"]), int(record["samples"][1])) for record in damaged}
+    middle = stream.mixture.num_samples("train", 64) // 2
+    again = MicroBatchStream(stream.mixture, objective, phases, seed=5)[middle]
+    assert again.digest == stream[middle].digest
 
 
 class _DamagedIndex(CorpusIndex):
