@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks.claims import Claim, number
@@ -31,7 +32,7 @@ class Options:
 
     def progress(self, message: str) -> None:
         """One line about what is being done."""
-        self.console.print(f"[dim]{message}[/dim]")
+        self.console.print(message, style="dim", markup=False, highlight=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Print a table beside the claims."""
@@ -102,7 +103,7 @@ def simple_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
         cells = [row[nth] for row in rows]
         table.add_column(column, justify="right" if cells and all(_is_number(cell) for cell in cells) else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 
