@@ -114,13 +114,19 @@ def contamination_report(
     return tasks
 
 
-def unreported(report: Location, test_texts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-    """The tasks whose test texts a corpus' report does not speak of."""
-    known = report.read_json()["tasks"] if report.exists() else {}
+def reported_tasks(folder: Location) -> dict[str, Any]:
+    """What the report in a corpus' folder says, by task; empty when there is none."""
+    report = folder / REPORT
+    return report.read_json()["tasks"] if report.exists() else {}
+
+
+def unreported(folder: Location, test_texts: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """The tasks whose test texts the report does not speak of."""
+    known = reported_tasks(folder)
     return {name: texts for name, texts in test_texts.items() if known.get(name, {}).get("digest") != task_digest(texts)}
 
 
-def write_report(report: Location, tasks: Mapping[str, Any]) -> None:
-    """Add tasks to a corpus' report."""
-    known = report.read_json()["tasks"] if report.exists() else {}
-    report.write_json({"format_version": 1, "ngram_words": NGRAM, "tasks": {**known, **tasks}})
+def write_report(folder: Location, tasks: Mapping[str, Any]) -> None:
+    """Add tasks to the report of a corpus."""
+    known = reported_tasks(folder)
+    (folder / REPORT).write_json({"format_version": 1, "ngram_words": NGRAM, "tasks": {**known, **tasks}})

@@ -19,7 +19,7 @@ from data_pipeline import text
 from data_pipeline.blocks import encode_partition, load_tables
 from data_pipeline.claims import claimed
 from data_pipeline.config import CorpusConfig, TokenizerConfig
-from data_pipeline.contamination import REPORT, held_out_digest, unreported, write_report
+from data_pipeline.contamination import held_out_digest, unreported, write_report
 from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.executor import Executor, InProcessExecutor
 from data_pipeline.hashing import threshold64
@@ -28,7 +28,8 @@ from data_pipeline.masking import Vocabulary
 from data_pipeline.partitions import WORK, Job, Receipt, kept_documents, read_partition
 from data_pipeline.reading import count_documents
 from data_pipeline.selection import Selection, select
-from data_pipeline.sources import PYTHON_DOCS, Inputs, Partition, describe_source, limit_documents, list_inputs, source_names
+from data_pipeline.source_digests import describe_sources
+from data_pipeline.sources import PYTHON_DOCS, Inputs, Partition, limit_documents, list_inputs, source_names
 from data_pipeline.stopwatch import Stopwatch, total
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer, loaded_digest, tokenizer_digest, train_tokenizer, vocabulary_of, write_tokenizer
@@ -45,6 +46,7 @@ _MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 8 << 10, 512 << 10
 _HASH_PARTITION_BYTES = 16 << 20
 _MAX_HASH_PARTITIONS = 4096
 _SAMPLE_CHARACTERS = 128 << 20
+_DIGESTS = "corpora/.cache/source-digests.json"
 _NOTHING: TestTexts = {}
 
 
@@ -74,7 +76,7 @@ def find_prepared(
         NotFoundError: it has not been prepared, or a source is missing.
     """
     held_out = held_out_digest(test_texts()) if corpus.contamination == "remove" else None
-    folder = _corpus_folder(corpus, tokenizer, sequence_lengths, storage, describe_sources(corpus, InProcessExecutor()), held_out)
+    folder = _corpus_folder(corpus, tokenizer, sequence_lengths, storage, describe_sources(corpus, storage / _DIGESTS, InProcessExecutor()), held_out)
     if not (folder / MANIFEST).exists():
         raise NotFoundError(f"corpus {folder.name} is not prepared in {storage}", "Run `maskwright prepare CONFIG`.")
     return folder
@@ -103,32 +105,23 @@ def prepare(
         StorageError: the disk is full.
     """
     started_at = time.monotonic()
-    sources = describe_sources(corpus, executor)
+    sources = describe_sources(corpus, storage / _DIGESTS, executor)
     lengths = tuple(sorted(set(sequence_lengths)))
     texts = test_texts()
     held_out = held_out_digest(texts)
     folder = _corpus_folder(corpus, tokenizer, lengths, storage, sources, held_out if corpus.contamination == "remove" else None)
     created = not (folder / MANIFEST).exists()
     cpu_seconds: dict[str, float] = {}
-    if created or unreported(folder / REPORT, texts) or (folder / WORK).exists():  # killed while it removed its working files
+    if created or unreported(folder, texts) or (folder / WORK).exists():  # killed while it removed its working files
         with claimed(folder / "claim.json", f"corpus {folder.name}"):
             if not (folder / MANIFEST).exists():  # the holder before us may have finished it
                 cpu_seconds = _Build(corpus, tokenizer, lengths, folder, sources, executor, progress).run(texts)
-            elif missing := unreported(folder / REPORT, texts):
+            elif missing := unreported(folder, texts):
                 _report_again(corpus, lengths, folder, executor, progress, missing)
             (folder / WORK).remove()
     manifest = (folder / MANIFEST).read_json()
     measured = {"seconds": round(time.monotonic() - started_at, 3), "cpu_seconds": {step: round(value, 3) for step, value in cpu_seconds.items()}}
     return Prepared(folder, created, {**manifest["counts"], **measured})
-
-
-def describe_sources(corpus: CorpusConfig, executor: Executor) -> list[dict[str, Any]]:
-    """Names and content digests of all sources."""
-    return list(executor.map(partial(_describe, corpus), list(source_names(corpus))))
-
-
-def _describe(corpus: CorpusConfig, source: str) -> dict[str, Any]:
-    return describe_source(source, corpus)
 
 
 def _corpus_folder(
@@ -200,7 +193,7 @@ class _Build:
         settings = _settings(self.corpus, self.tokenizer, self.sequence_lengths, removed_for)
         manifest |= {"sources": self.sources, "config": settings, "versions": _library_versions()}
         if selection and selection.tasks:
-            write_report(self.folder / REPORT, selection.tasks)
+            write_report(self.folder, selection.tasks)
         (self.folder / MANIFEST).write_json(sealed(manifest))
         receipts = [*read, *(selection.receipts if selection else ()), *encoded]
         return total([*(receipt["seconds"] for receipt in receipts), watch.seconds])
@@ -214,7 +207,7 @@ def _report_again(
     job, read = _read(alone, sequence_lengths, folder, executor, progress, test_texts)
     progress(f"comparing {job.num_partitions} partitions")
     spills = [name for receipt in read for name in receipt["spills"]]
-    write_report(folder / REPORT, select(job, spills, test_texts, executor).tasks)
+    write_report(folder, select(job, spills, test_texts, executor).tasks)
 
 
 def _read(

@@ -1,11 +1,8 @@
-"""Finds the input files of a corpus, cuts them into partitions and fingerprints their content."""
+"""Finds the input files of a corpus and cuts them into partitions."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import fsspec
 from fsspec.core import url_to_fs
@@ -129,31 +126,6 @@ def limit_documents(partitions: Sequence[Partition], counts: Sequence[int], max_
             limited.append(Partition(partition.pieces, partition.text_key, take))
         max_documents -= take
     return tuple(limited)
-
-
-def describe_source(source: str, config: CorpusConfig) -> dict[str, Any]:
-    """Name, number of files, bytes and digest of a source's content. Local files are hashed whole; remote ones by what the store says.
-
-    The digest does not depend on where the files lie.
-    """
-    if source == PYTHON_DOCS:
-        return {"name": source, "files": None, "bytes": None, "digest": python_docs.fingerprint(config.max_documents)}
-    files = list_files(source)
-    content = [[file.name, file.num_bytes, _content_digest(file.url)] for file in files]
-    return {
-        "name": Location.at(source).name,
-        "files": len(files),
-        "bytes": sum(file.num_bytes for file in files),
-        "digest": hashlib.sha256(json.dumps(content).encode()).hexdigest(),
-    }
-
-
-def _content_digest(url: str) -> str:
-    filesystem, path = url_to_fs(url)
-    if Location(url).is_local:
-        with open(url, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    return str(filesystem.ukey(path))
 
 
 def _format_of(name: str) -> tuple[str, str | None] | None:

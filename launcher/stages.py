@@ -1,17 +1,17 @@
 """The stages of a run: prepare, pretrain, export, finetune, report; each returns at once when its output is already there."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from data_pipeline.errors import ConfigError, NotFoundError
-from data_pipeline.executor import Executor
 from data_pipeline.storage import Location
 from launcher.job import Job, Outcome, Stage
 from launcher.retries import run_with_retries
 from launcher.run_status import committed_steps
-from trainer.config import RunConfig
+from trainer.config import RunConfig, TaskConfig
 from trainer.runlog import RunFolder
 
 PRETRAIN = "trainer.pretrain:pretrain"
@@ -37,17 +37,26 @@ def _prepare(job: Job) -> Outcome:
 
 
 def prepare_corpus(config: RunConfig, start_ray: Callable[[], object], say: Callable[[str], None]) -> Any:
-    """The prepared corpus of a configuration; Ray starts only if there is something to do in parallel."""
-    from data_pipeline.executor import InProcessExecutor
-    from data_pipeline.prepare import find_prepared, prepare
+    """The prepared corpus of a configuration, compared with its tasks' test sets; Ray starts only if there is something to do in parallel."""
+    from data_pipeline.prepare import prepare
 
     arguments = (config.corpus, config.tokenizer, config.batch.sequence_lengths, Location.at(config.storage))
-    executor: Executor = InProcessExecutor()
-    try:
-        find_prepared(*arguments)
-    except NotFoundError:  # not prepared, or a source is missing, which `prepare` says again
-        executor = ExecutorOnDemand(start_ray)
-    return prepare(*arguments, executor, lambda text: say(f"  {text}"))
+    return prepare(*arguments, ExecutorOnDemand(start_ray), lambda text: say(f"  {text}"), test_texts=lambda: held_out_texts(config))
+
+
+def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
+    """The texts of the test sets of a run's tasks, by the names of the tasks."""
+    from data_pipeline.python_docs import fingerprint
+    from trainer.tasks import PYTHON_DOCS, read_test_texts
+
+    def texts_of(task: TaskConfig, scratch: str) -> list[str]:
+        storage = Location.at(config.storage)
+        if task.path != PYTHON_DOCS or not storage.is_local:
+            return read_test_texts(task, scratch)
+        return read_test_texts(task, (storage / "corpora" / ".cache" / f"python-docs-task-{fingerprint()[:12]}").path)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return {task.name: texts_of(task, scratch) for task in config.finetune.tasks}
 
 
 @dataclass(frozen=True)

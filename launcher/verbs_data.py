@@ -12,7 +12,7 @@ import typer
 from data_pipeline.errors import ConflictError, DataCorruptError, NoCheckpointError, NotFoundError, UsageError
 from data_pipeline.storage import Location
 from launcher.config import example_configs, json_schema, load_cluster_config, load_run_config
-from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, next_command, print_fields, print_json, print_table, say
+from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, next_command, print_json, print_table, say
 from trainer.config import RunConfig
 
 
@@ -66,8 +66,23 @@ def prepare(config: ConfigArgument, overrides: Set = None, storage: Storage = No
     if as_json:
         print_json({"folder": prepared.folder.url, "created": prepared.created, **prepared.summary})
         return
-    print_fields({"corpus": prepared.folder, "created": "now" if prepared.created else "earlier", **prepared.summary})
+    _show(prepared)
     next_command(f"maskwright inspect {config} --step 0", f"maskwright run {config}")
+
+
+def _show(prepared: Any) -> None:
+    """Where the corpus is, what each step did to its documents and what that cost, what is left, and what it shares with the tasks."""
+    from data_pipeline.contamination import reported_tasks
+    from launcher.preparation_table import contamination_rows, split_rows, step_rows
+
+    say(f"{prepared.folder} ({'made now' if prepared.created else 'was there already'}, {prepared.summary['seconds']:.1f} s)\n")
+    print_table(("step", "dropped", "found", "CPU s"), step_rows(prepared.summary))
+    say("")
+    print_table(("split", "documents", "sentences", "tokens"), split_rows(prepared.summary))
+    tasks = reported_tasks(prepared.folder)
+    if tasks:
+        say("")
+        print_table(("task", "documents that share 13 words with its test set", "test texts found", "of"), contamination_rows(tasks))
 
 
 def _prepare(config: RunConfig, cluster: Any, *, quiet: bool) -> Any:
@@ -98,10 +113,12 @@ def inspect(
     from data_pipeline.inspection import inspect_steps
     from data_pipeline.prepare import find_prepared
     from data_pipeline.stream import MicroBatchStream
+    from launcher.stages import held_out_texts
 
     run_config = load_run_config(config, overrides or (), storage)
     _check_range(run_config, step, steps, world_size, rank)
-    folder = find_prepared(run_config.corpus, run_config.tokenizer, run_config.batch.sequence_lengths, Location.at(run_config.storage))
+    arguments = (run_config.corpus, run_config.tokenizer, run_config.batch.sequence_lengths, Location.at(run_config.storage))
+    folder = find_prepared(*arguments, test_texts=lambda: held_out_texts(run_config))
     stream = MicroBatchStream(CorpusIndex.open(folder), run_config.objective, run_config.phases, run_config.seed, split="train")
     found = inspect_steps(stream, run_config.phases, step, steps, world_size, rank)
     if as_json:

@@ -68,17 +68,31 @@ def load_task(task: TaskConfig, work_folder: str | os.PathLike[str]) -> Task:
         ConfigError: a column is absent, or train has fewer than two labels.
         DataCorruptError: a file is not UTF-8, not JSON or CSV, empty, or has a label that train lacks.
     """
+    folder = _task_folder(task, work_folder)
+    columns = {split: _columns(_split_file(task, folder, split), task) for split in SPLITS}
+    names = _label_names(task, columns["train"])
+    number = {str(name): index for index, name in enumerate(names)}
+    rows = {split: _numbered(task, split, found, number) for split, found in columns.items()}
+    return Task(task.name, tuple(str(name) for name in names), rows["train"], rows["dev"], rows["test"])
+
+
+def read_test_texts(task: TaskConfig, work_folder: str | os.PathLike[str]) -> list[str]:
+    """The texts of a task's test file, second texts of pairs included: what must not be in the text that a model is pretrained on.
+
+    Raises: see `load_task`.
+    """
+    found = _columns(_split_file(task, _task_folder(task, work_folder), "test"), task)
+    return [*found.texts, *(found.text_pairs or ())]
+
+
+def _task_folder(task: TaskConfig, work_folder: str | os.PathLike[str]) -> Location:
     folder = _python_docs(Path(work_folder)) if task.path == PYTHON_DOCS else Location.at(task.path)
     if not folder.exists():
         raise NotFoundError(
             f"task {task.name}: there is no folder {folder}",
             f"It must hold train, dev and test files (.jsonl or .csv), or set path to {PYTHON_DOCS}.",
         )
-    columns = {split: _columns(_split_file(task, folder, split), task) for split in SPLITS}
-    names = _label_names(task, columns["train"])
-    number = {str(name): index for index, name in enumerate(names)}
-    rows = {split: _numbered(task, split, found, number) for split, found in columns.items()}
-    return Task(task.name, tuple(str(name) for name in names), rows["train"], rows["dev"], rows["test"])
+    return folder
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def test_the_report_counts_documents_and_test_texts(tmp_path: Path) -> None:
 
 
 def test_a_report_grows_by_tasks(tmp_path: Path) -> None:
-    path = Location(str(tmp_path / "contamination.json"))
+    path = Location(str(tmp_path))
     assert list(unreported(path, TEXTS)) == ["b", "a"]
     held_out = HeldOut.of(TEXTS)
     full = contamination_report(TEXTS, held_out, [0, 0], np.zeros(len(held_out.ngrams), dtype=np.bool_), removed=False)

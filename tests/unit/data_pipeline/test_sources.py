@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from data_pipeline import source_digests
 from data_pipeline.config import CorpusConfig
 from data_pipeline.errors import ConfigError, DataCorruptError, NotFoundError
+from data_pipeline.executor import InProcessExecutor
 from data_pipeline.reading import ONE_DOCUMENT_BYTES, read_documents
-from data_pipeline.sources import Partition, Piece, SourceFile, describe_source, limit_documents, list_files, list_inputs
+from data_pipeline.source_digests import describe_sources
+from data_pipeline.sources import Partition, Piece, SourceFile, limit_documents, list_files, list_inputs
+from data_pipeline.storage import Location
 
 
 def _read(config: CorpusConfig) -> list[str]:
@@ -91,11 +96,45 @@ def test_fingerprint_follows_content_not_place(tmp_path: Path) -> None:
     for folder in ("one", "two", "three"):
         (tmp_path / folder / "texts").mkdir(parents=True)
         (tmp_path / folder / "texts" / "a.txt").write_text("same" if folder != "three" else "othr")
-    config = CorpusConfig()
-    one, two, three = (describe_source(str(tmp_path / folder / "texts"), config) for folder in ("one", "two", "three"))
+    config = CorpusConfig(source=tuple(str(tmp_path / folder / "texts") for folder in ("one", "two", "three")))
+    one, two, three = describe_sources(config, Location(str(tmp_path / "digests.json")), InProcessExecutor())
     assert one == two
     assert one["digest"] != three["digest"]
     assert (one["name"], one["files"], one["bytes"]) == ("texts", 1, 4)
+
+
+def _digest(source: Path, cache: Path) -> str:
+    return describe_sources(CorpusConfig(source=str(source)), Location(str(cache)), InProcessExecutor())[0]["digest"]
+
+
+def test_an_unchanged_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, cache = tmp_path / "a.txt", tmp_path / "cache" / "digests.json"
+    source.write_text("some text")
+    first = _digest(source, cache)
+    assert not cache.exists()  # it was written just now: a change in the same tick of the clock would go unseen
+    monkeypatch.setattr(source_digests, "_SETTLED_NS", -(10**18))
+    assert _digest(source, cache) == first
+    with monkeypatch.context() as patched:
+        patched.setattr(source_digests, "_hash_file", lambda url: pytest.fail("hashed again"))
+        assert _digest(source, cache) == first
+    cache.write_text("{")
+    assert _digest(source, cache) == first
+
+
+@pytest.mark.parametrize("change", ["content", "same size and time", "another file in its place"])
+def test_a_changed_file_is_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setattr(source_digests, "_SETTLED_NS", -(10**18))
+    source, cache = tmp_path / "a.txt", tmp_path / "digests.json"
+    source.write_text("some text")
+    first, before = _digest(source, cache), source.stat()
+    assert cache.exists()
+    if change == "another file in its place":
+        (tmp_path / "b").write_text("same size"[:9])
+        (tmp_path / "b").replace(source)
+    else:
+        source.write_text("more text" if change == "same size and time" else "longer text")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert _digest(source, cache) != first
 
 
 @pytest.mark.parametrize(
