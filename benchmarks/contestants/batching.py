@@ -37,18 +37,18 @@ def our_masking(reader: str, data: str, documents: str, sequence_length: int, se
 
 def our_batches(folder: str, sequence_length: int, packing: str, share: float) -> Counts:
     """Batches from `share` of the first epoch on."""
-    from benchmarks.contestants.tensors import to_tensors
     from data_pipeline.config import BatchConfig, ObjectiveConfig
     from data_pipeline.index import CorpusIndex
     from data_pipeline.storage import Location
     from data_pipeline.stream import MicroBatchStream
+    from trainer.batch import tensor_batches
 
     shape = BatchConfig(global_batch_size=LANES * BATCH, micro_batch_size=BATCH, sequence_length=sequence_length)
     index = CorpusIndex.open(Location.at(folder))
     stream = MicroBatchStream(index, ObjectiveConfig(), shape.phases_until(_STEPS), seed=0, packing=packing)
     for number in range(int(index.num_samples("train", sequence_length) * share) // BATCH, len(stream)):
         batch = stream[number]
-        to_tensors(batch)
+        tensor_batches(batch)
         yield {"samples": batch.num_samples, "tokens": batch.num_tokens}
 
 
@@ -61,10 +61,10 @@ def hugging_face_batches(arrays: Iterator[NDArray[np.integer]], collate: Any, do
 
 def _our_masking_batches(arrays: Iterator[NDArray[np.integer]], documents: str, sequence_length: int) -> Counts:
     from benchmarks.contestants import assembly
-    from benchmarks.contestants.tensors import to_tensors
+    from trainer.batch import tensor_batches
 
     for batch in assembly.batches(arrays, Documents.open(documents).vocabulary, sequence_length, BATCH):
-        to_tensors(batch)
+        tensor_batches(batch)
         yield {"samples": batch.num_samples, "tokens": batch.num_tokens}
 
 
