@@ -121,6 +121,24 @@ def test_the_number_of_ranks_does_not_matter(corpus: str, tmp_path: Path) -> Non
     assert len({record["batch_digest"] for record in alone}) == STEPS
 
 
+def test_packed_rows_and_a_growing_batch_train_the_same_model(corpus: str, tmp_path: Path) -> None:
+    """A batch that grows from 2 to 4 to 6 micro-batches on three ranks, one of them idle at first; rows packed or padded."""
+    batch = {"global_batch_size": 16, "micro_batch_size": 8, "sequence_length": 32}
+    batch["phases"] = [{"from_step": 2, "global_batch_size": 32}, {"from_step": 4, "global_batch_size": 48}]
+    model = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 64, "dropout": 0.0}
+    records = []
+    for packing in ("none", "rows"):
+        run = RunFolder(Location.at(tmp_path / packing))
+        config = config_of(1, "fp32", model=model, batch=batch | {"packing": packing})
+        run_distributed(train, 3, (config, corpus, str(run.root)), timeout_s=60)
+        records.append(run.read_metrics())
+    padded, packed = records
+    assert len(padded) == STEPS
+    assert [record["batch_digest"] for record in packed] == [record["batch_digest"] for record in padded]
+    for name in ("mlm_loss", "nsp_loss", "grad_norm"):
+        assert [record[name] for record in packed] == pytest.approx([record[name] for record in padded], rel=1e-4)
+
+
 def caught(action: Callable[[], None]) -> tuple[MaskwrightError | None, float]:
     started_at = time.monotonic()
     try:
