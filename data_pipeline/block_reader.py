@@ -11,7 +11,7 @@ from data_pipeline import remote
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataCorruptError
-from data_pipeline.shards import Block, BlockExtent, checksum64, damaged_block, decode_block, find_damage, missing_shard, read_block
+from data_pipeline.shards import Block, BlockExtent, checksum64, damaged_block, decode_block, find_damage, holds_block, missing_shard, read_block
 from data_pipeline.storage import Location
 
 
@@ -89,6 +89,8 @@ class BlockReader:
             damage = await asyncio.to_thread(find_damage, data, extent)
             if damage is None:
                 return data
+            if holds_block(data, extent):
+                raise remote.ranges_ignored(shard.url)
             error = damaged_block(shard, place.number, damage)
         assert error is not None
         raise error

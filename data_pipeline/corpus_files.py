@@ -28,8 +28,8 @@ def read_intact(path: Location, settings: DataConfig, parse: Callable[[bytes], T
     Raises:
         NotFoundError: there is no such file. UnreachableError: its store gave no answer in time.
     """
-    data = path.read_bytes(settings)
     try:
+        data = path.read_bytes(settings)
         return data, parse(data)
     except DataCorruptError:
         if path.is_local:

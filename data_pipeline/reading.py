@@ -7,16 +7,15 @@ import zlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import IO, Any
+from typing import IO, Any, cast
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
-from fsspec.core import url_to_fs
 
 from data_pipeline import python_docs
 from data_pipeline.errors import ConfigError, DataCorruptError, EnvironmentMismatchError, NotFoundError
 from data_pipeline.sources import Partition, Piece, SourceFile
+from data_pipeline.storage import Location
 
 ONE_DOCUMENT_BYTES = 1_000_000
 """A .txt up to this size is one document. In a longer one, two or more blank lines separate documents, and a document that has
@@ -149,12 +148,12 @@ def _read_line(file: IO[bytes], piece: Piece, number: int) -> bytes:
 
 
 def _open(file: SourceFile) -> IO[bytes]:
-    gzipped = file.compression if file.compression == "gzip" else None
     try:
-        opener: Any = fsspec.open(file.url, "rb", compression=gzipped)
-        opened: Any = opener.open()
+        opened = Location.at(file.url).open_binary()
     except FileNotFoundError as error:
         raise NotFoundError(f"{file.url} does not exist any more", "Do not change the source while it is being prepared.") from error
+    if file.compression == "gzip":
+        return cast("IO[bytes]", gzip.GzipFile(fileobj=opened))
     return io.BufferedReader(_ZstdReader(opened, file.url)) if file.compression == "zstd" else opened
 
 
@@ -196,8 +195,7 @@ class _ZstdReader(io.RawIOBase):
 
 @contextmanager
 def _open_parquet(file: SourceFile) -> Generator[pyarrow.parquet.ParquetFile]:
-    filesystem, path = url_to_fs(file.url)
-    with filesystem.open(path, "rb") as opened:
+    with Location.at(file.url).open_binary() as opened:
         try:
             parquet = pyarrow.parquet.ParquetFile(opened)
         except (pyarrow.ArrowException, OSError) as error:

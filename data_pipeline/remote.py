@@ -5,11 +5,13 @@ All reads run on fsspec's own event loop, so many are under way without a thread
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from fsspec.asyn import AsyncFileSystem, get_loop
+from fsspec.config import conf
 from fsspec.core import url_to_fs
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, stop_before_delay, wait_random_exponential
 
@@ -18,10 +20,20 @@ from data_pipeline.errors import ConfigError, EnvironmentMismatchError, Maskwrig
 
 T = TypeVar("T")
 
-_NETWORK_ERRORS = {"ClientError", "HTTPClientError", "IncompleteRead", "IncompleteReadError", "ProtocolError", "ResponseStreamingError", "HTTPError"}
+_NETWORK_ERRORS = {
+    "ClientError",
+    "ConnectionError",
+    "HTTPClientError",
+    "IncompleteRead",
+    "IncompleteReadError",
+    "ProtocolError",
+    "ResponseStreamingError",
+    "HTTPError",
+}
 """Names of the exceptions, not OSErrors, with which aiohttp, botocore, urllib3 and requests report a broken connection."""
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 _TRY_AGAIN_STATUS = {408, 425, 429}
+_GONE = (404, 410)
 _RANGE_NOT_SATISFIABLE = 416
 _LONGEST_PAUSE_S = 10.0
 _GRACE_S = 2.0
@@ -44,7 +56,7 @@ class Store(NamedTuple):
             EnvironmentMismatchError: the package for this kind of store is not installed. ConfigError: there is no such kind of store.
         """
         try:
-            found, path = url_to_fs(url)
+            found, path = url_to_fs(url, **_options(url))
         except ImportError as error:
             remedy = _PACKAGES.get(url.partition("://")[0], "Install the fsspec implementation of this protocol.")
             raise EnvironmentMismatchError(f"{url} needs a package that is not installed: {error}", f"Install it: {remedy}.") from error
@@ -93,6 +105,15 @@ def wait(future: "Future[T]", url: str, settings: DataConfig) -> T:
         raise _unreachable(url, f"no answer in {settings.total_timeout_s:g} s") from error
 
 
+def _options(url: str) -> dict[str, Any]:
+    """botocore would retry by itself, and check only the checksums of whole objects, as a failure like any other: both are done here."""
+    if url.partition("://")[0] not in ("s3", "s3a"):
+        return {}
+    configured: dict[str, Any] = conf.get("s3", {}).get("config_kwargs", {})
+    retries = {"mode": "standard", "total_max_attempts": 1}
+    return {"config_kwargs": {"retries": retries, "response_checksum_validation": "when_required", **configured}}
+
+
 def deadline_of(settings: DataConfig) -> float:
     """When a read that begins now is given up, on the monotonic clock."""
     return time.monotonic() + settings.total_timeout_s
@@ -118,7 +139,7 @@ async def with_retries(url: str, operation: Callable[[], Awaitable[T]], settings
     except MaskwrightError:
         raise
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and not is_passing(error):
+        if is_missing(error):
             raise
         if not is_passing(error):
             raise _unreachable(url, _said(error)) from error
@@ -147,7 +168,7 @@ async def exists(store: Store) -> bool:
     try:
         await store.fs._info(store.path)  # pyright: ignore[reportPrivateUsage]
     except FileNotFoundError as error:
-        if is_passing(error):
+        if not is_missing(error):
             raise
         return False
     return True
@@ -169,6 +190,11 @@ def is_passing(error: BaseException) -> bool:
     return isinstance(error, OSError | EOFError) or any(each.__name__ in _NETWORK_ERRORS for each in type(error).__mro__)
 
 
+def is_missing(error: BaseException) -> bool:
+    """Whether the store says that there is no such file."""
+    return isinstance(error, FileNotFoundError) and not is_passing(error) and http_status(error) in (None, *_GONE)
+
+
 def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of aiohttp, botocore, gcsfs or requests; None where there is none."""
     cause: BaseException | None = error
@@ -180,8 +206,29 @@ def http_status(error: BaseException) -> int | None:
             found = getattr(cause, "status", None) or getattr(cause, "code", None) or getattr(response, "status_code", None)
         if isinstance(found, int):
             return found
-        cause = cause.__cause__
+        cause = cause.__cause__ if isinstance(cause, OSError) else None  # as s3fs and fsspec wrap what they translate
     return None
+
+
+@contextmanager
+def store_errors(url: str) -> Generator[None]:
+    """Turn what a store fails with in the body into UnreachableError: for listings and writes, which are not retried."""
+    try:
+        yield
+    except (MaskwrightError, FileNotFoundError):
+        raise
+    except Exception as error:
+        if "://" in url and (is_passing(error) or isinstance(error, PermissionError) or http_status(error) is not None):
+            raise _unreachable(url, _said(error), "reach") from error
+        raise
+
+
+def ranges_ignored(url: str) -> UnreachableError:
+    """What a server is refused with that answers a request for a part of a file with the whole of it."""
+    return UnreachableError(
+        f"cannot read {url}: its server ignores requests for a range and sends the whole file",
+        "Serve it with one that answers them, or copy it here.",
+    )
 
 
 def _said(error: BaseException) -> str:
@@ -189,7 +236,7 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _unreachable(url: str, cause: str) -> UnreachableError:
+def _unreachable(url: str, cause: str, what: str = "read") -> UnreachableError:
     return UnreachableError(
-        f"cannot read {url}: {cause}", "Check the store, the network and the credentials; data.total_timeout_s says how long to try."
+        f"cannot {what} {url}: {cause}", "Check the store, the network and the credentials; data.total_timeout_s says how long to try."
     )

@@ -70,7 +70,9 @@ class RemoteFile(io.RawIOBase):
         if self._num_bytes is None and len(data) < stop - start:
             self._num_bytes = stop = start + len(data)  # the end is where the store has no more
         self._next = (stop, self._read(stop, self._stop(stop))) if self._num_bytes is not None and stop < self._num_bytes else None
-        if len(data) != stop - start:
+        if len(data) > stop - start:
+            raise remote.ranges_ignored(self._url)
+        if len(data) < stop - start:
             raise UnreachableError(
                 f"cannot read {self._url}: bytes {start} to {stop} were asked for, {len(data)} came",
                 "Check that the file does not change, and that its server answers requests for ranges.",

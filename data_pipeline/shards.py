@@ -94,6 +94,12 @@ def decode_block(data: bytes, shard: Location, number: int) -> Block:
         raise DataCorruptError(error.cause, error.remedy, shard.name, number) from error
 
 
+def holds_block(data: bytes, extent: BlockExtent) -> bool:
+    """Whether the bytes of a file hold the intact block in its place: what a server gives that ignores requests for a range."""
+    part = memoryview(data)[extent.offset : extent.offset + extent.num_bytes]
+    return len(data) > extent.num_bytes and find_damage(part, extent) is None
+
+
 def find_damage(data: bytes | memoryview, extent: BlockExtent) -> str | None:
     """How the bytes of a block differ from those that were written; None where they do not. `{key}` stands for the block."""
     if len(data) != extent.num_bytes:

@@ -10,6 +10,7 @@ from fsspec.core import url_to_fs
 from data_pipeline import python_docs
 from data_pipeline.config import CorpusConfig
 from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.remote import store_errors
 from data_pipeline.storage import Location
 
 PYTHON_DOCS = "python-docs"
@@ -78,13 +79,20 @@ def list_files(source: str) -> list[SourceFile]:
 
     Raises:
         NotFoundError: there is no such file or folder.
+        UnreachableError: its store does not answer, or refuses us.
         ConfigError: a format that cannot be read, or a folder without any readable file.
     """
     location = Location.at(source)
-    filesystem, root = url_to_fs(location.url)
-    if not filesystem.exists(root):
+    if not location.exists():
         raise NotFoundError(f"corpus.source {source} does not exist", "Check the path; relative paths start at the current folder.")
-    if filesystem.isfile(root):
+    with store_errors(location.url):
+        return _list(location, source)
+
+
+def _list(location: Location, source: str) -> list[SourceFile]:
+    filesystem, root = url_to_fs(location.url)
+    is_web_file = location.url.startswith(("http://", "https://")) and _format_of(location.name) is not None
+    if is_web_file or filesystem.isfile(root):  # fsspec takes a web server's passing failure for a folder
         return [_source_file(filesystem, root, location.name)]
     found: list[str] = sorted(filesystem.find(root))
     names = [path[len(root) :].lstrip("/") for path in found]

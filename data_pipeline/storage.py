@@ -100,9 +100,9 @@ class Location:
             return sorted(os.listdir(self.url)) if self.path.is_dir() else []
         fs, path = self.filesystem()
         fs.invalidate_cache(path)
-        if not fs.exists(path):
-            return []
-        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in fs.ls(path, detail=False))
+        with remote.store_errors(self.url):
+            entries: list[Any] = fs.ls(path, detail=False) if fs.exists(path) else []
+        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
 
     def read_bytes(self, settings: DataConfig | None = None) -> bytes:
         """The whole file; one in a store with the retries and time-outs of `settings`.
