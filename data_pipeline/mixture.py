@@ -75,16 +75,28 @@ class Mixture:
         if not (folder / MIXTURE).exists():
             return cls.of(CorpusIndex.open(folder, settings))
         parts = _read(folder / MIXTURE)
-        indexes = tuple(CorpusIndex.open(folder.parent / name, settings) for name in parts)
+        indexes = [CorpusIndex.open(folder.parent / name, settings) for name in parts]
         for index, (fingerprint, _) in zip(indexes, parts.values(), strict=True):
             if index.fingerprint != fingerprint:
                 raise DataCorruptError(f"{index.folder} is not the corpus that {folder / MIXTURE} names", "Run `maskwright prepare` again.")
+        return cls.join(indexes, [weight for _, weight in parts.values()])
+
+    @classmethod
+    def join(cls, indexes: Sequence[CorpusIndex], weights: Sequence[float]) -> "Mixture":
+        """Corpora that were opened.
+
+        Raises:
+            ConfigError: two are the same, or have different tokenizers.
+        """
+        for nth, index in enumerate(indexes):
+            if index.folder in [other.folder for other in indexes[:nth]]:
+                raise ConfigError(f"corpus {index.folder.name} is in the mixture twice", "Give it once, with the sum of the weights.")
             if index.vocabulary != indexes[0].vocabulary or index.tokenizer_digest != indexes[0].tokenizer_digest:
                 raise ConfigError(
                     f"corpora {indexes[0].folder.name} and {index.folder.name} have different tokenizers",
                     "Prepare both with the same tokenizer.path.",
                 )
-        return cls(indexes, tuple(weight for _, weight in parts.values()))
+        return cls(tuple(indexes), tuple(weights))
 
     @classmethod
     def of(cls, index: CorpusIndex) -> "Mixture":

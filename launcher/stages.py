@@ -1,32 +1,25 @@
 """The stages of a run: prepare, pretrain, export, finetune, report; each returns at once when its output is already there."""
 
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.storage import Location
+from launcher.corpora import is_prepared, prepare_corpora
 from launcher.job import Job, Outcome, Stage
 from launcher.retries import run_with_retries
 from launcher.run_status import committed_steps
-from trainer.config import RunConfig, TaskConfig
 from trainer.runlog import RunFolder
 
 PRETRAIN = "trainer.pretrain:pretrain"
 FINETUNE = "launcher.finetuning:finetune_tasks"
 MODEL_NAME = "final"
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 
 def _prepare(job: Job) -> Outcome:
     recorded = recorded_corpus(job.run)
-    if recorded is not None and job.resumed and (recorded / "corpus.json").exists():
+    if recorded is not None and job.resumed and is_prepared(recorded):
         return Outcome(str(recorded), worked=False)
-    prepared = prepare_corpus(job.config, job.ray.scratch, job.say)
+    prepared = prepare_corpora(job.config, job.ray.scratch, job.say)
     if recorded is not None and recorded.name != prepared.folder.name and committed_steps(job.run):
         raise ConfigError(
             f"run {job.config.name!r} was trained on corpus {recorded.name}, the sources now give {prepared.folder.name}",
@@ -34,45 +27,6 @@ def _prepare(job: Job) -> Outcome:
         )
     text = f"{prepared.folder}" if prepared.created else f"{prepared.folder} (already there)"
     return Outcome(text, worked=prepared.created or recorded != prepared.folder, details={"corpus": prepared.folder.url})
-
-
-def prepare_corpus(config: RunConfig, start_ray: Callable[[], object], say: Callable[[str], None]) -> Any:
-    """The prepared corpus of a configuration, compared with its tasks' test sets; Ray starts only if there is something to do in parallel."""
-    from data_pipeline.prepare import prepare
-
-    arguments = (config.corpus, config.tokenizer, config.batch.sequence_lengths, Location.at(config.storage))
-    return prepare(*arguments, ExecutorOnDemand(start_ray), lambda text: say(f"  {text}"), test_texts=lambda: held_out_texts(config))
-
-
-def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
-    """The texts of the test sets of a run's tasks, by the names of the tasks."""
-    from data_pipeline.python_docs import fingerprint
-    from trainer.tasks import PYTHON_DOCS, read_test_texts
-
-    def texts_of(task: TaskConfig, scratch: str) -> list[str]:
-        storage = Location.at(config.storage)
-        if task.path != PYTHON_DOCS or not storage.is_local:
-            return read_test_texts(task, scratch)
-        return read_test_texts(task, (storage / "corpora" / ".cache" / f"python-docs-task-{fingerprint()[:12]}").path)
-
-    with tempfile.TemporaryDirectory() as scratch:
-        return {task.name: texts_of(task, scratch) for task in config.finetune.tasks}
-
-
-@dataclass(frozen=True)
-class ExecutorOnDemand:
-    """`data_pipeline.executor.Executor` on Ray, which is started for the first work of more than one item."""
-
-    start_ray: Callable[[], object]
-
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
-        """See `Executor.map`. A single item would wait for Ray longer than it takes."""
-        if len(items) <= 1:
-            return map(function, items)
-        self.start_ray()
-        from launcher.ray_data import RayExecutor
-
-        return RayExecutor(os.getcwd()).map(function, items)
 
 
 def recorded_corpus(run: RunFolder) -> Location | None:

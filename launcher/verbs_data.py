@@ -5,7 +5,7 @@ import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,10 @@ from data_pipeline.storage import Location
 from launcher.config import example_configs, json_schema, load_cluster_config, load_run_config
 from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, next_command, print_json, print_table, say
 from trainer.config import RunConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.prepare import Prepared
+    from launcher.corpora import PreparedCorpora
 
 
 def init(
@@ -64,13 +68,23 @@ def prepare(config: ConfigArgument, overrides: Set = None, storage: Storage = No
     run_config = load_run_config(config, overrides or (), storage)
     prepared = _prepare(run_config, load_cluster_config(cluster or "local"), quiet=as_json)
     if as_json:
-        print_json({"folder": prepared.folder.url, "created": prepared.created, **prepared.summary})
+        print_json({"folder": prepared.folder.url, "created": prepared.created, **_summary(prepared)})
         return
-    _show(prepared)
+    for part in prepared.parts:
+        _show(part)
+    if len(prepared.parts) > 1:
+        say(f"\n{prepared.folder}")
     next_command(f"maskwright inspect {config} --step 0", f"maskwright run {config}")
 
 
-def _show(prepared: Any) -> None:
+def _summary(prepared: "PreparedCorpora") -> dict[str, Any]:
+    """Of a corpus its counts; of a mixture `corpora`, those of each."""
+    if len(prepared.parts) == 1:
+        return prepared.parts[0].summary
+    return {"corpora": [{"folder": part.folder.url, "created": part.created, **part.summary} for part in prepared.parts]}
+
+
+def _show(prepared: "Prepared") -> None:
     """Where the corpus is, what each step did to its documents and what that cost, what is left, and what it shares with the tasks."""
     from data_pipeline.contamination import reported_tasks
     from launcher.preparation_table import contamination_rows, split_rows, step_rows
@@ -85,14 +99,14 @@ def _show(prepared: Any) -> None:
         print_table(("task", "documents that share 13 words with its test set", "test texts found", "of"), contamination_rows(tasks))
 
 
-def _prepare(config: RunConfig, cluster: Any, *, quiet: bool) -> Any:
+def _prepare(config: RunConfig, cluster: Any, *, quiet: bool) -> "PreparedCorpora":
     from launcher.clusters.local import local_cluster, resolve_workers, this_machine
-    from launcher.stages import prepare_corpus
+    from launcher.corpora import prepare_corpora
 
     machine = this_machine()
     with ExitStack() as stack:
         start_ray = functools.cache(lambda: stack.enter_context(local_cluster(cluster, resolve_workers(cluster, machine), machine)))
-        return prepare_corpus(config, start_ray, say=(lambda text: None) if quiet else say)
+        return prepare_corpora(config, start_ray, say=(lambda text: None) if quiet else say)
 
 
 def inspect(
@@ -109,17 +123,13 @@ def inspect(
 
     Example: maskwright inspect my.yaml --step 1000 --world-size 8 --json
     """
-    from data_pipeline.index import CorpusIndex
     from data_pipeline.inspection import inspect_steps
-    from data_pipeline.prepare import find_prepared
     from data_pipeline.stream import MicroBatchStream
-    from launcher.stages import held_out_texts
+    from launcher.corpora import open_corpora
 
     run_config = load_run_config(config, overrides or (), storage)
     _check_range(run_config, step, steps, world_size, rank)
-    arguments = (run_config.corpus, run_config.tokenizer, run_config.batch.sequence_lengths, Location.at(run_config.storage))
-    folder = find_prepared(*arguments, test_texts=lambda: held_out_texts(run_config))
-    stream = MicroBatchStream(CorpusIndex.open(folder), run_config.objective, run_config.phases, run_config.seed, split="train")
+    stream = MicroBatchStream(open_corpora(run_config), run_config.objective, run_config.phases, run_config.seed, packing=run_config.batch.packing)
     found = inspect_steps(stream, run_config.phases, step, steps, world_size, rank)
     if as_json:
         for batch in found:
