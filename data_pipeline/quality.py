@@ -49,12 +49,11 @@ class Measured:
     @property
     def alphabetic_words(self) -> float:
         """Share of words with at least one letter."""
-        return _share(sum(any(map(str.isalpha, word)) for word in self.words), len(self.words))
+        return _share(sum(word.isalpha() or any(map(str.isalpha, word)) for word in self.words), len(self.words))
 
-    @property
-    def num_stop_words(self) -> int:
-        """Occurrences of English stop words, counted no further than needed by any sensible threshold."""
-        return sum(1 for _ in islice((word for word in self.words if word.lower() in STOP_WORDS), 1000))
+    def num_stop_words(self, enough: int) -> int:
+        """Occurrences of English stop words, counted up to `enough`."""
+        return sum(1 for _ in islice((word for word in self.words if word.lower() in STOP_WORDS), enough))
 
     @property
     def bullet_lines(self) -> float:
@@ -69,10 +68,11 @@ class Measured:
     def top_ngram(self, n: int) -> float:
         """Share of the words' characters in the most frequent n-gram; zero when none occurs twice."""
         counts = Counter(zip(*(self.words[start:] for start in range(n)), strict=False))
-        if not counts:
+        most = max(counts.values(), default=0)
+        if most < 2:
             return 0.0
-        words, count = max(counts.items(), key=lambda item: (item[1], sum(map(len, item[0]))))
-        return _share(count * sum(map(len, words)), sum(map(len, self.words))) if count > 1 else 0.0
+        longest = max(sum(map(len, words)) for words, count in counts.items() if count == most)
+        return _share(most * longest, sum(map(len, self.words)))
 
 
 def repeated(parts: Sequence[str]) -> tuple[float, float]:
@@ -99,7 +99,7 @@ RULES: dict[str, _Rule] = {
     "mean_word_length": lambda m, c: _outside(m.mean_word_length, c.min_mean_word_length, c.max_mean_word_length),
     "symbol_word_ratio": lambda m, c: _outside(m.symbol_word_ratio, None, c.max_symbol_word_ratio),
     "alphabetic_words": lambda m, c: _outside(m.alphabetic_words, c.min_alphabetic_words),
-    "stop_words": lambda m, c: _outside(m.num_stop_words, c.min_stop_words),
+    "stop_words": lambda m, c: _outside(m.num_stop_words(c.min_stop_words or 0), c.min_stop_words),
     "bullet_lines": lambda m, c: _outside(m.bullet_lines, None, c.max_bullet_lines),
     "ellipsis_lines": lambda m, c: _outside(m.ellipsis_lines, None, c.max_ellipsis_lines),
     "repeated_lines": lambda m, c: _repeats(m.lines, c.max_repeated_lines, c.max_repeated_line_characters),
