@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import MaskwrightError
+from data_pipeline.mixture import MIXTURE
 from data_pipeline.storage import Location
 from launcher.report_figures import attempt_starts, line_figure, mlm_figure, nsp_figure
 from launcher.scores import SYSTEMS, spread, validation_verdict, verdict
@@ -139,6 +140,9 @@ def _pictures(metrics: list[dict[str, Any]], validations: list[dict[str, Any]]) 
 def _data(events: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """What went in, from corpus.json; empty when there is no corpus yet or it is gone."""
     folder = next((event["corpus"] for event in reversed(events) if event["kind"] == "stage_finished" and event.get("corpus")), None)
+    if folder is not None and (Location(folder) / MIXTURE).exists():
+        parts: list[dict[str, Any]] = (Location(folder) / MIXTURE).read_json()["corpora"]
+        return [("mixture", Location(folder).name), *((str(part["corpus"]), f"weight {part['weight']:g}") for part in parts)]
     if folder is None or not (Location(folder) / "corpus.json").exists():
         return []
     corpus: dict[str, Any] = (Location(folder) / "corpus.json").read_json()

@@ -151,6 +151,33 @@ def test_stop_ends_the_run(flags: list[str], saved: bool, folder: Path) -> None:
     assert maskwright("status", name, "--storage", "storage", "--exit-code", folder=folder)[0] == 75
 
 
+def test_pretraining_continues_from_an_export_on_a_mixture_of_corpora_in_packed_rows(finished: tuple[Path, str], folder: Path) -> None:
+    """A whole run from the exported model, with its tokenizer: its first loss is near the last one of the run before."""
+    export = "storage/tiny/models/final"
+    parts = [{"weight": weight, "corpus": {"source": name, "validation_fraction": 0.1}} for name, weight in (("first.jsonl", 3), ("second.jsonl", 1))]
+    write_run(
+        folder / "continued",
+        corpus={},
+        mixture=[{**part, "corpus": {**part["corpus"], "source": f"../{part['corpus']['source']}"}} for part in parts],
+        name="continued",
+        storage="../storage",
+        tokenizer={"path": f"../{export}"},
+        model={"init_from": f"../{export}"},
+        objective={"mask_unit": "whole_word", "sentence_objective": "sop"},
+        batch={"global_batch_size": 32, "micro_batch_size": 8, "sequence_length": 64, "packing": "rows"},
+        schedule={"steps": 10, "warmup_steps": 2},
+    )
+    code, output = maskwright("run", "run.yaml", *ON_CLUSTER, folder=folder / "continued")
+    assert code == 0, output
+    run = folder / "storage/continued"
+    losses, earlier = ([json.loads(line)["mlm_loss"] for line in (each / "metrics.jsonl").read_text().splitlines()] for each in (run, finished[0]))
+    assert losses[0] < (earlier[0] + earlier[-1]) / 2
+    lineage = json.loads((run / "models/final/lineage.json").read_text())
+    assert lineage["tokenizer_digest"] == json.loads((finished[0] / "models/final/lineage.json").read_text())["tokenizer_digest"]
+    assert Path(next(event["corpus"] for event in events(run) if "corpus" in event)).name.startswith("mixture-")
+    assert "mixture" in (run / "report.html").read_text()
+
+
 @pytest.mark.full
 def test_divergence_is_not_retried(folder: Path) -> None:
     settings = ["--set", "name=diverged", "--set", "optimizer.lr=1e30", "--set", "precision=fp32"]

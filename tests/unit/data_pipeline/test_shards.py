@@ -3,6 +3,8 @@
 import io
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -151,3 +153,18 @@ def test_a_pipe_is_a_file_name(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(DataCorruptError, match="is missing"):
         index.read_block(index.blocks("train")[0])
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_lines_of_the_readme_read_a_corpus_with_stock_webdataset(tiny_corpus: Prepared, tmp_path: Path) -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    start = text.index("    import io, json, pathlib, sys")
+    code = "".join(line.removeprefix("    ") for line in text[start : text.index("\n## ", start)].splitlines(keepends=True))
+    (tmp_path / "read.py").write_text(code)
+    assert len([line for line in code.splitlines() if line]) <= 12
+    printed = subprocess.run(
+        [sys.executable, "read.py", tiny_corpus.folder.url], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    counts = CorpusIndex.open(tiny_corpus.folder).manifest["counts"]
+    documents = printed.stdout.splitlines()
+    assert len(documents) == counts["train_documents"] + counts["validation_documents"]
+    assert len(set(documents)) > 0.9 * len(documents)
