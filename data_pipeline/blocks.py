@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.chunks import cut_chunks
+from data_pipeline.chunks import IntArray, cut_chunks
 from data_pipeline.encoding import EncodedDocuments, Encoder
 from data_pipeline.index import record_dtype
 from data_pipeline.partitions import Job, Receipt, batches, kept_documents
@@ -58,7 +58,7 @@ def _write_split(job: Job, shard: str, encoder: Encoder, texts: list[str], watch
     if not num_documents:
         return result
     with watch("blocks"):
-        blocks = list(_blocks(encoded, job.block_tokens))
+        blocks = list(cut_blocks(encoded, job.block_tokens))
         chunks = [[cut_chunks(block.sentence_ends, block.document_ends, length) for length in job.sequence_lengths] for block in blocks]
         result["pairs"] = np.sum([[np.count_nonzero(each.stop_piece - each.first_piece > 1) for each in row] for row in chunks], axis=0).tolist()
         token_counts = np.bincount(encoded.ids, minlength=encoder.vocabulary_size)
@@ -84,10 +84,14 @@ def _encode(encoder: Encoder, texts: list[str], watch: Stopwatch) -> EncodedDocu
     return EncodedDocuments(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(EncodedDocuments)))
 
 
-def _blocks(encoded: EncodedDocuments, block_tokens: int) -> Iterator[Block]:
-    """Whole documents until a block holds `block_tokens`; a block is exceeded by at most its last document."""
-    document_ends = np.cumsum(encoded.document_lengths)
+def cut_blocks(encoded: EncodedDocuments, block_tokens: int) -> Iterator[Block]:
+    """Whole documents until a block holds `block_tokens`; a block is exceeded by at most its last document.
+
+    A document longer than a block is cut at sentence ends into parts, which count as documents from here on: blocks of nearly one size keep
+    memory bounded and micro-batches of equal numbers of tokens.
+    """
     token_ends = np.concatenate([[0], np.cumsum(encoded.sentence_lengths)])
+    document_ends = _part_ends(encoded.document_lengths, token_ends, block_tokens)
     tokens = np.concatenate([[0], token_ends[document_ends]])  # before each document
     sentences = np.concatenate([[0], document_ends])
     start = 0
@@ -99,6 +103,16 @@ def _blocks(encoded: EncodedDocuments, block_tokens: int) -> Iterator[Block]:
             (document_ends[start:stop] - sentences[start]).astype("<u4"),
         )
         start = stop
+
+
+def _part_ends(document_lengths: IntArray, token_ends: IntArray, part_tokens: int) -> IntArray:
+    """Cumulative sentences at the end of each document, or of each part where a document has more than `part_tokens`."""
+    first_sentence = np.cumsum(document_lengths) - document_lengths
+    document = np.repeat(np.arange(len(document_lengths)), document_lengths)
+    part = (token_ends[:-1] - token_ends[first_sentence][document]) // part_tokens
+    is_last = np.ones(len(document), dtype=np.bool_)
+    is_last[:-1] = (np.diff(document) > 0) | (np.diff(part) > 0)
+    return np.flatnonzero(is_last) + 1
 
 
 def _arrays_to_bytes(*arrays: NDArray[Any]) -> bytes:

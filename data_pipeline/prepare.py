@@ -38,7 +38,7 @@ Progress = Callable[[str], None]
 TestTexts = Mapping[str, Sequence[str]]
 """The texts of the test set of each task, by the task's name."""
 
-_RULES_VERSION = 3
+_RULES_VERSION = 4
 """Raise it when this module, partitions, selection, blocks, chunks or shards change what they write."""
 _BYTES_PER_TOKEN = 4
 _NUM_BLOCKS = 4096
