@@ -56,9 +56,7 @@ def make_corpus(options: Options) -> BenchCorpus:
     folder = CACHE / "documents" / prepared.folder.name
     if not (folder / ABOUT).exists():
         options.progress("documents for the peers")
-        rmtree(folder, ignore_errors=True)
-        copytree(index.tokenizer_folder, folder / TOKENIZER)
-        write_documents(folder, _documents(index), asdict(index.vocabulary))
+        write_neutral(index, folder)
     counts = prepared.summary
     description = {
         "name": Path(options.corpus).name,
@@ -68,6 +66,13 @@ def make_corpus(options: Options) -> BenchCorpus:
         "digest": hashlib.sha256(index.fingerprint.encode()).hexdigest()[:12],
     }
     return BenchCorpus(prepared.folder.url, str(folder), description)
+
+
+def write_neutral(index: CorpusIndex, folder: Path) -> None:
+    """Write the training documents of a corpus, its vocabulary and its tokenizer in the neutral form."""
+    rmtree(folder, ignore_errors=True)
+    copytree(index.tokenizer_folder, folder / TOKENIZER)
+    write_documents(folder, _documents(index), asdict(index.vocabulary))
 
 
 def peer_data(peer: Peer, variant: str, corpus: BenchCorpus, progress: Callable[[str], None]) -> str:

@@ -41,7 +41,7 @@ def replace_table(readme: str, table: str) -> str:
 def _row(record: Record) -> str:
     unit = record["unit"]
     peer = f"{number(record['peer'])} {unit} ({record['peer_version']})" if record["peer"] is not None else record["peer_version"] or ""
-    ratio = f"{number(record['ratio'])} ×" if record["ratio"] is not None else ""
+    ratio = f"{number(record['ratio'])} ×" if record["ratio"] else ""  # of nothing to something there is none to speak of
     met = "yes" if record["met"] else "**no**"
     return f"| {record['claim']} | {number(record['ours'])} {unit} | {peer} | {ratio} | {record['goal']} | {met} |"
 
