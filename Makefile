@@ -45,7 +45,7 @@ test-full: check  ## The same with every sweep
 	@$(BIN)/python -m pytest --durations=30
 
 bench: setup  ## Measure every claim, or BENCH=name; SHORT=1 to try, CORPUS=path, RESULTS=1 to keep the results
-	@$(BIN)/python -m benchmarks $(BENCH) $(if $(SHORT),--short) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(RESULTS),--results)
+	@$(BIN)/python -m benchmarks $(BENCH) $(if $(SHORT),--short) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(RUNS),--runs $(RUNS)) $(if $(RESULTS),--results)
 
 bench-table: setup  ## Make the README's table from the committed results
 	@$(BIN)/python -m benchmarks.table
