@@ -1,5 +1,8 @@
-"""(b) Finished training batches by second on one core: read, pair, mask, pack, tensors; the peers once with the Hugging Face collator and once
-with our masking."""
+"""(b) Finished training batches by second on one core: read, pair, mask, pack, tensors.
+
+The peers read in order, each once with the Hugging Face collator and once with our pairing, masking and packing; ours reads in the order of an
+epoch, shuffled, and checks every block.
+"""
 
 import sys
 from collections.abc import Sequence

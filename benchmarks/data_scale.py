@@ -1,4 +1,7 @@
-"""1,024 ranks and ten trillion tokens on this machine: what a rank pays to open the corpus, to take its position, and to read a step."""
+"""1,024 ranks and ten trillion tokens on this machine: what a rank pays to open the corpus, to take its position, and to read a step.
+
+The index has its full size and is read from the page cache; a few real blocks stand for all the others (`synthetic.py`).
+"""
 
 import shutil
 import sys
