@@ -246,15 +246,18 @@ class BatchConfig(Section):
         return phase.global_batch_size or self.global_batch_size, phase.micro_batch_size or self.micro_batch_size
 
     def phases_until(self, num_steps: int) -> tuple[Phase, ...]:
-        """Resolve the phases of a run of `num_steps` optimizer steps. Phases that start later are left out."""
+        """Resolve the phases of a run of `num_steps` optimizer steps. Phases that start later are left out, but their batches count towards the
+        lanes of their series: a run that is given more steps keeps the order of its data."""
         first = PhaseConfig.model_construct(from_step=0, sequence_length=None, global_batch_size=None, micro_batch_size=None)
-        planned = [first, *(phase for phase in self.phases if phase.from_step < num_steps)]
-        ends = [phase.from_step for phase in planned[1:]] + [num_steps]
+        planned = [first, *self.phases]
+        ends = [min(phase.from_step, num_steps) for phase in planned[1:]] + [num_steps]
         resolved: list[Phase] = []
         first_micro_batch = 0
         for series_number, shapes in enumerate(self._series(planned)):
             series_first, num_lanes = first_micro_batch, max(total // micro for _, _, total, micro in shapes)
             for phase, length, total, micro in shapes:
+                if phase.from_step >= num_steps:
+                    return tuple(resolved)
                 num_phase_steps, num_micro_batches = ends[len(resolved)] - phase.from_step, total // micro
                 resolved.append(
                     Phase(

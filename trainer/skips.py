@@ -25,12 +25,12 @@ def with_skipped(state: TrainState, blocks: "Sequence[SkippedBlock]", budget: in
     """The state that remembers `blocks`; pure.
 
     Raises:
-        DataCorruptError: they are more than the run may skip.
+        DataCorruptError: with them there are more than the run may skip.
     """
     after = replace(state, skipped_blocks=(*state.skipped_blocks, *(block.name for block in blocks)))
-    if len(after.skipped_blocks) > budget:
+    if blocks and len(after.skipped_blocks) > budget:
         raise DataCorruptError(
             f"{len(after.skipped_blocks)} damaged blocks, data.skip_budget is {budget}; the last: {blocks[-1].cause}",
-            "`maskwright verify CORPUS` lists all damage. Restore the corpus, or allow more with --set data.skip_budget=N.",
+            "Restore the corpus from a copy, or allow more with --set data.skip_budget=N.",
         )
     return after

@@ -196,6 +196,21 @@ def test_a_batch_size_warm_up_continues_the_epoch_another_length_does_not() -> N
     assert numbers == list(range(26))
 
 
+@given(st.integers(1, 40))
+def test_a_longer_schedule_changes_no_micro_batch(num_steps: int) -> None:
+    """A run may be given more steps: what it has read so far must not depend on phases that lay behind its end."""
+    later = (
+        PhaseConfig(from_step=5, global_batch_size=8),
+        PhaseConfig(from_step=9, global_batch_size=12),
+        PhaseConfig(from_step=15, sequence_length=64),
+        PhaseConfig(from_step=30, sequence_length=64, global_batch_size=16),
+    )
+    batch = BatchConfig(global_batch_size=4, micro_batch_size=2, sequence_length=32, phases=later)
+    whole, cut = batch.phases_until(40), batch.phases_until(num_steps)
+    assert [phase.model_copy(update={"num_steps": 0}) for phase in cut] == [phase.model_copy(update={"num_steps": 0}) for phase in whole[: len(cut)]]
+    assert sum(phase.num_steps for phase in cut) == num_steps
+
+
 def test_steps_of_phases() -> None:
     batch = BatchConfig(
         global_batch_size=8, micro_batch_size=2, sequence_length=32, phases=(PhaseConfig(from_step=3, sequence_length=64, global_batch_size=4),)

@@ -20,6 +20,13 @@ def test_skipped_blocks_are_remembered_up_to_the_budget() -> None:
         with_skipped(state, [_block(7), _block(8)], budget=3)
 
 
+def test_a_budget_that_was_lowered_ends_the_run_at_the_next_block() -> None:
+    state = with_skipped(TrainState(step=3), [_block(1), _block(5)], budget=3)
+    assert with_skipped(state, [], budget=1) == state
+    with pytest.raises(DataCorruptError, match=r"3 damaged blocks, data\.skip_budget is 1; the last: block 7 is damaged"):
+        with_skipped(state, [_block(7)], budget=1)
+
+
 def test_a_state_of_an_older_release_has_skipped_none() -> None:
     value = TrainState(step=3).to_json()
     del value["skipped_blocks"]
