@@ -21,6 +21,11 @@ _NAME = re.compile(r"[0-9a-f]{16,}|\.[0-9a-f]{16,}\.[0-9a-f]{8}\.tmp")
 _log = logging.getLogger(__name__)
 
 
+def default_folder() -> str:
+    """Where the copies of a node lie unless `data.cache_dir` says otherwise."""
+    return f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/maskwright"
+
+
 @dataclass(frozen=True)
 class BlockCache:
     """Files named by digests of their contents. Trouble with the folder (full, locked, unwritable) costs speed and never stops a read."""
@@ -31,12 +36,14 @@ class BlockCache:
     @classmethod
     def of(cls, settings: DataConfig) -> "BlockCache":
         """The cache that the settings describe."""
-        folder = settings.cache_dir or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/maskwright"
+        folder = settings.cache_dir or default_folder()
         return cls(Path(folder).expanduser().absolute() / "blocks", settings.cache_bytes)
 
     def get(self, key: str, is_intact: Callable[[bytes], bool]) -> bytes | None:
         """What is kept under `key`; None when it is not there, or was damaged (and is removed)."""
-        path = self._path(key)
+        path = self.path(key)
+        if path is None:
+            return None
         try:
             data = path.read_bytes()
             if not is_intact(data):
@@ -51,7 +58,7 @@ class BlockCache:
     def path(self, key: str) -> Path | None:
         """Where the file of `key` is kept, to be mapped into memory; an eviction does not disturb a mapping."""
         path = self._path(key)
-        return path if path.is_file() else None
+        return path if self.max_bytes and path.is_file() else None
 
     def put(self, key: str, data: bytes) -> None:
         """Keep `data`, and make room for it first. A reader sees the whole file or none."""

@@ -77,15 +77,16 @@ class CorpusIndex:
         settings = settings or DataConfig()
         path = folder / MANIFEST
         try:
-            data, manifest = read_intact(path, settings, partial(_parse, path))
+            data, manifest = read_intact(path, settings, partial(parse_manifest, path))
         except NotFoundError as error:
             raise NotFoundError(f"{folder} holds no prepared corpus", "Run `maskwright prepare CONFIG`.") from error
-        records = _open_records(folder, manifest, settings)
+        records = open_records(folder, manifest, settings)
         if settings.on_damage == "fail":
             _check_shards(folder, manifest)
         index = cls(folder, manifest, hashlib.sha256(data).hexdigest(), records, settings)
         if folder.is_local:
-            _check_tokenizer(folder, manifest)
+            for problem in tokenizer_problems(folder, manifest, settings):
+                raise DataCorruptError(problem, _REMEDY)
         else:
             _ = index.tokenizer_folder  # a verified copy
         return index
@@ -189,7 +190,12 @@ def _canonical(manifest: dict[str, Any]) -> bytes:
     return (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _parse(path: Location, data: bytes) -> dict[str, Any]:
+def parse_manifest(path: Location, data: bytes) -> dict[str, Any]:
+    """The contents of corpus.json.
+
+    Raises:
+        DataCorruptError: it is damaged, or was written by a newer release.
+    """
     try:
         manifest: dict[str, Any] = json.loads(data)
         version = int(manifest["format_version"])
@@ -202,7 +208,8 @@ def _parse(path: Location, data: bytes) -> dict[str, Any]:
     return manifest
 
 
-def _open_records(folder: Location, manifest: dict[str, Any], settings: DataConfig) -> NDArray[np.void]:
+def open_records(folder: Location, manifest: dict[str, Any], settings: DataConfig) -> NDArray[np.void]:
+    """The records of index.bin. Raises DataCorruptError where it is not the file that corpus.json names by digest."""
     path, digest = folder / INDEX, str(manifest["digests"]["index"])
     dtype = record_dtype(len(manifest["sequence_lengths"]))
     try:
@@ -232,11 +239,18 @@ def _check_shards(folder: Location, manifest: dict[str, Any]) -> None:
             raise DataCorruptError(f"{path} {said}; {MANIFEST} says {shard['bytes']} bytes", _REMEDY, shard["name"])
 
 
-def _check_tokenizer(folder: Location, manifest: dict[str, Any]) -> None:
+def tokenizer_problems(folder: Location, manifest: dict[str, Any], settings: DataConfig) -> list[str]:
+    """Files of the tokenizer that are not what corpus.json names by digest. Of a corpus in a store, which may not list, those it names are read."""
     path = folder / TOKENIZER
     expected: dict[str, str] = manifest["digests"].get("tokenizer_files", {})
-    found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in path.children() if not name.startswith(".")}
-    for name in sorted({*expected, *found}):
-        if found.get(name) != expected.get(name):
-            said = "is missing" if name not in found else f"is not in {MANIFEST}" if name not in expected else f"has not the digest in {MANIFEST}"
-            raise DataCorruptError(f"{path / name} {said}", _REMEDY)
+    present = [name for name in path.children() if not name.startswith(".")] if folder.is_local else list(expected)
+    problems: list[str] = []
+    for name in sorted({*expected, *present}):
+        try:
+            found = hashlib.sha256((path / name).read_bytes(settings)).hexdigest()
+        except NotFoundError:
+            problems.append(f"{path / name} is missing")
+            continue
+        if found != expected.get(name):
+            problems.append(f"{path / name} {'has not the digest in' if name in expected else 'is not in'} {MANIFEST}")
+    return problems

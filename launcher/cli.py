@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import typer
 
 from data_pipeline.errors import ExitCode, MaskwrightError
-from launcher import verbs_data, verbs_model, verbs_run
+from launcher import verbs_data, verbs_model, verbs_run, verbs_verify
 
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 """For the libraries that verbs import: the launcher says itself what happens."""
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _module in (verbs_data, verbs_run, verbs_model):
+for _module in (verbs_data, verbs_run, verbs_model, verbs_verify):
     for _verb in _module.VERBS:
         app.command(_verb.__name__.rstrip("_"))(_verb)
 

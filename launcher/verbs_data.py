@@ -1,4 +1,4 @@
-"""Verbs about configurations and data: init, schema, prepare, inspect, verify."""
+"""Verbs about configurations and data: init, schema, prepare, inspect."""
 
 import functools
 import json
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from data_pipeline.errors import ConflictError, DataCorruptError, NoCheckpointError, NotFoundError, UsageError
+from data_pipeline.errors import ConflictError, UsageError
 from data_pipeline.storage import Location
 from launcher.config import example_configs, json_schema, load_cluster_config, load_run_config
 from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, next_command, print_json, print_table, say
@@ -148,31 +148,4 @@ def _check_range(config: RunConfig, step: int, steps: int, world_size: int, rank
         raise UsageError(f"--rank {rank}: --world-size {world_size} has ranks 0 to {world_size - 1}", "Raise --world-size or lower --rank.")
 
 
-def verify(
-    path: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder of a checkpoint, such as runs/demo/checkpoints/step-00001000.")],
-    as_json: Json = False,
-) -> None:
-    """Re-hash a checkpoint; exit code 13 when it is damaged.
-
-    Example: maskwright verify runs/demo/checkpoints/step-00001000
-    """
-    from trainer.manifest import MANIFEST
-
-    folder = Location.at(path)
-    if not folder.exists():
-        raise NotFoundError(f"{folder} does not exist", "Give the folder of a checkpoint.")
-    if not (folder / MANIFEST).exists():
-        raise DataCorruptError(f"{folder} has no {MANIFEST}: it is not a committed checkpoint", "Give the folder of a committed checkpoint.")
-    from trainer.checkpoint import verify as verify_checkpoint
-
-    problems = [str(problem) for problem in verify_checkpoint(folder.path)]
-    if as_json:
-        print_json({"path": folder.url, "intact": not problems, "problems": problems})
-    if problems:
-        raise NoCheckpointError(f"{folder} is damaged: {'; '.join(problems)}", "Resume the run: it falls back to the checkpoint before, by itself.")
-    if not as_json:
-        say(f"{folder} is intact")
-        next_command(f"maskwright export {folder.parent.parent}")
-
-
-VERBS = (init, prepare, inspect, schema, verify)
+VERBS = (init, prepare, inspect, schema)

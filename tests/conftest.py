@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,15 @@ from data_pipeline.storage import Location
 from tests.support.text import write_texts
 
 TINY_LENGTHS = (32, 64)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests leave nothing in the user's cache and find nothing there."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_pipeline.block_cache.default_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
-from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError
+from data_pipeline.errors import ConfigError, MaskwrightError, NoCheckpointError, NotFoundError
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location, storage_errors, sync_folder
 from trainer.checkpoint import Checkpoint, list_checkpoints, verify
@@ -26,9 +26,7 @@ from trainer.model import PretrainingBert
 from trainer.model_card import CardFacts, render_model_card
 from trainer.quiet import quiet_transformers
 from trainer.runlog import RunFolder
-
-FORMAT_VERSION = 1
-LINEAGE = "lineage.json"
+from trainer.verification import LINEAGE, LINEAGE_VERSION, read_lineage
 
 
 def export(run: RunFolder, config: RunConfig, corpus: Location, step: int | None = None, name: str = "final") -> Location:
@@ -71,20 +69,8 @@ def verify_model(folder: Path) -> list[Problem]:
         NotFoundError: there is no exported model.
         EnvironmentMismatchError: a newer release wrote it.
     """
-    path = folder / LINEAGE
-    if not path.exists():
-        raise NotFoundError(f"{folder} is not an exported model: it has no {LINEAGE}", "Run `maskwright export` or check the path.")
-    try:
-        lineage: Any = json.loads(path.read_bytes())
-        if lineage["format_version"] > FORMAT_VERSION:
-            raise EnvironmentMismatchError(
-                f"{path} has format_version {lineage['format_version']}; this release reads up to {FORMAT_VERSION}",
-                "Upgrade maskwright to the release that wrote it, or newer.",
-            )
-        files = {name: FileDigest(**file) for name, file in lineage["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [Problem(LINEAGE, f"damaged: {error}")]
-    return check_files(folder, files, files)
+    files = read_lineage(Location.at(folder))
+    return [files] if isinstance(files, Problem) else check_files(folder, files, files)
 
 
 def _choose(run: RunFolder, step: int | None) -> Checkpoint:
@@ -121,7 +107,7 @@ def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpo
         path.chmod((partial / "README.md").stat().st_mode)  # safetensors makes its file readable for nobody else
         fsync_file(path)
     lineage = {
-        "format_version": FORMAT_VERSION,
+        "format_version": LINEAGE_VERSION,
         "run": run.root.name,
         "step": checkpoint.step,
         "attempt": checkpoint.manifest.attempt,

@@ -235,7 +235,7 @@ def test_verify_a_checkpoint(made: RunFolder, capsys: pytest.CaptureFixture[str]
     folder = made.checkpoints.path / "step-00000005"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text("{}")
-    assert invoke("verify", str(folder)) == ExitCode.DATA_CORRUPT
+    assert invoke("verify", str(folder)) == ExitCode.NO_CHECKPOINT
     capsys.readouterr()
     manifest = Manifest(
         attempt=1,
