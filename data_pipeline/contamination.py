@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.hashing import UInt64Array
-from data_pipeline.ngrams import WordHashes, ngram_hashes
+from data_pipeline.ngrams import ngram_hashes, word_hashes
 from data_pipeline.storage import Location
 
 NGRAM = 13
@@ -39,12 +39,11 @@ class HeldOut:
     @classmethod
     def of(cls, texts: Mapping[str, Sequence[str]]) -> Self:
         """The n-grams of the texts of each task, tasks in the order of their names."""
-        words = WordHashes()
         found = [
             (int(ngram), task, text)
             for task, name in enumerate(sorted(texts))
-            for text, content in enumerate(texts[name])
-            for ngram in set(ngram_hashes(words.of(content), NGRAM).tolist())
+            for text, words in enumerate(word_hashes(texts[name]))
+            for ngram in set(ngram_hashes(words, NGRAM).tolist())
         ]
         ngrams, number = np.unique(np.array([ngram for ngram, _, _ in found], dtype=np.uint64), return_inverse=True)
         where = np.array([(0, task, text) for _, task, text in found], dtype=np.int64).reshape(-1, 3)

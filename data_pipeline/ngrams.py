@@ -2,32 +2,23 @@
 
 import hashlib
 import re
-from itertools import chain
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.hashing import UInt64Array, mix64
+from data_pipeline.word_memory import Runs, WordMemory
 
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]+")
 """Letters and digits; in scripts that write no spaces, each character. Punctuation is left out."""
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_MAX_WORDS = 1 << 18
 
 
-class WordHashes(dict[str, tuple[int, ...]]):
-    """Remembers the hashes of the words in a piece of text without white space: natural text repeats itself."""
-
-    def __missing__(self, piece: str) -> tuple[int, ...]:
-        if len(self) >= _MAX_WORDS:
-            self.clear()
-        hashes = tuple(_hash(word) for word in _WORD.findall(piece.lower()))
-        self[piece] = hashes
-        return hashes
-
-    def of(self, text: str) -> UInt64Array:
-        """Hashes of the lower-cased words of a text, without punctuation, in order."""
-        return np.fromiter(chain.from_iterable(map(self.__getitem__, text.split())), dtype=np.uint64)
+def word_hashes(texts: Sequence[str]) -> list[UInt64Array]:
+    """Hashes of the lower-cased words of each text, without punctuation, in order."""
+    hashes, lengths = _MEMORY.of_texts([text.replace("\n", " ") for text in texts])
+    return np.split(hashes, np.cumsum(lengths)[:-1]) if len(texts) else []
 
 
 def ngram_hashes(words: UInt64Array, n: int) -> UInt64Array:
@@ -40,5 +31,12 @@ def ngram_hashes(words: UInt64Array, n: int) -> UInt64Array:
     return mix64(state)
 
 
-def _hash(word: str) -> int:
-    return int.from_bytes(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+def _hash_words(pieces: list[str]) -> Runs:
+    """What stands between spaces may hold several words, or none."""
+    found = [_WORD.findall(piece.lower()) for piece in pieces]
+    data = b"".join(hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest() for words in found for word in words)
+    return np.frombuffer(data, dtype="<u8").astype(np.uint64), np.array([len(words) for words in found], dtype=np.int64)
+
+
+_MEMORY = WordMemory(_hash_words)
+"""Shared by the tasks of a process: what it remembers is the same whoever asks."""

@@ -28,14 +28,12 @@ from data_pipeline.near_duplicates import (
     split_number,
     verified_pairs,
 )
-from data_pipeline.ngrams import WordHashes
-from data_pipeline.partitions import Job, Receipt, load_partition
+from data_pipeline.ngrams import word_hashes
+from data_pipeline.partitions import Job, Receipt, batches, load_partition
 from data_pipeline.spills import read_group, write_groups
 from data_pipeline.stopwatch import Stopwatch
 from data_pipeline.storage import Location
 
-_WORDS = WordHashes()
-"""Shared by the tasks of a process: what it remembers is the same whoever asks."""
 _FACTS = np.dtype([("split_hash", "<u8"), ("dropped", np.bool_)])
 
 
@@ -80,7 +78,7 @@ def compare_partition(job: Job, spills: Sequence[str], number: int) -> Receipt:
     with watch("shuffle"):
         documents = load_partition(job, spills, number)[0]
     with watch("words"):
-        words = [_WORDS.of(document.text) for document in documents]
+        words = [hashes for batch in batches(document.text for document in documents) for hashes in word_hashes(batch)]
     contaminated = np.zeros(len(documents), dtype=np.bool_)
     result: Receipt = {"contaminated": 0, "documents_of_task": []}
     if job.held_out is not None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.contamination import NGRAM, HeldOut, contamination_report, held_out_digest, unreported, write_report
-from data_pipeline.ngrams import WordHashes
+from data_pipeline.ngrams import word_hashes
 from data_pipeline.storage import Location
 
 WORDS = [f"word{number}" for number in range(40)]
@@ -15,7 +15,7 @@ TEXTS = {"b": [" ".join(WORDS[:13]), "too short"], "a": [" ".join(WORDS[10:30]),
 
 
 def _find(held_out: HeldOut, *documents: str) -> tuple[list[list[bool]], int]:
-    hits, met = held_out.find([WordHashes().of(document) for document in documents])
+    hits, met = held_out.find(word_hashes(documents))
     return hits.tolist(), int(met.sum())
 
 
@@ -49,7 +49,7 @@ def test_the_report_counts_documents_and_test_texts(tmp_path: Path) -> None:
     held_out = HeldOut.of(TEXTS)
     held_out.save(Location(str(tmp_path / "held.npz")))
     loaded = HeldOut.load(Location(str(tmp_path / "held.npz")))
-    hits, met = loaded.find([WordHashes().of(" ".join(WORDS[:25])), WordHashes().of("nothing here")])
+    hits, met = loaded.find(word_hashes([" ".join(WORDS[:25]), "nothing here"]))
     report = contamination_report(TEXTS, loaded, hits.sum(axis=0).tolist(), met, removed=False)
     assert {
         name: [task["documents"], task["test_texts"], task["test_texts_long_enough"], task["test_texts_found"]] for name, task in report.items()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_pipeline.config import NearDuplicatesConfig
 from data_pipeline.hashing import UInt64Array, mix64
 from data_pipeline.near_duplicates import band_records, band_shape, candidates, document_number, redundant, signatures, split_number, verified_pairs
-from data_pipeline.ngrams import WordHashes, ngram_hashes
+from data_pipeline.ngrams import ngram_hashes, word_hashes
 from tests.support.text import generate_documents
 
 CONFIG = NearDuplicatesConfig()
@@ -24,7 +24,7 @@ def _redundant(documents: Sequence[UInt64Array], config: NearDuplicatesConfig = 
 
 
 def _words(text: str) -> UInt64Array:
-    return WordHashes().of(text)
+    return word_hashes([text])[0]
 
 
 @pytest.mark.parametrize("shared", [100, 300, 450])
@@ -79,6 +79,10 @@ def test_normalised_words() -> None:
     assert _words("The Cat's, the—CAT").tolist() == _words("the cat s the cat").tolist()
     assert len(_words("日本語 is 3")) == 5
     assert len(_words("... — !")) == 0
+    together = word_hashes(["one\ntwo", "", "three", "\n", "two one"])
+    assert [len(each) for each in together] == [2, 0, 1, 0, 2]
+    assert together[0].tolist() == together[4][::-1].tolist()
+    assert word_hashes([]) == []
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 5))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import encoding
+from data_pipeline import word_memory
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.encoding import Encoder
 from data_pipeline.errors import ConfigError, NotFoundError
@@ -83,7 +83,7 @@ def test_remembered_words_are_encoded_as_the_tokenizer_does(folder: str, documen
 
 
 def test_words_are_forgotten_when_there_are_too_many(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "_MAX_WORDS", 3)
+    monkeypatch.setattr(word_memory, "_MAX_WORDS", 3)
     encoder = Encoder.load(Location(folder))
     for text in ("one two three four", "five two", "three one"):
         expected = encoder.tokenizer.encode(text, add_special_tokens=False).ids
