@@ -56,7 +56,7 @@ def run_job(
         try:
             supervisor.supervise(lambda: _run_stages(job, stages))
         except BaseException as error:
-            _record_end(job, error)
+            record_end(job, error)
             raise
         finally:
             progress.close()
@@ -71,15 +71,17 @@ def _write_configs(run: RunFolder, config: RunConfig, cluster: ClusterConfig, *,
     cluster_file(run).write_bytes(dump_yaml(cluster))
 
 
-def _record_end(job: Job, error: BaseException) -> None:
-    """Say in the run folder how the command ended; what ended it is raised either way."""
+def record_end(job: Job, error: BaseException) -> None:
+    """Say in the run folder how the command ended; what ended it is raised either way. Who has lost the run does not speak for it."""
     known = isinstance(error, MaskwrightError)
     code = error.exit_code if known else ExitCode.INTERNAL
     kind = "stopped" if isinstance(error, InterruptedRunError) or code == ExitCode.INTERRUPTED else "failed"
     cause = error.cause if known else f"{type(error).__name__}: {error}"
     remedy = error.remedy if known else f"This is a bug; the traceback is in {driver_log(job.run)}."
     try:
-        job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy)
+        job.lease.beat()
+        if not job.lease.lost.is_set():
+            job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy)
         driver_log(job.run).append_line("".join(traceback.format_exception(error)))
     except (MaskwrightError, OSError):
         job.say(f"could not record the end of the run in {job.run.root}")

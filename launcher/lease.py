@@ -94,21 +94,35 @@ class Lease:
         return lease
 
     def beat(self, **changes: Any) -> None:
-        """Say that this process is alive, and what it does now (`stage`, `attempt`)."""
+        """Say that this process is alive, and what it does now (`stage`, `attempt`). A lease that was released stays so."""
         with self._lock:
+            if self._released.is_set():
+                return
             self.state = replace(self.state, time=time.time(), **changes)
             if (self.run.root / "leases" / f"{self.state.number + 1:08d}").exists():
                 self.lost.set()
             else:
                 self.run.lease.write_json(asdict(self.state))
 
+    def require_held(self) -> None:
+        """Look whether this process still drives the run.
+
+        Raises:
+            ConflictError: another command has taken it, or it was given up.
+        """
+        self.beat()
+        if self.lost.is_set() or self._released.is_set():
+            raise ConflictError(
+                f"run {self.run.root.name} was taken over by another command", "This one ends; follow the other with `maskwright status`."
+            )
+
     def __enter__(self) -> "Lease":
         threading.Thread(target=self._beat_until_released, daemon=True, name="lease").start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._released.set()
         with self._lock:
+            self._released.set()
             if not self.lost.is_set():
                 self.run.lease.remove()
 

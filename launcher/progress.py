@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +25,7 @@ class MetricsTail:
     _looked_at: float = 0.0
 
     def read(self) -> list[dict[str, Any]]:
-        """Records appended since the last call; a torn last line waits for the next."""
+        """Records appended since the last call. A last line that is not whole waits for the next; one that was cut by a crash is passed over."""
         if self.metrics.is_local:
             lines = self._read_local()
         elif time.monotonic() - self._looked_at < _REMOTE_POLL_S:
@@ -32,11 +34,14 @@ class MetricsTail:
             self._looked_at = time.monotonic()
             everything = self.metrics.read_lines()
             lines, self._offset = everything[self._offset :], len(everything)
-        return [json.loads(line) for line in lines]
+        return list(_records(lines))
 
     def skip_old(self) -> "MetricsTail":
         """Begin at the present end."""
-        self.read()
+        if self.metrics.is_local:
+            self._offset = os.path.getsize(self.metrics.url) if os.path.exists(self.metrics.url) else 0
+        else:
+            self.read()
         return self
 
     def _read_local(self) -> list[str]:
@@ -47,7 +52,13 @@ class MetricsTail:
             data = file.read()
         complete = data[: data.rfind(b"\n") + 1]
         self._offset += len(complete)
-        return [line.decode() for line in complete.splitlines()]
+        return [line.decode(errors="replace") for line in complete.split(b"\n")]
+
+
+def _records(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 @dataclass

@@ -44,6 +44,7 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
     from launcher.ray_worker import run_attempt
     from launcher.worker_process import WorkerTask
 
+    job.lease.require_held()  # a newer attempt ends the workers of an older one: never those of a driver that has taken over
     job.attempt = claim_attempt(job.run)
     job.lease.beat(attempt=job.attempt)
     workers = job.workers

@@ -4,13 +4,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
-from data_pipeline.errors import ConflictError, ExitCode, InterruptedRunError
+from data_pipeline.errors import ExitCode, InterruptedRunError
 from launcher.clusters.local import Machine, Workers, local_cluster
 from launcher.config import ClusterConfig
 from launcher.control import StopRequest, read_stop, request_stop
@@ -60,6 +60,11 @@ class RayOnDemand:
             self._error = error
         self._answered.set()
 
+    def close(self) -> None:
+        """Call before Ray ends: a stage that is still at work, and sees its workers go, must not start others."""
+        self._error = InterruptedRunError("the command that ran this has ended", "Run `maskwright resume`.")
+        self._answered.set()
+
 
 @dataclass
 class _Work(Generic[T]):
@@ -98,7 +103,7 @@ class Supervisor:
         """
         work = _Work(stages)
         thread = threading.Thread(target=work.run, daemon=True, name="stages")
-        with ExitStack() as stack, self._catch_signals():
+        with ExitStack() as stack, self._catch_signals(), closing(self.ray):
             thread.start()
             while thread.is_alive():
                 thread.join(POLL_S)
@@ -112,9 +117,7 @@ class Supervisor:
 
     def _obey(self) -> None:
         if self.lease.lost.is_set():
-            raise ConflictError(
-                f"run {self.run.root.name} was taken over by another command", "This one ends; follow the other with `maskwright status`."
-            )
+            self.lease.require_held()
         if self._signals:
             self._obey_signals()
         request = read_stop(self.run)

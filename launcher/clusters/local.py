@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -120,7 +121,7 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
     try:
         for tries_left in (1, 0):
             try:
-                _start(ray, config, workers, machine, folder / f"ray{tries_left}")
+                start_ray(ray, config, workers, machine, folder / f"ray{tries_left}")
                 break
             except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
                 ray.shutdown()
@@ -137,9 +138,11 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _start(ray: Any, config: ClusterConfig, workers: Workers, machine: Machine, folder: Path) -> None:
+def start_ray(ray: Any, config: ClusterConfig, workers: Workers, machine: Machine, folder: Path) -> None:
+    """Call `ray.init`, and undo what else it does to this process."""
     folder.mkdir()
     home = os.getcwd()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     # Ray puts the current folder on its workers' import path, where a user's own `trainer` folder would hide ours.
     os.chdir(folder)
     try:
@@ -157,6 +160,8 @@ def _start(ray: Any, config: ClusterConfig, workers: Workers, machine: Machine, 
         )
     finally:
         os.chdir(home)
+        if on_sigterm not in {signal.SIG_DFL, None}:  # Ray's ends the process on the spot; a run that is asked to stop saves first
+            signal.signal(signal.SIGTERM, on_sigterm)
 
 
 def _silence_driver(ray: Any) -> None:

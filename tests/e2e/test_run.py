@@ -179,6 +179,21 @@ def test_pretraining_continues_from_an_export_on_a_mixture_of_corpora_in_packed_
 
 
 @pytest.mark.full
+def test_sigterm_saves(folder: Path) -> None:
+    run = folder / "storage/terminated"
+    settings = ["--set", "name=terminated", "--set", "finetune.tasks=[]", "--set", "checkpoint.every_steps=100000", "--set", "schedule.steps=100000"]
+    command = Command(["run", "run.yaml", *ON_CLUSTER, *settings], folder).start()
+    try:
+        command.wait_until(lambda: steps_done(run) >= 3)
+        os.kill(command.process.pid, signal.SIGTERM)
+        assert command.wait(60) == 75, command.text()
+    finally:
+        command.kill_everything()
+    assert len([event for event in events(run) if event["kind"] == "checkpoint_committed"]) == 1
+    assert kinds(run)[-1] == "stopped"
+
+
+@pytest.mark.full
 def test_divergence_is_not_retried(folder: Path) -> None:
     settings = ["--set", "name=diverged", "--set", "optimizer.lr=1e30", "--set", "precision=fp32"]
     code, output = maskwright("run", "run.yaml", *ON_CLUSTER, *settings, folder=folder)

@@ -80,11 +80,22 @@ def test_other_hosts_are_judged_by_their_heartbeat(run: RunFolder) -> None:
     assert not far.is_live(far.time + STALE_AFTER_S + 1)
 
 
+def test_a_released_lease_is_never_written_again(run: RunFolder) -> None:
+    """The heartbeat's thread, or that of a stage, may be a moment behind."""
+    with Lease.acquire(run) as lease:
+        lease.require_held()
+    lease.beat(stage="late")
+    assert read_lease(run) is None
+    with pytest.raises(ConflictError):
+        lease.require_held()
+
+
 def test_superseded_holder_notices_and_leaves_the_new_lease_alone(run: RunFolder) -> None:
     old = Lease.acquire(run)
     run.lease.write_json(asdict(replace(old.state, time=time.time() - 2 * STALE_AFTER_S)))
     with Lease.acquire(run) as new:
-        old.beat()
+        with pytest.raises(ConflictError, match="taken over"):
+            old.require_held()
         assert old.lost.is_set()
         old.__exit__()
         current = read_lease(run)

@@ -70,6 +70,31 @@ def test_lost_lease_ends_the_command(run: RunFolder) -> None:
             supervise(run, lease, lambda: time.sleep(5) or "late", saves=True)
 
 
+def test_a_stage_that_outlives_its_command_gets_no_ray(run: RunFolder) -> None:
+    """When the command ends, so does Ray, and the stage sees a lost worker group: it must not begin another attempt."""
+    ray = RayOnDemand(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
+    ended, told = threading.Event(), list[BaseException]()
+
+    def stages() -> None:
+        ended.wait(20)
+        try:
+            ray.scratch()
+        except BaseException as error:  # noqa: BLE001  # whatever it is, on this thread
+            told.append(error)
+
+    with Lease.acquire(run) as lease:
+        lease.lost.set()
+        supervisor = Supervisor(run, lease, ray, say=print, tick=lambda: None, saves_on_stop=lambda: True)
+        with pytest.raises(ConflictError):
+            supervisor.supervise(stages)
+    ended.set()
+    deadline = time.monotonic() + 10
+    while not told:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert isinstance(told[0], InterruptedRunError)
+
+
 def test_torn_stop_request_is_none(run: RunFolder) -> None:
     run.stop_request.write_bytes(b'{"time": 1')
     assert read_stop(run) is None
@@ -95,6 +120,16 @@ def test_tail_waits_for_whole_lines(run: RunFolder) -> None:
     assert tail.read() == [{"step": 0}]
     run.metrics.write_bytes(b'{"step": 0}\n{"step": 1}\n')
     assert tail.read() == [{"step": 1}]
+
+
+def test_a_spoilt_record_is_passed_over(run: RunFolder) -> None:
+    """A full disk or a crash cuts a line; `append_line` closes it. Neither a resume nor a running command may stumble over it."""
+    tail = MetricsTail(run.metrics)
+    run.metrics.write_bytes(b'{"step": 0}\n{"st\n\0\0\xff\n{"step": 1}\n{"ste')
+    assert tail.read() == [{"step": 0}, {"step": 1}]
+    resumed = MetricsTail(run.metrics).skip_old()
+    run.append_metrics({"step": 2})
+    assert resumed.read() == tail.read() == [{"step": 2}]
 
 
 @pytest.mark.parametrize(("value", "text"), [(None, "-"), (3.14159, "3.14"), (12345.0, "12.3k"), (4.5e6, "4.5M"), (7e9, "7G")])

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, claim_attempt, read_failure
-from launcher.clusters.local import Machine, Workers, resolve_workers
+from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
 from launcher.config import ClusterConfig
 from launcher.control import request_stop
 from launcher.policy import FailureKind
@@ -58,6 +60,22 @@ def test_no_more_ranks_than_a_step_has_micro_batches() -> None:
     assert resolve_workers(ClusterConfig(), Machine(16, 8), num_micro_batches=3) == Workers(3, 5, True)
     with pytest.raises(ConfigError, match="exceeds the 3 micro-batches"):
         resolve_workers(ClusterConfig(num_workers=4), Machine(16, 8), num_micro_batches=3)
+
+
+def test_ray_leaves_our_handler_of_sigterm_alone(tmp_path: Path) -> None:
+    """`ray.init` takes SIGTERM over, and would end a run that wants to save first."""
+
+    def ours(*_: object) -> None: ...
+
+    def theirs(*_: object) -> None: ...
+
+    ray = SimpleNamespace(init=lambda **_: signal.signal(signal.SIGTERM, theirs))
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        start_ray(ray, ClusterConfig(), Workers(1, 1, False), Machine(1, 0), tmp_path / "ray")
+        assert signal.getsignal(signal.SIGTERM) is ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_interface_of_an_address() -> None:

@@ -1,0 +1,75 @@
+"""A driver that has lost its run to another: it starts nothing more, and does not speak for the run."""
+
+import io
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from data_pipeline.errors import ConflictError, ExitCode, StorageError
+from data_pipeline.storage import Location
+from launcher.attempts import last_attempt
+from launcher.clusters.local import Machine, Workers
+from launcher.config import ClusterConfig
+from launcher.job import Job
+from launcher.jobs import driver_log, record_end
+from launcher.lease import STALE_AFTER_S, Lease
+from launcher.progress import MetricsTail, TrainingProgress
+from launcher.retries import run_with_retries
+from launcher.supervision import RayOnDemand
+from trainer.config import RunConfig
+from trainer.runlog import RunFolder
+
+
+class RayIsUp(RayOnDemand):
+    """Ray, as if it ran already."""
+
+    def scratch(self) -> Path:
+        return Path("unused")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    run = RunFolder(Location.at(tmp_path / "run"))
+    console = Console(file=io.StringIO())
+    progress = TrainingProgress(console, MetricsTail(run.metrics), 10)
+    ray = RayIsUp(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
+    return Job(RunConfig(name="run"), run, Lease.acquire(run), ray, console, progress, run.models / "final", resumed=False)
+
+
+@pytest.fixture
+def taken(job: Job) -> Job:
+    """The same after another command has taken the run, because this one was not heard of for long."""
+    job.run.lease.write_json(asdict(replace(job.lease.state, time=time.time() - 2 * STALE_AFTER_S)))
+    Lease.acquire(job.run)
+    return job
+
+
+def never() -> bool:
+    return False
+
+
+def test_a_superseded_driver_claims_no_attempt(taken: Job) -> None:
+    """A newer attempt would end the workers of the driver that has the run now."""
+    with pytest.raises(ConflictError, match="taken over"):
+        run_with_retries(taken, "nowhere:nothing", {}, done=never)
+    assert last_attempt(taken.run) == 0
+
+
+@pytest.mark.parametrize(
+    ("fixture", "told"),
+    [("job", ["failed"]), ("taken", [])],
+)
+def test_only_who_has_the_run_says_how_it_ended(fixture: str, told: list[str], request: pytest.FixtureRequest) -> None:
+    job: Job = request.getfixturevalue(fixture)
+    record_end(job, StorageError("full", "free some"))
+    assert [event["kind"] for event in job.run.read_events()] == told
+    assert "full" in driver_log(job.run).read_bytes().decode()
+
+
+def test_the_end_says_its_code(job: Job) -> None:
+    record_end(job, StorageError("full", "free some"))
+    (event,) = job.run.read_events()
+    assert (event["exit_code"], event["cause"], event["remedy"]) == (ExitCode.STORAGE, "full", "free some")
