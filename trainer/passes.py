@@ -14,9 +14,12 @@ from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.objectives import LossWeights
 from trainer.reading import StepPart, read_steps
+from trainer.skips import newly_skipped
+from trainer.state import TrainState
 from trainer.totals import StepCounts, StepLosses, raise_together
 
 if TYPE_CHECKING:
+    from data_pipeline.micro_batch import SkippedBlock
     from data_pipeline.stream import MicroBatch
 
 _DROPOUT = 0xD509  # keeps dropout's seeds apart from those of other uses of `mix64`
@@ -53,8 +56,9 @@ class Validation:
         self._rank = rank
         self._world_size = world_size
 
-    def measure(self, engine: Engine, phase: Phase, step: int) -> StepLosses:
-        """Mean losses and accuracies over the validation micro-batches, in the shape of `phase`. Without dropout.
+    def measure(self, engine: Engine, phase: Phase, state: TrainState) -> "tuple[StepLosses, list[SkippedBlock]]":
+        """Mean losses and accuracies over the validation micro-batches, in the shape of `phase`, without dropout; and the damaged blocks
+        that were left out and that `state` does not know yet.
 
         Raises:
             DivergedError: a loss is not finite.
@@ -68,7 +72,8 @@ class Validation:
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
         for batch in _padded(part, empty_micro_batch(self._corpora.vocabulary)):
             sums += engine.evaluate(tensor_batches(batch)[0].to(engine.device)).detached()
-        return StepLosses.total(sums, counts, engine.device, where=f"validation at step {step}")
+        losses = StepLosses.total(sums, counts, engine.device, where=f"validation at step {state.step}")
+        return losses, newly_skipped(part.batches, counts, state)
 
     def _stream(self, phase: Phase) -> MicroBatchStream:
         """The validation split as the one step of a run of its own, with as many micro-batches as there are and as are wanted."""

@@ -72,8 +72,7 @@ def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log
             saver.save(engine, state)
             log.stopped(state)
             raise stopped_at(state.step)
-        if counts.skipped_blocks:
-            skipped = newly_skipped(part.batches, state)
+        if skipped := newly_skipped(part.batches, counts, state):
             log.skipped(state, skipped)
             state = with_skipped(state, skipped, config.data.skip_budget)
 
@@ -90,7 +89,10 @@ def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log
 
         if is_due(state.step, config.validation.every_steps, config):
             context.heartbeat(state.step, "validation")
-            log.validated(state, validation.measure(engine, phase_of(config.phases, state.step - 1), state.step), corpora.unigram_entropy)
+            held_out, skipped = validation.measure(engine, phase_of(config.phases, state.step - 1), state)
+            log.skipped(state, skipped)
+            log.validated(state, held_out, corpora.unigram_entropy)
+            state = with_skipped(state, skipped, config.data.skip_budget)
         if is_due(state.step, config.checkpoint.every_steps, config):
             saver.save(engine, state)
 

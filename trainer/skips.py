@@ -8,13 +8,19 @@ import torch.distributed as dist
 
 from data_pipeline.errors import DataCorruptError
 from trainer.state import TrainState
+from trainer.totals import StepCounts
 
 if TYPE_CHECKING:
     from data_pipeline.micro_batch import MicroBatch, SkippedBlock
 
 
-def newly_skipped(batches: "Sequence[MicroBatch]", state: TrainState) -> "list[SkippedBlock]":
-    """Blocks that any rank found damaged in this step and that `state` does not know yet, the same on every rank. Collective."""
+def newly_skipped(batches: "Sequence[MicroBatch]", counts: StepCounts, state: TrainState) -> "list[SkippedBlock]":
+    """Blocks that any rank found damaged in its micro-batches and that `state` does not know yet, the same on every rank.
+
+    Collective where `counts`, of all ranks, say that there are any.
+    """
+    if not counts.skipped_blocks:
+        return []
     found: list[list[SkippedBlock]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(found, [block for batch in batches for block in batch.skipped])
     by_name = {block.name: block for part in found for block in part}

@@ -123,7 +123,7 @@ def test_the_number_of_ranks_does_not_matter(corpus: str, tmp_path: Path) -> Non
 
 def test_packed_rows_and_a_growing_batch_train_the_same_model(corpus: str, tmp_path: Path) -> None:
     """A batch that grows from 2 to 4 to 6 micro-batches on three ranks, one of them idle at first; rows packed or padded."""
-    batch = {"global_batch_size": 16, "micro_batch_size": 8, "sequence_length": 32}
+    batch: dict[str, Any] = {"global_batch_size": 16, "micro_batch_size": 8, "sequence_length": 32}
     batch["phases"] = [{"from_step": 2, "global_batch_size": 32}, {"from_step": 4, "global_batch_size": 48}]
     model = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 64, "dropout": 0.0}
     records = []
@@ -169,10 +169,11 @@ def troubles(rank: int, world_size: int, corpus: str, damaged: str, other: str, 
 def test_all_ranks_fail_together_with_the_cause(corpus: str, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(corpus, damaged)
-    shard = damaged / "train-000000.tar"
-    data = bytearray(shard.read_bytes())
-    data[600] ^= 1  # the first block's token ids
-    shard.write_bytes(data)
+    for split in ("train", "validation"):
+        shard = damaged / f"{split}-000000.tar"
+        data = bytearray(shard.read_bytes())
+        data[600] ^= 1  # the first block's token ids
+        shard.write_bytes(data)
     other = small_corpus(tmp_path / "other", seed=1)
     for heard in run_distributed(troubles, 2, (corpus, str(damaged), other, str(tmp_path)), timeout_s=100):
         expected = {
@@ -193,7 +194,7 @@ def test_all_ranks_fail_together_with_the_cause(corpus: str, tmp_path: Path) -> 
         assert "bf16" in str(heard["fp16"][0])
         assert "1 damaged blocks, data.skip_budget is 0" in str(heard["budget"][0])
     skipped = RunFolder(Location.at(tmp_path / "skipped"))
-    (event,) = [event for event in skipped.read_events() if event["kind"] == "data_skipped"]
-    assert (event["shard"], event["block"]) == ("train-000000.tar", 0)
+    events = [event for event in skipped.read_events() if event["kind"] == "data_skipped"]
+    assert [(event["shard"], event["block"]) for event in events] == [("train-000000.tar", 0), ("validation-000000.tar", 0)]
     assert len(skipped.read_metrics()) == STEPS
     assert len(RunFolder(Location.at(tmp_path / "good")).read_metrics()) == STEPS
