@@ -12,13 +12,14 @@ from tests.support.text import generate_documents
 
 _PREPARE = """
 import json, os, sys
-from data_pipeline import prepare as module, sources
+from data_pipeline import building, sources
 from data_pipeline.config import CorpusConfig, TokenizerConfig
 from data_pipeline.executor import InProcessExecutor
+from data_pipeline.prepare import prepare
 from data_pipeline.storage import Location
 
 source, storage, num_nodes = sys.argv[1], sys.argv[2], int(sys.argv[3])
-module._HASH_PARTITION_BYTES = sources._MIN_PARTITION_BYTES = 40_000
+building._HASH_PARTITION_BYTES = sources._MIN_PARTITION_BYTES = 40_000
 executor, cluster = InProcessExecutor(), None
 
 if num_nodes:
@@ -36,7 +37,7 @@ if num_nodes:
     print("nodes", len(set(executor.map(node_of, list(range(8 * num_nodes))))))
 corpus = CorpusConfig(source=source, validation_fraction=0.1, near_duplicates={}, personal_data=("email",))
 texts = json.load(open(source + ".held-out.json"))
-prepared = module.prepare(corpus, TokenizerConfig(vocab_size=400), (32, 64), Location.at(storage), executor, print, test_texts=lambda: texts)
+prepared = prepare(corpus, TokenizerConfig(vocab_size=400), (32, 64), Location.at(storage), executor, print, test_texts=lambda: texts)
 if num_nodes:
     ray.shutdown()
     cluster.shutdown()

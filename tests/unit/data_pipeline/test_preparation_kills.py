@@ -17,17 +17,18 @@ from tests.support.text import generate_documents
 
 _PREPARE = """
 import json, sys
-from data_pipeline import prepare as module, sources
+from data_pipeline import building, sources
 from data_pipeline.config import CorpusConfig, TokenizerConfig
 from data_pipeline.executor import InProcessExecutor
+from data_pipeline.prepare import prepare
 from data_pipeline.storage import Location
 
-module._HASH_PARTITION_BYTES = sources._MIN_PARTITION_BYTES = 40_000  # a layout of many partitions from little text
+building._HASH_PARTITION_BYTES = sources._MIN_PARTITION_BYTES = 40_000  # a layout of many partitions from little text
 corpus = CorpusConfig(source=sys.argv[1], validation_fraction=0.1, near_duplicates={}, quality={"min_words": 20}, personal_data=("email",))
 texts = json.load(open(sys.argv[3]))
 print("ready", flush=True)
 arguments = (corpus, TokenizerConfig(vocab_size=400), (32, 64), Location.at(sys.argv[2]), InProcessExecutor(), lambda message: None)
-module.prepare(*arguments, test_texts=lambda: texts)
+prepare(*arguments, test_texts=lambda: texts)
 """
 
 

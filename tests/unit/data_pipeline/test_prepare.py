@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 
 from data_pipeline.blocks import encode_partition
+from data_pipeline.building import plan_job
 from data_pipeline.config import CorpusConfig, TokenizerConfig
 from data_pipeline.errors import ConfigError, ConflictError, DataCorruptError, NotFoundError, StorageError
 from data_pipeline.executor import Executor, InProcessExecutor
 from data_pipeline.index import CorpusIndex
 from data_pipeline.partitions import Job, load_partition, read_partition
-from data_pipeline.prepare import Prepared, find_prepared, plan_job, prepare
+from data_pipeline.prepare import Prepared, find_prepared, prepare
 from data_pipeline.sources import list_inputs
 from data_pipeline.storage import Location
 from tests.support.text import generate_documents, write_texts
