@@ -122,7 +122,7 @@ def newest_usable(
     """The newest checkpoint that is complete and intact, the same on every rank; None when the run has none yet.
 
     The files are re-hashed, each by one rank. A damaged checkpoint is renamed to `step-N.damaged-<attempt>` with an event that names the
-    file and the cause, and the one before it is tried. Call `require_same_layout` before loading it.
+    file and the cause, and the one before it is tried. Ask `has_same_layout` how to load it.
 
     Raises:
         NoCheckpointError: there were checkpoints, and none is intact.
@@ -145,23 +145,19 @@ def newest_usable(
     return None
 
 
-def require_same_layout(manifest: Manifest, config: RunConfig, world_size: int) -> None:
-    """Refuse a checkpoint whose files are laid out for other ranks, ZeRO stage or precision than this attempt's.
+def has_same_layout(manifest: Manifest, config: RunConfig, world_size: int) -> bool:
+    """Whether the files are laid out for as many ranks and the ZeRO stage of this attempt.
 
     Raises:
-        ConfigError: they differ.
+        ConfigError: the precision differs.
     """
     then = manifest.circumstances
-    for what, before, now, setting in [
-        ("worker(s)", then.world_size, world_size, "the number of workers"),
-        ("as ZeRO stage", then.zero_stage, config.zero.stage, "zero.stage"),
-        ("as precision", then.precision, config.precision, "precision"),
-    ]:
-        if before != now:
-            raise ConfigError(
-                f"the checkpoint of step {manifest.step} was written with {before} {what}, this attempt has {now}",
-                f"Set {setting} to {before} to continue this run.",
-            )
+    if then.precision != config.precision:
+        raise ConfigError(
+            f"the checkpoint of step {manifest.step} was written in {then.precision}, this attempt has {config.precision}",
+            f"Set precision to {then.precision} to continue this run.",
+        )
+    return (then.world_size, then.zero_stage) == (world_size, config.zero.stage)
 
 
 def why_not_exact(manifest: Manifest, now: Circumstances, config: RunConfig | None = None) -> list[str]:

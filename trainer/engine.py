@@ -142,6 +142,21 @@ class Engine:
         self._files.load_engine(self._deepspeed, folder)
         self._apply_optimizer_settings()
 
+    def load_from_other_layout(self, folder: Path) -> None:
+        """Continue from what `save` wrote at another world size or ZeRO stage: the same weights and moments, in other parts.
+
+        Optimizer settings are the config's, not the checkpoint's.
+
+        Raises:
+            DataCorruptError: a file is missing, unreadable, or holds anything but tensors and plain values.
+            ConfigError: the checkpoint is of another network, or in fp16, whose loss scale is not carried over yet.
+        """
+        if self._config.precision == "fp16":
+            raise ConfigError("a run in fp16 cannot change its world size or ZeRO stage yet", "Resume with the workers and zero.stage that it had.")
+        zero_state, zero_load = importlib.import_module("trainer.zero_state"), importlib.import_module("trainer.zero_load")
+        zero_load.give_state(self._deepspeed, self._config.zero.stage, zero_state.open_state(folder))
+        self._apply_optimizer_settings()
+
     @contextmanager
     def _evaluating(self) -> Generator[None]:
         self._deepspeed.eval()

@@ -130,7 +130,7 @@ def load_trained(checkpoint: Checkpoint) -> PretrainingBert:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
     zero_files: Any = importlib.import_module("trainer.zero_files")
-    weights: dict[str, Tensor] = zero_files.consolidate(checkpoint.zero_folder)
+    weights: dict[str, Tensor] = importlib.import_module("trainer.zero_state").consolidate(checkpoint.zero_folder)
     settings: Any = json.loads((checkpoint.zero_folder / zero_files.MODEL_CONFIG).read_bytes())
     model = PretrainingBert(BertConfig.from_dict({**settings, "dtype": "float32"}))  # pyright: ignore[reportArgumentType]
     try:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from data_pipeline.config import Phase
 from data_pipeline.errors import ConfigError
 from trainer.agreement import agreement_group
-from trainer.checkpoint import Checkpoint, commit, newest_usable, require_same_layout, why_not_exact
+from trainer.checkpoint import Checkpoint, commit, has_same_layout, newest_usable, why_not_exact
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine
@@ -41,7 +41,7 @@ class Saver:
         """Load the newest intact checkpoint into `engine` and return its state, or `fresh` when the run has none.
 
         Raises:
-            ConfigError: the checkpoint belongs to other data, another layout or another data position than this attempt's.
+            ConfigError: the checkpoint belongs to other data, another precision or another data position than this attempt's.
             NoCheckpointError: there were checkpoints, and none is intact.
         """
         rank, world_size = self._context.rank, self._context.world_size
@@ -49,9 +49,9 @@ class Saver:
         if found is None:
             return fresh
         require_same_data(found.state, fresh)
-        require_same_layout(found.manifest, self._config, world_size)
         require_same_position(found.state, self._config.phases)
-        engine.load(found.zero_folder)
+        load = engine.load if has_same_layout(found.manifest, self._config, world_size) else engine.load_from_other_layout
+        load(found.zero_folder)
         self._committed_step = found.step
         if rank == 0:
             self._record_resume(found)

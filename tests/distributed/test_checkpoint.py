@@ -82,7 +82,7 @@ def test_commit_and_resume_bit_for_bit(tmp_path: Path, tokenizer: str, stage: in
 
 def require_consolidated(zero_folder: Path, expected: dict[str, torch.Tensor]) -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from trainer.zero_files import consolidate
+    from trainer.zero_state import consolidate
 
     weights = consolidate(zero_folder)
     assert expected.keys() <= weights.keys()

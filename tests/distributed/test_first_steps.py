@@ -18,7 +18,7 @@ from trainer.engine import Engine, parameter_groups
 from trainer.model import build_model
 from trainer.objectives import LossWeights
 from trainer.schedule import learning_rate
-from trainer.zero_files import consolidate
+from trainer.zero_state import consolidate
 
 NUM_STEPS, MICRO_BATCHES = 3, 4
 WEIGHT_DECAY = 5.0

@@ -14,7 +14,8 @@ from tests.support.checkpoints import GOLDEN, plant_payload
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-from trainer.zero_files import consolidate, read_file
+from trainer.zero_files import read_file
+from trainer.zero_state import consolidate
 
 FILES = sorted(path.name for path in (GOLDEN / "zero").glob("*.pt"))
 
