@@ -13,6 +13,8 @@ from data_pipeline.hashing import UInt64Array, mix64
 WINDOW_SAMPLES = 4096
 """Samples a window aims at: enough for negatives of equal length and for micro-batches of equal numbers of tokens, a few MB in memory."""
 _GOLDEN = (5**0.5 - 1) / 2
+_MIN_BALANCED_BLOCKS = 4
+"""Blocks in a window from which on their order is balanced."""
 _STRATA = 16
 """Blocks are balanced by their rank in so many strata of tokens per sample, and shuffled within one."""
 
@@ -70,11 +72,14 @@ class Span:
 def epoch_order(samples_per_block: NDArray[np.integer], tokens_per_block: NDArray[np.integer], key: int) -> Epoch:
     """The blocks in an order keyed with `key`, in which any run of blocks has nearly the same number of tokens per sample as any other.
 
-    Costs a few sorts of all blocks, once an epoch.
+    Costs a few sorts of all blocks, once an epoch. Where a window is but a few blocks, which are large then and alike, one sort has to do.
     """
     hashes = mix64(key, np.arange(len(samples_per_block)))
-    tokens_per_sample = tokens_per_block / np.maximum(samples_per_block, 1)
-    blocks = balanced_order(tokens_per_sample, hashes, golden_spread(len(hashes)), neighbours=max(1, len(hashes) // _STRATA))
+    if blocks_per_window(int(samples_per_block.sum(dtype=np.int64)), len(hashes)) < _MIN_BALANCED_BLOCKS:
+        blocks = np.argsort(hashes, kind="stable")
+    else:
+        tokens_per_sample = tokens_per_block / np.maximum(samples_per_block, 1)
+        blocks = balanced_order(tokens_per_sample, hashes, golden_spread(len(hashes)), neighbours=max(1, len(hashes) // _STRATA))
     return Epoch(blocks, np.cumsum(samples_per_block[blocks], dtype=np.int64))
 
 

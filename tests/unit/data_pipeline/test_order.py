@@ -124,6 +124,16 @@ def test_a_balanced_order_is_shuffled() -> None:
     assert np.abs(np.diff(one)).mean() > 200
 
 
+@pytest.mark.parametrize(("samples_per_block", "balanced"), [(100, True), (3000, False)])
+def test_blocks_of_an_epoch_are_balanced_where_windows_hold_several(samples_per_block: int, balanced: bool) -> None:
+    random = np.random.default_rng(1)
+    samples, tokens = np.full(4000, samples_per_block), random.integers(20, 500, 4000) * samples_per_block
+    blocks = epoch_order(samples, tokens, 3).blocks
+    assert sorted(blocks) == list(range(4000))
+    of_runs, of_chance = (np.std([tokens[order[at : at + 40]].mean() for at in range(0, 4000, 40)]) for order in (blocks, random.permutation(4000)))
+    assert (of_runs < 0.3 * of_chance) is balanced
+
+
 def test_binary_spread_reverses_bits() -> None:
     assert binary_spread(0, 8).tolist() == [0, 0.5, 0.25, 0.75, 0.125, 0.625, 0.375, 0.875]
     assert binary_spread(5, 2).tolist() == [0.625, 0.375]
