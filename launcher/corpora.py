@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from data_pipeline.config import CorpusConfig, TokenizerConfig
+from data_pipeline.config import CorpusConfig, DataConfig, TokenizerConfig
 from data_pipeline.errors import NotFoundError
 from data_pipeline.storage import Location
 from trainer.config import RunConfig, TaskConfig
@@ -95,12 +95,16 @@ def _each_part(config: RunConfig, corpus_of: "Callable[[CorpusConfig, TokenizerC
     return indexes
 
 
-def is_prepared(folder: Location) -> bool:
-    """Whether a corpus, or a mixture and all its corpora, are there."""
+def is_prepared(folder: Location, settings: DataConfig | None = None) -> bool:
+    """Whether a corpus, or a mixture and all its corpora, are there.
+
+    Raises:
+        DataCorruptError: one is damaged, in a way that `settings` do not pass over.
+    """
     from data_pipeline.mixture import Mixture
 
     try:
-        Mixture.open(folder)
+        Mixture.open(folder, settings)
     except NotFoundError:
         return False
     return True

@@ -17,7 +17,7 @@ MODEL_NAME = "final"
 
 def _prepare(job: Job) -> Outcome:
     recorded = recorded_corpus(job.run)
-    if recorded is not None and job.resumed and is_prepared(recorded):
+    if recorded is not None and job.resumed and is_prepared(recorded, job.config.data):
         return Outcome(str(recorded), worked=False)
     prepared = prepare_corpora(job.config, job.ray.scratch, job.say)
     if recorded is not None and recorded.name != prepared.folder.name and committed_steps(job.run):

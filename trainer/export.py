@@ -41,7 +41,7 @@ def export(run: RunFolder, config: RunConfig, corpus: Location, step: int | None
         ConfigError: `corpus` is not what the checkpoint was trained on.
         MaskwrightError: the exported model does not compute the same logits; nothing is left in `models/<name>` that was not there before.
     """
-    checkpoint, corpora = _choose(run, step), Mixture.open(corpus)
+    checkpoint, corpora = _choose(run, step), Mixture.open(corpus, config.data)
     if checkpoint.state.corpus_fingerprint != corpora.fingerprint:
         raise ConfigError(
             f"{checkpoint.folder} was trained on corpus {checkpoint.state.corpus_fingerprint[:12]}; {corpus} is {corpora.fingerprint[:12]}",

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import ConfigError, DataCorruptError, NotFoundError
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from launcher.cli import run
@@ -38,6 +39,12 @@ def test_a_mixture_is_prepared_once_and_found_again(config: RunConfig, capsys: p
     made = prepare_corpora(config, no_ray, lambda _: None)
     assert made.created
     assert is_prepared(made.folder)
+    shard = Location.at(f"{Mixture.open(made.folder).indexes[1].folder}/train-000000.tar").path
+    moved = shard.rename(shard.with_suffix(".away"))
+    with pytest.raises(DataCorruptError, match="is missing"):
+        is_prepared(made.folder)
+    assert is_prepared(made.folder, DataConfig(on_damage="skip"))
+    moved.rename(shard)
     opened = Mixture.open(made.folder)
     assert [index.folder.name.split("-")[0] for index in opened.indexes] == ["news", "talks"]
     assert opened.weights == (3.0, 1.0)

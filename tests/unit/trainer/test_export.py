@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import ConfigError, DataCorruptError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
@@ -53,6 +55,15 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     cache.mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     return cache
+
+
+def test_a_run_that_skips_damage_is_exported_without_a_shard(run: RunFolder, tiny_corpus: Prepared, tmp_path: Path) -> None:
+    shutil.copytree(tiny_corpus.folder.url, tmp_path / "copy")
+    (tmp_path / "copy" / "train-000000.tar").unlink()
+    damaged = Location.at(tmp_path / "copy")
+    with pytest.raises(DataCorruptError, match="is missing"):
+        export(run, CONFIG, damaged)
+    assert (export(run, CONFIG.model_copy(update={"data": DataConfig(on_damage="skip")}), damaged) / LINEAGE).exists()
 
 
 @pytest.mark.usefixtures("offline")
