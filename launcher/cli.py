@@ -1,6 +1,7 @@
 """The command `maskwright`: its verbs, its exit codes, and how an error is told (imports no torch, Ray or transformers at start-up)."""
 
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ import typer
 
 from data_pipeline.errors import ExitCode, MaskwrightError
 from launcher import verbs_data, verbs_model, verbs_run, verbs_verify
+from launcher.options import discard_output
 
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 """For the libraries that verbs import: the launcher says itself what happens."""
@@ -53,15 +55,22 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return int(ExitCode.CTRL_C)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; Python would complain about it at exit
-        return int(ExitCode.OK)
     except Exception as error:  # noqa: BLE001  # the last resort: an exit code and a line, whatever happened
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            discard_output()  # or Python would try again at exit, and complain
+            return int(ExitCode.OK)
         if debug:
             traceback.print_exc()
         first = next(iter(str(error).splitlines()), "")
         print(f"internal error: {type(error).__name__}: {first}\nThis is a bug; run again with --debug to see where.", file=sys.stderr)
         return int(ExitCode.INTERNAL)
+
+
+def _nobody_reads() -> bool:
+    """Whether it is our output whose reader has gone, and no other connection."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(state & (select.POLLERR | select.POLLHUP) for _, state in output.poll(0))
 
 
 def _invoke(arguments: Sequence[str]) -> int:
@@ -74,6 +83,11 @@ def _invoke(arguments: Sequence[str]) -> int:
             raise
         show()
         return int(ExitCode.USAGE)
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # typer ends the process without a word, whatever connection it was
+            raise error.__context__ from None
+        raise
+    print(end="", flush=True)  # now, when a reader that has gone is no error
     return code if isinstance(code, int) else int(ExitCode.OK)
 
 

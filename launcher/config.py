@@ -98,12 +98,12 @@ def load_cluster_config(name: str) -> ClusterConfig:
     Raises:
         ConfigError: everything that is wrong, at once. NotFoundError: there is no such file.
     """
-    path = Path(name)
-    if not path.suffix and not path.exists():
-        path = example_configs() / "clusters" / f"{name}.yaml"
-        if not path.exists():
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-            raise NotFoundError(f"there is no built-in cluster {name!r}", f"Built-in clusters: {known}. Or give the path of a YAML file.")
+    path, built_in = Path(name), example_configs() / "clusters"
+    if "/" not in name and (built_in / f"{name}.yaml").exists():
+        path = built_in / f"{name}.yaml"  # whatever lies in the current folder
+    elif not path.suffix and not path.exists():
+        known = ", ".join(sorted(file.stem for file in built_in.glob("*.yaml")))
+        raise NotFoundError(f"there is no built-in cluster {name!r}", f"Built-in clusters: {known}. Or give the path of a YAML file.")
     return validate(ClusterConfig, _read_mapping(path), str(path))
 
 
@@ -146,6 +146,8 @@ def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise NotFoundError(f"config file {os.fspath(path)} does not exist", "Check the path; `maskwright init` copies examples.") from error
     except IsADirectoryError as error:
         raise NotFoundError(f"config file {os.fspath(path)} is a folder", "Give the path of a YAML file.") from error
+    except OSError as error:
+        raise NotFoundError(f"config file {os.fspath(path)} cannot be read: {error.strerror}", "Check the path and its permissions.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{os.fspath(path)} is not UTF-8 text", "Give the path of a YAML file.") from error
     data = parse_yaml(text, os.fspath(path))

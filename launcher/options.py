@@ -1,6 +1,7 @@
 """Options that verbs share, and how they print (writes to the console)."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
@@ -23,9 +24,23 @@ Cluster = Annotated[
 ]
 
 
+class _Console(Console):
+    """A run goes on when nobody reads its output any more, as in `maskwright run … | head`; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        discard_output()
+
+
+def discard_output() -> None:
+    """Print to nowhere from now on: who read our output has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def console() -> Console:
     """Where human output goes. Paths must not be broken when nobody looks at a screen."""
-    return Console() if sys.stdout.isatty() else Console(width=160, soft_wrap=True)
+    return _Console() if sys.stdout.isatty() else _Console(width=160, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

@@ -1,5 +1,6 @@
 """Verbs about models: export, finetune, evaluate, report."""
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -60,10 +61,17 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
     next_command(f"maskwright evaluate {run.root}")
 
 
+def run_name_for(model: Location) -> str:
+    """The id of the run that fine-tunes a model folder: from `<run>/models/<name>`, in characters that an id may have."""
+    words = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{model.parent.parent.name}-{model.name}").strip("._-")
+    return f"{words or 'model'}-finetune"
+
+
 def _config_for(model: Model, overrides: list[str] | None, storage: str | None) -> RunConfig:
     """A run of its own for a model that has none: only its fine-tune section matters."""
-    name = f"{model.folder.parent.parent.name}-{model.folder.name}-finetune"
-    base = RunConfig.model_validate({"name": name, "storage": resolve_storage(storage).url, "model": {"init_from": model.folder.url}})
+    base = RunConfig.model_validate(
+        {"name": run_name_for(model.folder), "storage": resolve_storage(storage).url, "model": {"init_from": model.folder.url}}
+    )
     return override_run_config(base, overrides or ())
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.errors import ConflictError, NotFoundError, UsageError
+from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError, UsageError
 from launcher.attempts import attempt_folder, last_attempt
 from launcher.config import ClusterConfig, load_cluster_config, load_run_config, override_run_config
 from launcher.control import request_stop
@@ -115,7 +115,12 @@ def list_(storage: Storage = None, as_json: Json = False) -> None:
     Example: maskwright list --storage /data/runs
     """
     root = resolve_storage(storage)
-    statuses = [read_status(RunFolder(root / name)) for name in run_ids(root)]
+    statuses: list[RunStatus] = []
+    for name in run_ids(root):
+        try:
+            statuses.append(read_status(RunFolder(root / name)))
+        except MaskwrightError as error:  # one run that cannot be read must not hide the others
+            print(f"{name}: {error.cause}", file=sys.stderr)
     if as_json:
         print_json([status.to_json() for status in statuses])
         return

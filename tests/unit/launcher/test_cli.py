@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.errors import ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, verbs_run
+from launcher import cli, verbs_model, verbs_run
 from launcher.config import dump_yaml
 from launcher.lease import Lease
 from trainer.config import RunConfig
@@ -184,6 +184,38 @@ def test_a_run_that_only_fine_tunes_is_not_pretrained_by_resume(made: RunFolder,
     made.append_event("command_started", attempt=0, verb="finetune")
     assert invoke("resume", "made") == ExitCode.USAGE
     assert "maskwright finetune" in error_of(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs/demo/models/final", "demo-final-finetune"),
+        ("/bert", "bert-finetune"),
+        ("/models/bert", "bert-finetune"),
+        ("my models/gro ß/x y", "my-models-x-y-finetune"),
+        ("/_/._-", "model-finetune"),
+    ],
+)
+def test_fine_tuning_any_model_folder_makes_a_run_with_a_valid_name(folder: str, name: str) -> None:
+    assert verbs_model.run_name_for(Location.at(folder)) == name
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    (made.root.parent / "broken" / "run.yaml").write_bytes(b"name: broken\nsede: 3\n")
+    assert invoke("list", "--json") == 0
+    printed = capsys.readouterr()
+    assert [run["id"] for run in json.loads(printed.out)] == ["made"]
+    assert "sede: unknown key" in printed.err
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["list"], 0), (["schema"], 0), (["status", "nope"], 5)])
+def test_a_reader_that_goes_away_is_no_error(arguments: list[str], code: int, made: RunFolder) -> None:
+    process = subprocess.Popen([sys.executable, "-m", "launcher.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.close()
+    assert process.stderr
+    assert "Traceback" not in process.stderr.read().decode()
+    assert process.wait(60) == code
 
 
 def test_unknown_run_names_the_nearest(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
