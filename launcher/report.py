@@ -32,10 +32,11 @@ _DATA_ROWS = (
 )
 
 
-def write_report(run: RunFolder) -> Location:
-    """Write `report.html` from what there is of the run: parts that are missing are left out. Returns where it lies."""
-    run.report.write_bytes(render(collect(run)).encode())
-    return run.report
+def write_report(run: RunFolder, target: Location | None = None) -> Location:
+    """Write `report.html`, or another file, from what there is of the run: parts that are missing are left out. Returns where it lies."""
+    page = target or run.report
+    page.write_bytes(render(collect(run)).encode())
+    return page
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The report's pictures as SVG data URIs, legible in print and without colour vision (pure)."""
+"""The reports' pictures as SVG data URIs, legible in print and without colour vision (pure)."""
 
 import base64
 import io
@@ -60,6 +60,31 @@ def line_figure(title: str, key: str, metrics: Sequence[Record], attempts: Seque
     return _data_uri(figure)
 
 
+def histogram_figure(title: str, label: str, edges: Sequence[float], counts: Sequence[int], *, logarithmic: bool) -> str:
+    """Shares of a whole that fall into the bins; bin i lies between edges i and i + 1."""
+    figure, axes = _figure(title, label)
+    total = max(1, sum(counts))
+    axes.stairs([count / total for count in counts], edges, fill=True, color=_BLUE)
+    axes.set_ylabel("share")
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+    return _data_uri(figure)
+
+
+def bars_figure(title: str, label: str, groups: Sequence[str], series: dict[str, Sequence[float]]) -> str:
+    """Groups of bars with their values written on them; values up to 1."""
+    figure, axes = _figure(title, label)
+    width = 0.8 / len(series)
+    for nth, ((name, values), (color, hatch)) in enumerate(zip(series.items(), ((_GREY, ""), (_BLUE, ""), (_ORANGE, "//")), strict=False)):
+        places = [place + (nth - (len(series) - 1) / 2) * width for place in range(len(groups))]
+        axes.bar_label(axes.bar(places, values, width * 0.95, label=name, color=color, hatch=hatch), fmt="{:.2f}", fontsize=8)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylim(0.0, 1.3)  # the legend is above the bars
+    axes.legend(loc="upper center", ncols=len(series))
+    return _data_uri(figure)
+
+
 def attempt_starts(metrics: Sequence[Record]) -> list[int]:
     """Steps at which an attempt took over from the one before."""
     return [record["step"] for before, record in pairwise(metrics) if record["attempt"] != before["attempt"]]
@@ -79,7 +104,7 @@ def _loss_figure(title: str, key: str, metrics: Sequence[Record], validations: S
     return _data_uri(figure)
 
 
-def _figure(title: str) -> tuple[Any, Any]:
+def _figure(title: str, label: str = "optimizer step") -> tuple[Any, Any]:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -87,7 +112,7 @@ def _figure(title: str) -> tuple[Any, Any]:
         figure = Figure(figsize=(6.4, 3.4), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("optimizer step")
+        axes.set_xlabel(label)
     return figure, axes
 
 

@@ -140,20 +140,53 @@ def _fill_mask(target: RunFolder | Model, text: str, *, as_json: bool) -> None:
     next_command(f"maskwright finetune {folder}")
 
 
-def report(run: RunArgument, storage: Storage = None, as_json: Json = False) -> None:
-    """Write one HTML page about a run: curves, data, attempts, recoveries, scores.
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN|CORPUS", help="Run id, or folder or URL of a run; name, folder or URL of a corpus.")],
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="Where to write the page.", show_default="report.html in its folder")
+    ] = None,
+    storage: Storage = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page: about a run its curves, attempts and scores; about a corpus its counts, lengths and the fill of its rows.
 
     Example: maskwright report demo
     """
+    from launcher.corpus_report import find_corpus
+
+    corpus = find_corpus(run, resolve_storage(storage))
+    if corpus is not None:
+        _report_corpus(corpus, output, as_json=as_json)
+        return
     from launcher.report import write_report
 
     folder = find_run(run, storage)
-    write_report(folder)
+    page = write_report(folder, Location.at(output) if output else None)
     if as_json:
-        print_json({"report": folder.report.url})
+        print_json({"report": page.url})
         return
-    say(str(folder.report))
-    next_command(f"open {folder.report}")
+    say(str(page))
+    next_command(f"open {page}")
+
+
+def _report_corpus(folder: Location, output: str | None, *, as_json: bool) -> None:
+    from launcher.corpus_report import REPORT, CorpusReport
+
+    found = CorpusReport.of(folder)
+    is_web = folder.url.startswith(("http://", "https://"))  # nothing can be written there
+    page = found.write(Location.at(output or (f"{folder.name}.html" if is_web else (folder / REPORT).url)))
+    if as_json:
+        print_json({"report": page.url, **found.to_json()})
+        return
+    for text in found.verdicts():
+        say(text)
+    for table in found.tables():
+        say(f"\n{table.title}")
+        print_table(table.columns, table.rows)
+        if table.note:
+            say(table.note)
+    say(f"\n{page}")
+    next_command(f"open {page}", f"maskwright verify {folder}")
 
 
 VERBS = (export, finetune, evaluate, report)
