@@ -50,7 +50,7 @@ class Masking:
     rate: float
     unit: MaskUnit
     continues_word: NDArray[np.bool_] | None
-    """For each id, whether the token continues the word of the token before; None when the unit is the token."""
+    """For each id, whether the token continues the word of the token before, which special tokens never do; None when the unit is the token."""
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, mask_rate: float, unit: MaskUnit = "token", continues_word: NDArray[np.bool_] | None = None) -> "Masking":
@@ -60,7 +60,8 @@ class Masking:
         ordinary_ids = vocabulary.ordinary_ids
         is_ordinary = np.zeros(vocabulary.size, dtype=np.bool_)
         is_ordinary[ordinary_ids] = True
-        return cls(vocabulary.mask, is_ordinary, ordinary_ids, mask_rate, unit, continues_word)
+        continues = None if continues_word is None else continues_word & is_ordinary
+        return cls(vocabulary.mask, is_ordinary, ordinary_ids, mask_rate, unit, continues)
 
 
 @dataclass(frozen=True)

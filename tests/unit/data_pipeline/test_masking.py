@@ -115,6 +115,16 @@ def test_words_are_chosen_whole(unit: MaskUnit) -> None:
     assert sizes.max() >= 3
 
 
+@pytest.mark.parametrize("unit", ["whole_word", "span"])
+def test_special_tokens_are_words_of_their_own(unit: MaskUnit) -> None:
+    """Where words begin with a mark, as in byte-level BPE, the names of special tokens have none: they look like continuations."""
+    tokens, looks_continued = _tokens(300, 5), CONTINUES.copy()
+    looks_continued[:5] = True
+    masked, positions, _ = _masked(tokens, _masking(unit, 0.3))
+    marked, marked_positions, _ = _masked(tokens, Masking.of(VOCABULARY, 0.3, unit, looks_continued))
+    assert (positions.tolist(), masked.ids.tolist()) == (marked_positions.tolist(), marked.ids.tolist())
+
+
 def test_spans_are_as_long_as_spanbert_says_and_keep_to_their_segment() -> None:
     tokens = _tokens(4000, 6)
     masked, positions, _ = _masked(replace(tokens, ids=np.where(CONTINUES[tokens.ids] | (tokens.ids == 1), 7, tokens.ids)), _masking("span", 0.05))
