@@ -15,6 +15,8 @@ class StopRequest:
     grace_s: float
     save: bool
     by: str
+    lease: str = ""
+    """Token of the lease whose holder is asked."""
 
     @property
     def deadline(self) -> float:
@@ -22,9 +24,9 @@ class StopRequest:
         return self.time + (self.grace_s if self.save else 0.0)
 
 
-def request_stop(run: RunFolder, *, grace_s: float, save: bool, by: str) -> StopRequest:
+def request_stop(run: RunFolder, *, grace_s: float, save: bool, by: str, lease: str) -> StopRequest:
     """Ask the run to save (unless `save` is False) and end within `grace_s` seconds."""
-    request = StopRequest(time.time(), grace_s, save, by)
+    request = StopRequest(time.time(), grace_s, save, by, lease)
     run.stop_request.write_json(asdict(request))
     return request
 
@@ -39,6 +41,8 @@ def read_stop(run: RunFolder) -> StopRequest | None:
         return None
 
 
-def clear_stop(run: RunFolder) -> None:
-    """Forget requests addressed to an earlier driver."""
-    run.stop_request.remove()
+def clear_stop(run: RunFolder, lease: str) -> None:
+    """Forget a request addressed to an earlier driver; one to the holder of `lease`, which has hardly begun, stays."""
+    request = read_stop(run)
+    if request is None or request.lease != lease:
+        run.stop_request.remove()

@@ -46,7 +46,7 @@ def run_job(
     workers = resolve_workers(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with Lease.acquire(run) as lease:
         _write_configs(run, config, cluster, deliberate=deliberate)
-        clear_stop(run)
+        clear_stop(run, lease.state.token)
         record_lost_driver(run)
         progress = TrainingProgress(console, MetricsTail(run.metrics).skip_old(), config.schedule.steps)
         model = model or run.models / MODEL_NAME

@@ -1,11 +1,14 @@
 """What a run does, did, or needs, derived from what lies in its folder (reads storage; loads no torch)."""
 
+import json
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from data_pipeline.errors import ExitCode
+from data_pipeline.storage import Location
 from launcher.attempts import last_attempt
 from launcher.lease import LeaseState, holder
 from launcher.runs import read_config
@@ -15,6 +18,8 @@ from trainer.runlog import RunFolder
 State = Literal["running", "finished", "stopped", "failed", "interrupted", "created"]
 
 _TERMINAL = {"finished", "failed", "stopped"}
+_TAIL_BYTES = 2**16
+"""Of metrics.jsonl; a record has some hundred."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +62,9 @@ class RunStatus:
 
 def read_status(run: RunFolder) -> RunStatus:
     """The status of a run from its lease, events, metrics and checkpoints."""
-    config, lease, events, metrics = read_config(run), holder(run), run.read_events(), run.read_metrics()
+    config, lease, events, newest = read_config(run), holder(run), run.read_events(), newest_metrics(run)
     state, exit_code, last = _state(lease, events)
     resumed = [event for event in events if event["kind"] == "resumed"]
-    newest: dict[str, Any] = metrics[-1] if metrics else {}
     times = [event["time"] for event in events]
     step = int(newest["step"]) + 1 if newest else 0
     return RunStatus(
@@ -77,7 +81,7 @@ def read_status(run: RunFolder) -> RunStatus:
         mlm_loss=newest.get("mlm_loss"),
         nsp_loss=newest.get("nsp_loss"),
         tokens_per_s=newest.get("tokens_per_s"),
-        seconds_left=_seconds_left(events, metrics, config.schedule.steps, time.time()) if lease else None,
+        seconds_left=_seconds_left(events, newest, config.schedule.steps, time.time()) if lease else None,
         last_checkpoint=max(committed_steps(run), default=None),
         recoveries=len(resumed),
         steps_lost=sum(int(event.get("steps_lost") or 0) for event in resumed),
@@ -122,10 +126,29 @@ def committed_steps(run: RunFolder) -> list[int]:
     return [int(name.removeprefix("step-")) for name in plain if (run.checkpoints / name / MANIFEST).exists()]
 
 
-def _seconds_left(events: Iterable[dict[str, Any]], metrics: list[dict[str, Any]], steps: int, now: float) -> float | None:
+def newest_metrics(run: RunFolder) -> dict[str, Any]:
+    """The record written last: where training is now, which after a resume may be behind where it was. Reads only the end of the file."""
+    for line in reversed(_last_lines(run.metrics)):
+        with suppress(ValueError):  # cut by a crash, or by us
+            return json.loads(line)
+    return {}
+
+
+def _last_lines(file: Location) -> list[bytes]:
+    if not file.is_local:
+        parts = file.children()
+        return (file / parts[-1]).read_bytes().splitlines() if parts else []
+    if not file.exists():
+        return []
+    size = file.path.stat().st_size
+    return file.read_range(max(0, size - _TAIL_BYTES), size).splitlines()
+
+
+def _seconds_left(events: Iterable[dict[str, Any]], newest: dict[str, Any], steps: int, now: float) -> float | None:
     """Steps left at the mean pace of the present attempt, its set-up included."""
-    starts = [event for event in events if event["kind"] == "attempt_started"]
-    done = sum(record["attempt"] == starts[-1]["attempt"] for record in metrics) if starts else 0
-    if not done:
+    own = [event for event in events if newest and event["attempt"] == newest["attempt"]]
+    started_at = next((event["time"] for event in own if event["kind"] == "attempt_started"), None)
+    if started_at is None:
         return None
-    return (steps - 1 - metrics[-1]["step"]) * (now - starts[-1]["time"]) / done
+    first = next((event["step"] for event in own if event["kind"] == "resumed"), 0)
+    return (steps - 1 - newest["step"]) * (now - started_at) / max(1, newest["step"] + 1 - first)

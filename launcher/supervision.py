@@ -129,7 +129,7 @@ class Supervisor:
             raise CtrlCError("Ctrl-C twice: ended without saving", f"Run `maskwright resume {self.run.root.name}`.")
         if read_stop(self.run) is None:
             name = signal.Signals(self._signals[0]).name
-            request_stop(self.run, grace_s=CTRL_C_GRACE_S, save=True, by=name)
+            request_stop(self.run, grace_s=CTRL_C_GRACE_S, save=True, by=name, lease=self.lease.state.token)
             if self.saves_on_stop():
                 self.say(f"{name}: saving a checkpoint, then stopping (Ctrl-C again ends at once)")
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError, UsageError
+from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt
 from launcher.config import ClusterConfig, load_cluster_config, load_run_config, override_run_config
 from launcher.control import request_stop
@@ -84,7 +85,7 @@ def stop(
     lease = holder(folder)
     if lease is None:
         raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
-    request_stop(folder, grace_s=grace, save=not now, by="maskwright stop")
+    request_stop(folder, grace_s=grace, save=not now, by="maskwright stop", lease=lease.token)
     deadline = time.monotonic() + (0.0 if now else grace) + KILL_AFTER_S
     while (current := holder(folder)) is not None and current.token == lease.token and time.monotonic() < deadline:
         time.sleep(0.25)
@@ -197,29 +198,34 @@ def logs(
     number = attempt or last_attempt(folder)
     shown = 0
     while True:
+        # Asked before the log is read, so that nothing is missed that was written until then.
+        ended = not follow or holder(folder) is None
+        newest = last_attempt(folder) if follow and attempt is None else number
         log = folder.rank_log(number, rank)
         if log.exists():
-            shown = _print_log(log.read_bytes(), shown, number, rank, as_json=as_json, whole=not follow)
-        elif not follow:
+            shown = _print_log(log, shown, number, rank, as_json=as_json, whole=ended or newest > number)
+        elif ended and newest == number:
             raise _no_log(folder, number, rank)
-        if not follow or (holder(folder) is None and (not log.exists() or shown == len(log.read_bytes()))):
+        if newest > number:
+            number, shown = newest, 0
+        elif ended:
             return
-        time.sleep(0.5)
-        if attempt is None and last_attempt(folder) > number:
-            number, shown = last_attempt(folder), 0
+        else:
+            time.sleep(0.5)
 
 
-def _print_log(data: bytes, shown: int, attempt: int, rank: int, *, as_json: bool, whole: bool) -> int:
+def _print_log(log: Location, shown: int, attempt: int, rank: int, *, as_json: bool, whole: bool) -> int:
     """Print what is new and return how far it goes; only whole lines while the log grows."""
+    data = log.read_range(shown, log.path.stat().st_size) if log.is_local else log.read_bytes()[shown:]
     end = len(data) if whole else data.rfind(b"\n") + 1
-    text = data[shown:end].decode(errors="replace")
+    text = data[:end].decode(errors="replace")
     if as_json:
         for line in text.splitlines():
             print_json({"attempt": attempt, "rank": rank, "line": line})
     else:
         sys.stdout.write(text)
         sys.stdout.flush()
-    return max(shown, end)
+    return shown + end
 
 
 def _no_log(run: RunFolder, attempt: int, rank: int) -> NotFoundError:

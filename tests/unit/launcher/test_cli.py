@@ -246,6 +246,40 @@ def test_logs(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rank-00000.log" in error_of(capsys)[1]
 
 
+def test_following_the_log_of_a_killed_run_ends(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    made.rank_log(1, 0).write_bytes(b"one\ntw")
+    assert invoke("logs", "made", "--follow") == 0
+    assert capsys.readouterr().out == "one\ntw"
+    assert invoke("logs", "made", "--follow", "--rank", "3") == ExitCode.NOT_FOUND
+
+
+def test_status_tells_where_training_is_not_where_it_was_before_it_resumed(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {"mlm_loss": 7.0, "nsp_loss": None, "loss": 1.0, "tokens_per_s": 1000.0}
+    for attempt, steps in ((1, range(9)), (2, range(5, 7))):
+        made.append_event("attempt_started", attempt=attempt)
+        if attempt == 2:
+            made.append_event("resumed", attempt=2, step=5, steps_lost=4)
+        for step in steps:
+            made.append_metrics({"step": step, "attempt": attempt, **values})
+    with made.metrics.path.open("ab") as file:
+        file.write(b'{"st\n')  # cut by a crash
+    with Lease.acquire(made):
+        assert invoke("status", "made", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["mlm_loss"], found["steps_lost"]) == (7, 7.0, 4)
+    assert found["seconds_left"] >= 0
+
+
+def test_status_of_a_long_run_reads_the_end_of_its_metrics(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.dumps({"step": 0, "attempt": 1, "padding": "x" * 400}).encode() + b"\n"
+    made.metrics.write_bytes(record * 200_000)
+    made.append_metrics({"step": 8, "attempt": 1, "mlm_loss": 3.0})
+    started_at = time.process_time()
+    assert invoke("status", "made", "--json") == 0
+    assert time.process_time() - started_at < 0.4
+    assert json.loads(capsys.readouterr().out)["step"] == 9
+
+
 def test_init_copies_the_examples_and_overwrites_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("init", "mine") == 0
     assert Path("mine/runs/bert-base.yaml").is_file()

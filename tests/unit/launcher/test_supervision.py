@@ -49,18 +49,26 @@ def test_a_stage_that_saves_is_given_its_grace_and_others_are_not(run: RunFolder
         return "late"
 
     with Lease.acquire(run) as lease:
-        request_stop(run, grace_s=1.0, save=True, by="test")
+        request_stop(run, grace_s=1.0, save=True, by="test", lease=lease.state.token)
         started_at = time.monotonic()
         with pytest.raises(InterruptedRunError):
             supervise(run, lease, stages, saves=True)
         assert time.monotonic() - started_at >= 0.7
         started_at = time.monotonic()
-        clear_stop(run)
-        request_stop(run, grace_s=60.0, save=True, by="test")
+        clear_stop(run, "a later lease")
+        request_stop(run, grace_s=60.0, save=True, by="test", lease=lease.state.token)
         with pytest.raises(InterruptedRunError, match="asked by test"):
             supervise(run, lease, stages, saves=False)
         assert time.monotonic() - started_at < 5
     never.set()
+
+
+def test_a_request_to_a_command_that_has_hardly_begun_is_not_forgotten(run: RunFolder) -> None:
+    request = request_stop(run, grace_s=1.0, save=True, by="test", lease="this")
+    clear_stop(run, "this")
+    assert read_stop(run) == request
+    clear_stop(run, "the next")
+    assert read_stop(run) is None
 
 
 def test_lost_lease_ends_the_command(run: RunFolder) -> None:

@@ -155,7 +155,7 @@ def test_rank_zero_writes_its_heartbeat(run: RunFolder) -> None:
 
 
 def test_interrupted_rank_returns_and_failed_rank_raises(run: RunFolder) -> None:
-    request_stop(run, grace_s=60, save=True, by="test")
+    request_stop(run, grace_s=60, save=True, by="test", lease="any")
     assert in_process(run, "entry_stops") == 0
     found = read_failure(run, 1)
     assert found is not None
