@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -84,6 +84,7 @@ class MicroBatchStream:
         self._series = -1  # of the windows held
         self._windows: dict[tuple[int, int], _Held] = {}  # by (corpus, lane)
         self._epoch = lru_cache(maxsize=2 * len(self.mixture))(self._make_epoch)
+        self._num_samples = cache(self._count_samples)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (MicroBatchStream, (self.mixture, self.objective, self.phases, self.seed, self.split, self.packing))
@@ -111,8 +112,8 @@ class MicroBatchStream:
         if self.split == "validation":
             phase = self.phases[-1]
             corpus, nth = self._validation_order[number].tolist()
-            num_samples = self.mixture.indexes[corpus].num_samples("validation", phase.sequence_length)
-            start, stop = nth * phase.micro_batch_size, min((nth + 1) * phase.micro_batch_size, num_samples)
+            start = nth * phase.micro_batch_size
+            stop = min(start + phase.micro_batch_size, self._num_samples(corpus, "validation", phase.sequence_length))
             held = list(self._read(corpus, phase, 0, start, stop))
         else:
             phase = next(phase for phase in reversed(self.phases) if phase.first_micro_batch <= number)
@@ -129,7 +130,7 @@ class MicroBatchStream:
 
     def _read(self, corpus: int, phase: Phase, lane: int, start: int, stop: int) -> Iterator[tuple[Finished, tuple[SkippedBlock, ...]]]:
         """Positions [start, stop) of a lane's infinite sequence of samples of one corpus, and blocks that were found damaged on the way."""
-        num_samples = self.mixture.indexes[corpus].num_samples(self.split, phase.sequence_length)
+        num_samples = self._num_samples(corpus, self.split, phase.sequence_length)
         lo, hi = lane_bounds(num_samples, self._num_lanes(corpus, phase), lane)
         for span in lane_spans(hi - lo, start, stop):
             offset = span.start
@@ -147,11 +148,10 @@ class MicroBatchStream:
     def _num_lanes(self, corpus: int, phase: Phase) -> int:
         if self.split == "validation":
             return 1
-        index = self.mixture.indexes[corpus]
-        num_samples = index.num_samples("train", phase.sequence_length)
+        num_samples = self._num_samples(corpus, "train", phase.sequence_length)
         if num_samples < phase.num_lanes:
             raise ConfigError(
-                f"corpus {index.folder.name} is too small: {num_samples} training samples of length {phase.sequence_length}, "
+                f"corpus {self.mixture.indexes[corpus].folder.name} is too small: {num_samples} training samples of length {phase.sequence_length}, "
                 f"but a step has {phase.num_lanes} micro-batches",
                 "Use more text, a smaller batch.global_batch_size or a larger batch.micro_batch_size.",
             )
@@ -161,7 +161,8 @@ class MicroBatchStream:
     def _validation_order(self) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         """(V, 2): corpus and place within it of each validation micro-batch; any stretch holds the corpora in proportion to their sizes."""
         phase = self.phases[-1]
-        counts = [-(-index.num_samples("validation", phase.sequence_length) // phase.micro_batch_size) for index in self.mixture.indexes]
+        sizes = [self._num_samples(corpus, "validation", phase.sequence_length) for corpus in range(len(self.mixture))]
+        counts = [-(-size // phase.micro_batch_size) for size in sizes]
         corpus = np.repeat(np.arange(len(counts)), counts)
         nth = np.concatenate([np.arange(count) for count in counts])
         return np.stack([corpus, nth], axis=1)[np.lexsort((corpus, (nth + 0.5) / np.repeat(counts, counts)))]
@@ -169,6 +170,10 @@ class MicroBatchStream:
     def _key(self, corpus: int, series: int, epoch: int) -> int:
         """What every hash of an epoch starts from. Validation is the same in all series and runs of a seed."""
         return int(mix64(self.seed, _SPLIT_KEYS[self.split], 0 if self.split == "validation" else series, epoch, corpus))
+
+    def _count_samples(self, corpus: int, split: Split, sequence_length: int) -> int:
+        """Samples of an epoch of one corpus; a pass over its whole index."""
+        return self.mixture.indexes[corpus].num_samples(split, sequence_length)
 
     def _make_epoch(self, corpus: int, series: int, sequence_length: int, epoch: int) -> Epoch:
         index = self.mixture.indexes[corpus]

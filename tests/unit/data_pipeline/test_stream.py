@@ -14,7 +14,7 @@ import pytest
 from data_pipeline.chunks import cut_chunks
 from data_pipeline.config import BatchConfig, DataConfig, ObjectiveConfig, Phase, PhaseConfig
 from data_pipeline.errors import ConfigError, DataCorruptError
-from data_pipeline.index import CorpusIndex
+from data_pipeline.index import CorpusIndex, Split
 from data_pipeline.inspection import inspect_steps
 from data_pipeline.micro_batch import MicroBatch, empty_micro_batch, step_digest
 from data_pipeline.order import micro_batches_of_step, rank_micro_batches
@@ -307,6 +307,26 @@ def test_too_small_a_corpus_is_refused(index: CorpusIndex) -> None:
 def test_an_unprepared_length_is_refused(index: CorpusIndex) -> None:
     with pytest.raises(ConfigError, match="prepared for sequence lengths 32, 64, not 48"):
         MicroBatchStream(index, ObjectiveConfig(), _phases(length=48), seed=0)[0]
+
+
+class _SummingIndex(CorpusIndex):
+    """Counts how often the samples of all blocks are added up: of ten trillion tokens that is a pass over a gigabyte."""
+
+    sums: ClassVar[Counter[tuple[str, int]]] = Counter()
+
+    def num_samples(self, split: Split, sequence_length: int) -> int:
+        self.sums[split, sequence_length] += 1
+        return super().num_samples(split, sequence_length)
+
+
+def test_a_micro_batch_costs_no_pass_over_the_index(index: CorpusIndex) -> None:
+    summing = _SummingIndex(index.folder, index.manifest, index.fingerprint, index.records)
+    phases = _phases(later=(PhaseConfig(from_step=500, sequence_length=64),))
+    for split in ("train", "validation"):
+        stream = MicroBatchStream(summing, ObjectiveConfig(), phases, seed=2, split=split)
+        for number in range(len(stream) // 2, len(stream), len(stream) // 5):
+            stream[number], stream[number - 1], stream[number // 3]
+    assert set(summing.sums.values()) == {1}
 
 
 class _CountingIndex(CorpusIndex):
