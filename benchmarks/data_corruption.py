@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
+from typing import Any
 
 import webdataset
 
@@ -62,7 +63,7 @@ def main(options: Options) -> list[Claim]:
             options.progress(case.name)
             found[case.name] = {reader.name: outcomes(case, reader, own, foreign, tries, Path(folder) / "copy") for reader in READERS}
     _print(options, found)
-    return _claims(options, found)
+    return _claims({**options.environment, "corpus": corpus.description}, found)
 
 
 def outcomes(case: Case, reader: Reader, own: SmallCorpus, foreign: SmallCorpus, tries: int, copy: Path) -> Outcomes:
@@ -94,13 +95,13 @@ def _silent_percent(counts: Outcomes) -> list[float]:
     return [100 * sum(counts[outcome] for outcome in _SILENT) / total] if total else []
 
 
-def _claims(options: Options, found: dict[str, dict[str, Outcomes]]) -> list[Claim]:
+def _claims(environment: dict[str, Any], found: dict[str, dict[str, Outcomes]]) -> list[Claim]:
     claims: list[Claim] = []
     for case, by_reader in found.items():
         ours, stock = by_reader[_OURS.name], by_reader[_STOCK.name]
-        environment = {**options.environment, "outcomes": {name: dict(counts) for name, counts in by_reader.items()}}
+        details = {**environment, "outcomes": {name: dict(counts) for name, counts in by_reader.items()}}
         label = WEBDATASET.label if stock.total() else "webdataset has no index"
-        claims.append(make_claim(f"unnoticed: {case}", "%", environment, _silent_percent(ours), _silent_percent(stock), label, _GOAL))
+        claims.append(make_claim(f"unnoticed: {case}", "%", details, _silent_percent(ours), _silent_percent(stock), label, _GOAL))
     return claims
 
 

@@ -40,7 +40,8 @@ _MEASURED = (
 
 def main(options: Options) -> list[Claim]:
     """Build the index, then let three of the ranks take their place in the middle of an epoch, one after the other."""
-    real = CorpusIndex.open(Location.at(make_corpus(options).folder))
+    corpus = make_corpus(options)
+    real = CorpusIndex.open(Location.at(corpus.folder))
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
         wanted = _SHORT_TOKENS if options.short else _TOKENS
         scale = min(wanted, _affordable_tokens(Path(folder), real))
@@ -49,7 +50,7 @@ def main(options: Options) -> list[Claim]:
         synthetic = build_for_tokens(real, Path(folder) / "corpus", scale, options.progress)
         runs = measure([_contestant(synthetic, rank) for rank in _RANKS], options.rounds, options.progress)
     _print(options, synthetic, runs)
-    return _claims(options, synthetic, runs)
+    return _claims({**options.environment, "corpus": corpus.description}, synthetic, runs)
 
 
 def _affordable_tokens(folder: Path, real: CorpusIndex) -> int:
@@ -67,9 +68,9 @@ def _contestant(synthetic: Synthetic, rank: int) -> Contestant:
     return Contestant(f"rank {rank}", sys.executable, "benchmarks.contestants.scaling:rank", arguments, is_ours=True)
 
 
-def _claims(options: Options, synthetic: Synthetic, runs: dict[str, Runs]) -> list[Claim]:
+def _claims(measured_on: dict[str, Any], synthetic: Synthetic, runs: dict[str, Runs]) -> list[Claim]:
     environment: dict[str, Any] = {
-        **options.environment,
+        **measured_on,
         "synthetic": {"tokens": synthetic.num_tokens, "documents": synthetic.num_documents, "blocks": synthetic.num_blocks},
         "world_size": _WORLD_SIZE,
         "micro_batches_per_rank": _LANES_PER_RANK,

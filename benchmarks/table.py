@@ -23,6 +23,8 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Record]]:
 
 def render(results: dict[str, Sequence[Record]]) -> str:
     """Markdown: the claims that have a goal, and below what they were measured on; pure."""
+    if not results:
+        return "No results are kept yet; `make bench RESULTS=1` makes them."
     lines = ["| claim | ours | peer | ratio | goal | met |", "|---|--:|--:|--:|--:|---|"]
     lines += [_row(record) for records in results.values() for record in records if record["goal"] is not None]
     lines += ["", *_origins(results)]
