@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help setup demo check format test test-full unit distributed e2e chaos bench bench-table
 
 help:  ## List the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -hE '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 32
 
 setup: $(STAMP)  ## Make .venv and install everything (one to three minutes, 2 GB)
 

@@ -1,5 +1,6 @@
 """Attempts of a run: their numbers, and how each rank's attempt failed (reads and writes the run folder)."""
 
+import re
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ _PEER_LOSS = (
     "monitoredbarrier",
     "cuda error",
 )
+_ATTEMPT = re.compile(r"attempt-(\d+)")
 _PRECEDENCE = (FailureKind.KNOWN, FailureKind.INTERRUPTED, FailureKind.BUG, FailureKind.INFRASTRUCTURE)
 
 
@@ -31,7 +33,7 @@ def attempt_folder(run: RunFolder, attempt: int) -> Location:
 def last_attempt(run: RunFolder) -> int:
     """Number of the newest attempt; 0 when there is none."""
     names = (run.root / "logs").children()
-    return max((int(name.removeprefix("attempt-")) for name in names if name.startswith("attempt-")), default=0)
+    return max((int(match[1]) for name in names if (match := _ATTEMPT.fullmatch(name))), default=0)
 
 
 def claim_attempt(run: RunFolder) -> int:

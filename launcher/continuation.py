@@ -1,5 +1,7 @@
 """What may change when an existing run is continued (pure)."""
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -46,10 +48,15 @@ def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool) -> li
         return found
     listed = "; ".join(str(change) for change in refused)
     if all(_within(change.path, DELIBERATE) for change in refused):
-        remedy = f"If it is meant: maskwright resume {before.name} " + " ".join(f"--set {c.path}={c.after}" for c in refused)
+        remedy = f"If it is meant: maskwright resume {before.name} " + " ".join(f"--set {shlex.quote(_setting(c))}" for c in refused)
     else:
         remedy = "Give the configuration another name to start a new run, or change it back."
     raise ConfigError(f"run {before.name!r} exists and cannot continue with {listed}", remedy)
+
+
+def _setting(change: Change) -> str:
+    """As `--set` takes it: JSON is YAML, and a word needs no quotes."""
+    return f"{change.path}={change.after if isinstance(change.after, str) else json.dumps(change.after)}"
 
 
 def _within(path: str, prefixes: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ from launcher.control import clear_stop
 from launcher.job import Job, Stage
 from launcher.lease import Lease
 from launcher.progress import MetricsTail, TrainingProgress, clock
-from launcher.run_status import record_lost_driver
+from launcher.run_status import committed_steps, record_lost_driver
 from launcher.runs import cluster_file, read_config
 from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
 from launcher.supervision import RayOnDemand, Supervisor
@@ -96,7 +96,7 @@ def _run_stages(job: Job, stages: tuple[Stage, ...]) -> None:
     job.say(f"run {job.config.name}  {job.run.root}")
     for stage in stages:
         if stage is REPORT_STAGE:
-            _record_finish(job)  # before the report, which tells how the run ended
+            record_finish(job)  # before the report, which tells how the run ended
         job.stage = stage.name
         job.lease.beat(stage=stage.name)
         started_at = time.monotonic()
@@ -106,8 +106,15 @@ def _run_stages(job: Job, stages: tuple[Stage, ...]) -> None:
             job.run.append_event("stage_finished", attempt=job.attempt, stage=stage.name, elapsed_s=round(elapsed_s, 3), **outcome.details)
         job.say(f"{stage.name:<9} {clock(elapsed_s) if outcome.worked else 'skipped':>8}  {outcome.text}")
     if REPORT_STAGE not in stages:
-        _record_finish(job)
+        record_finish(job)
 
 
-def _record_finish(job: Job) -> None:
-    job.run.append_event("finished", attempt=job.attempt, step=job.config.schedule.steps)
+def record_finish(job: Job) -> None:
+    """Say that the run is finished; one of which an early export was fine-tuned is not, it still has steps to take."""
+    steps, reached = job.config.schedule.steps, max(committed_steps(job.run), default=None)
+    if reached is None or reached >= steps:
+        job.run.append_event("finished", attempt=job.attempt, step=steps)
+        return
+    cause = f"the stages that were asked for are done; pretraining is at step {reached} of {steps}"
+    remedy = f"Run `maskwright resume {job.config.name}`."
+    job.run.append_event("stopped", attempt=job.attempt, step=reached, exit_code=int(ExitCode.INTERRUPTED), cause=cause, remedy=remedy)

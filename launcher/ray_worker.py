@@ -3,6 +3,7 @@
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,12 +131,17 @@ def _diagnose(error: Exception, run: RunFolder, attempt: int) -> Failure:
     if recorded is not None and recorded.kind is FailureKind.KNOWN:
         return recorded
     if dead:
-        names = ", ".join(str(rank) for rank in dead)
-        cause = f"rank {names} died: {_last_line(failures[dead[0]])}"
+        cause = f"{name_ranks(dead)} died: {_last_line(failures[dead[0]])}"
         return Failure(FailureKind.INFRASTRUCTURE, cause, "Run `maskwright resume`.", ExitCode.FAILED, dead[0])
     if recorded is not None:
         return recorded
     return Failure(FailureKind.INFRASTRUCTURE, f"the worker group failed: {_last_line(error)}", "Run `maskwright resume`.", ExitCode.FAILED)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """`rank 3`, `rank 3, 7`, and of a whole node that was lost no more than the first few."""
+    first, more = ", ".join(map(str, ranks[:8])), len(ranks) - 8
+    return f"rank {first} and {more} more" if more > 0 else f"rank {first}"
 
 
 def _is_death(error: Exception) -> bool:

@@ -19,6 +19,7 @@ _MAX_EVENTS = 500
 _QUIET_EVENTS = {"checkpoint_committed", "validation"}  # many, and shown elsewhere
 _HIDDEN_DETAILS = {"time", "kind", "attempt", "step", "settings", "problems"}
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")
+_SIGNATURES = re.compile(r"(?i)([?&][\w.-]*(?:sig|signature|password|secret|token|key|credential)[\w.-]*=)[^&\s'\";]+")
 _SECRET_LINES = re.compile(r"(?im)^(\s*[\w.-]*(?:password|secret|token|api_key|access_key|credential)s?\s*:\s*)\S.*$")
 _DATA_ROWS = (
     ("documents", "documents read"),
@@ -220,8 +221,8 @@ def _versions(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _redacted(text: str) -> str:
-    """Without credentials in URLs and values of keys that name secrets."""
-    return _SECRET_LINES.sub(r"\1(redacted)", _CREDENTIALS.sub("(redacted)@", text))
+    """Without credentials and signatures in URLs and values of keys that name secrets."""
+    return _SECRET_LINES.sub(r"\1(redacted)", _SIGNATURES.sub(r"\1(redacted)", _CREDENTIALS.sub("(redacted)@", text)))
 
 
 def _redacted_values(value: Any) -> Any:

@@ -35,7 +35,8 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
             raise decision.error
         if read_stop(job.run) is not None:
             raise InterruptedRunError(f"stopped after {failure.cause}", f"Run `maskwright resume {job.config.name}`.")
-        job.say(f"  attempt {job.attempt} failed: {failure.cause}; starting again from step {reached}")
+        where = f" from step {reached}" if job.stage == "pretrain" else ""
+        job.say(f"  attempt {job.attempt} failed: {failure.cause}; starting again{where}")
         time.sleep(decision.delay_s)
 
 

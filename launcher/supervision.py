@@ -4,13 +4,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
-from data_pipeline.errors import ExitCode, InterruptedRunError
+from data_pipeline.errors import ExitCode, InterruptedRunError, UnreachableError
 from launcher.clusters.local import Machine, Workers, local_cluster
 from launcher.config import ClusterConfig
 from launcher.control import StopRequest, read_stop, request_stop
@@ -108,12 +108,17 @@ class Supervisor:
             while thread.is_alive():
                 thread.join(POLL_S)
                 self.ray.serve(stack)
-                self.tick()
-                self._obey()
-            self.tick()
+                self._look(self.tick)
+                self._look(self._obey)
+            self._look(self.tick)
         if work.error is not None:
             raise self._as_ctrl_c(work.error)
         return work.result[0]
+
+    def _look(self, at: Callable[[], None]) -> None:
+        """Storage or a terminal that fails for a moment must not end a run whose ranks are at work; the next look is soon."""
+        with suppress(OSError, UnreachableError):
+            at()
 
     def _obey(self) -> None:
         if self.lease.lost.is_set():

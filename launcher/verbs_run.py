@@ -95,7 +95,12 @@ def stop(
     status = read_status(folder)
     saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
     say(f"run {folder.root.name} {status.state}; {saved}")
-    next_command(f"maskwright resume {run}")
+    next_command(f"maskwright resume {_again(run, folder, storage)}")
+
+
+def _again(run: str, folder: RunFolder, storage: str | None) -> str:
+    """The run's name for the next command, which may not be given the same --storage."""
+    return run if storage is None else str(folder.root)
 
 
 def _kill(lease: LeaseState) -> None:
@@ -131,7 +136,7 @@ def list_(storage: Storage = None, as_json: Json = False) -> None:
         return
     rows = ((s.id, s.state, f"{s.step}/{s.steps}", _rounded(s.mlm_loss), human(s.tokens_per_s), s.recoveries, _ago(s.updated_at)) for s in statuses)
     print_table(("run", "state", "step", "mlm loss", "tokens/s", "recoveries", "updated"), rows)
-    next_command(f"maskwright status {statuses[-1].id}")
+    next_command(f"maskwright status {statuses[-1].id if storage is None else statuses[-1].folder}")
 
 
 def status(
@@ -144,12 +149,13 @@ def status(
 
     Example: maskwright status demo --exit-code
     """
-    found = read_status(find_run(run, storage))
+    folder = find_run(run, storage)
+    found = read_status(folder)
     if as_json:
         print_json(found.to_json())
     else:
         print_fields(_status_fields(found))
-        next_command(_after_status(found, run))
+        next_command(_after_status(found, _again(run, folder, storage)))
     if exit_code:
         raise typer.Exit(found.exit_code)
 

@@ -71,3 +71,5 @@ def test_attempt_numbers_are_claimed_once(run: RunFolder) -> None:
         numbers = list(pool.map(lambda _: claim_attempt(run), range(24)))
     assert sorted(numbers) == list(range(1, 25))
     assert last_attempt(run) == 24
+    (run.root / "logs" / "attempt-0024 (copy)" / "rank-00000.log").write_bytes(b"")
+    assert last_attempt(run) == 24

@@ -1,6 +1,7 @@
 """The command line: exit codes, two-line errors, start-up without heavy libraries, `--json`."""
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -223,12 +224,19 @@ def test_unknown_run_names_the_nearest(made: RunFolder, capsys: pytest.CaptureFi
     assert error_of(capsys)[1] == "Runs there: made."
 
 
-def test_run_is_found_by_id_folder_and_storage(made: RunFolder, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_found_by_id_folder_and_storage(
+    made: RunFolder, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert invoke("status", "made") == 0
     assert invoke("status", "runs/made") == 0
     assert invoke("status", str(made.root)) == 0
     assert invoke("status", "made", "--storage", str(here / "elsewhere")) == ExitCode.NOT_FOUND
     monkeypatch.chdir("/")
+    for verb in (["status", "made"], ["list"]):
+        capsys.readouterr()
+        assert invoke(*verb, "--storage", str(here / "runs")) == 0
+        command = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+        assert command[2] == str(made.root), "the next command must find the run, too"
     monkeypatch.setenv("MASKWRIGHT_STORAGE", str(here / "runs"))
     assert invoke("status", "made") == 0
 

@@ -1,5 +1,7 @@
 """What may change when a run is continued."""
 
+import shlex
+
 import pytest
 
 from data_pipeline.errors import ConfigError
@@ -37,6 +39,14 @@ def test_deliberate_changes_name_the_command(override: str) -> None:
         resolve_diff(BASE, changed(override), deliberate=False)
     assert f"maskwright resume a --set {override.partition('=')[0]}=" in caught.value.remedy
     assert resolve_diff(BASE, changed(override), deliberate=True)
+
+
+def test_the_command_that_is_named_can_be_pasted() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_diff(BASE, changed("optimizer.betas=[0.8, 0.9]", "schedule.kind=cosine"), deliberate=False)
+    words = shlex.split(caught.value.remedy.partition(": ")[2])
+    assert words == ["maskwright", "resume", "a", "--set", "optimizer.betas=[0.8, 0.9]", "--set", "schedule.kind=cosine"]
+    assert override_run_config(BASE, words[4::2]) == changed("optimizer.betas=[0.8, 0.9]", "schedule.kind=cosine")
 
 
 @pytest.mark.parametrize(

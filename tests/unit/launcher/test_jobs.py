@@ -12,12 +12,13 @@ from data_pipeline.errors import ConflictError, ExitCode, StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import last_attempt
 from launcher.clusters.local import Machine, Workers
-from launcher.config import ClusterConfig
+from launcher.config import ClusterConfig, dump_yaml
 from launcher.job import Job
-from launcher.jobs import driver_log, record_end
+from launcher.jobs import driver_log, record_end, record_finish
 from launcher.lease import STALE_AFTER_S, Lease
 from launcher.progress import MetricsTail, TrainingProgress
 from launcher.retries import run_with_retries
+from launcher.run_status import read_status
 from launcher.supervision import RayOnDemand
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
@@ -67,6 +68,20 @@ def test_only_who_has_the_run_says_how_it_ended(fixture: str, told: list[str], r
     record_end(job, StorageError("full", "free some"))
     assert [event["kind"] for event in job.run.read_events()] == told
     assert "full" in driver_log(job.run).read_bytes().decode()
+
+
+def test_fine_tuning_a_run_whose_pretraining_was_stopped_does_not_finish_it(job: Job) -> None:
+    (job.run.checkpoints / "step-00000500" / "MANIFEST.json").write_json({})
+    record_finish(job)
+    job.run.config.write_bytes(dump_yaml(job.config))
+    with job.lease:
+        pass
+    status = read_status(job.run)
+    assert (status.state, status.exit_code) == ("stopped", ExitCode.INTERRUPTED)
+    assert "pretraining is at step 500 of 1000000" in status.cause
+    (job.run.checkpoints / f"step-{job.config.schedule.steps:08d}" / "MANIFEST.json").write_json({})
+    record_finish(job)
+    assert read_status(job.run).state == "finished"
 
 
 def test_the_end_says_its_code(job: Job) -> None:

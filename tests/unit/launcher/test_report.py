@@ -40,7 +40,10 @@ def write_run(storage: Path) -> RunFolder:
     run = RunFolder(Location.at(storage / "full"))
     corpus = Location.at(storage / "corpora" / "docs-0123456789ab")
     counts = {"documents": 4000, "duplicates": 211, "empty": 3, "train_documents": 3719, "train_tokens": 646474, "validation_tokens": 11307}
-    sources = [{"name": "s3://key:hidden@bucket/text", "digest": "0"}]
+    sources = [
+        {"name": "s3://key:hidden@bucket/text", "digest": "0"},
+        {"name": "https://host/text.jsonl?part=7&X-Amz-Signature=hidden", "digest": "0"},
+    ]
     (corpus / "corpus.json").write_json({"counts": counts, "sources": sources, "vocabulary": {"size": 8192}, "unigram_entropy": 6.08})
     run.config.write_bytes(b"name: full\nstorage: s3://key:hidden@bucket/runs\napi_key: hidden\nmodel:\n  num_layers: 4\n")
     for step in range(60):
@@ -137,6 +140,7 @@ def test_what_others_wrote_is_escaped_and_secrets_are_left_out(page: str) -> Non
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     assert "hidden" not in page
+    assert "part=7" in page
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:

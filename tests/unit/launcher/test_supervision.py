@@ -11,6 +11,7 @@ from rich.console import Console
 
 from data_pipeline.errors import ConflictError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
+from launcher import supervision
 from launcher.clusters.local import Machine, Workers
 from launcher.config import ClusterConfig
 from launcher.control import clear_stop, read_stop, request_stop
@@ -69,6 +70,21 @@ def test_a_request_to_a_command_that_has_hardly_begun_is_not_forgotten(run: RunF
     assert read_stop(run) == request
     clear_stop(run, "the next")
     assert read_stop(run) is None
+
+
+def test_storage_that_fails_for_a_moment_does_not_end_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    def fails(what: str) -> None:
+        looks.append(what)
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(supervision, "read_stop", lambda _: fails("stop"))
+    with Lease.acquire(run) as lease:
+        ray = RayOnDemand(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
+        supervisor = Supervisor(run, lease, ray, say=print, tick=lambda: fails("tick"), saves_on_stop=lambda: True)
+        assert supervisor.supervise(lambda: time.sleep(0.6) or "done") == "done"
+    assert {"stop", "tick"} <= set(looks)
 
 
 def test_lost_lease_ends_the_command(run: RunFolder) -> None:
