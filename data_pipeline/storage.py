@@ -120,9 +120,11 @@ class Location:
         """Bytes [start, stop) of the file, or those there are. Errors as `read_bytes` has them, but a missing file is a FileNotFoundError."""
         if not self.is_local:
             return remote.read_range(self.url, start, stop, settings or DataConfig())
-        with self.path.open("rb") as file:
-            file.seek(start)
-            return file.read(stop - start)
+        file = os.open(self.url, os.O_RDONLY)  # half the time of a Python file, which shows in blocks of a small corpus
+        try:
+            return os.pread(file, stop - start, start)
+        finally:
+            os.close(file)
 
     def open_binary(self, settings: DataConfig | None = None) -> IO[bytes]:
         """The file to be read from, and sought in; one in a store is read in large ranges, the next ahead of use, with retries and time-outs.

@@ -20,15 +20,19 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import BatchConfig, CorpusConfig, DataConfig, ObjectiveConfig, TokenizerConfig
 from data_pipeline.errors import DataCorruptError, EnvironmentMismatchError, ExitCode, MaskwrightError, NotFoundError, UnreachableError
+from data_pipeline.executor import InProcessExecutor
 from data_pipeline.index import CorpusIndex
-from data_pipeline.prepare import Prepared
+from data_pipeline.prepare import Prepared, prepare
 from data_pipeline.reading import read_documents
 from data_pipeline.shards import Block
 from data_pipeline.sources import Partition, Piece, list_files
 from data_pipeline.storage import Location
+from data_pipeline.stream import MicroBatchStream, build_loader
+from data_pipeline.verification import verify_corpus
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, object_store
+from tests.support.text import write_texts
 
 SHARD = "train-000000.tar"
 
@@ -293,6 +297,40 @@ def test_a_source_that_is_not_there_or_not_ours(url: str, store: ObjectStore) ->
     with pytest.raises(UnreachableError, match="cannot read") as caught:
         Location.at(url + "/corpus.json").read_bytes()
     assert caught.value.exit_code == ExitCode.UNREACHABLE
+
+
+def _stream(index: CorpusIndex) -> MicroBatchStream:
+    phases = BatchConfig(global_batch_size=16, micro_batch_size=8, sequence_length=64).phases_until(40)
+    return MicroBatchStream(index, ObjectiveConfig(), phases, seed=3)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.full)])
+def test_micro_batches_are_those_of_the_local_corpus(url: str, settings: DataConfig, store: ObjectStore, local: CorpusIndex, workers: int) -> None:
+    """Through the loader, with a process of its own, and through passing faults; what lasts reaches the reader as it is."""
+    numbers = [0, 1, 2, 3, 40, 41, 79]
+    store.fail(Fault("500", 2, SHARD), Fault("truncated", 1, SHARD), Fault("wrong", 1, SHARD))
+    stream = _stream(CorpusIndex.open(Location.at(url), settings))
+    found = [batch.digest for batch in build_loader(stream, iter(numbers), workers)]
+    assert found == [_stream(local)[number].digest for number in numbers]
+    store.fail(Fault("reset", ALWAYS, SHARD))
+    impatient = CorpusIndex.open(Location.at(url), settings.model_copy(update={"total_timeout_s": 1.2}))
+    with pytest.raises(UnreachableError, match=SHARD):
+        next(build_loader(_stream(impatient), iter([5]), workers))
+
+
+def test_a_corpus_prepared_in_a_store_is_the_same(store: ObjectStore, tmp_path: Path) -> None:
+    """To the byte, although reads fail now and then."""
+    write_texts(tmp_path / "texts", num_documents=60, seed=4)
+    corpus = CorpusConfig(name="made", source=str(tmp_path / "texts"), validation_fraction=0.1)
+    store.fail(Fault("500", 3), Fault("truncated", 1))
+    made = [
+        prepare(corpus, TokenizerConfig(vocab_size=400), (32,), storage, InProcessExecutor(), lambda message: None).folder
+        for storage in (Location.at(tmp_path), Location.at(f"s3://{store.bucket}/storage"))
+    ]
+    assert made[0].name == made[1].name
+    for name in ("corpus.json", "index.bin", SHARD):
+        assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()
+    assert verify_corpus(made[1], DataConfig(cache_bytes=0), lambda done, total: None).problems == []
 
 
 class _Ranges(SimpleHTTPRequestHandler):
