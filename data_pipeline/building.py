@@ -30,7 +30,7 @@ TestTexts = Mapping[str, Sequence[str]]
 """The texts of the test set of each task, by the task's name."""
 
 _BYTES_PER_TOKEN = 4
-_NUM_BLOCKS = 4096
+_NUM_BLOCKS = 1024
 _MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 8 << 10, 512 << 10
 _HASH_PARTITION_BYTES = 16 << 20
 _MAX_HASH_PARTITIONS = 4096
@@ -95,7 +95,7 @@ class Build:
 
 
 def plan_job(folder: Location, corpus: CorpusConfig, text_bytes: int, sequence_lengths: tuple[int, ...]) -> Job:
-    """Layout of a corpus, a function of the size of its text: about 4096 blocks or more, of 8 k to 512 k tokens; pure."""
+    """Layout of a corpus, a function of the size of its text: about 1024 blocks or more, of 8 k to 512 k tokens; pure."""
     num_partitions = min(max(1, -(-text_bytes // _HASH_PARTITION_BYTES)), _MAX_HASH_PARTITIONS)
     block_tokens = min(max(text_bytes // _BYTES_PER_TOKEN // _NUM_BLOCKS, _MIN_BLOCK_TOKENS), _MAX_BLOCK_TOKENS)
     return Job(folder, corpus, num_partitions, block_tokens, sequence_lengths)
