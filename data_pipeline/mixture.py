@@ -22,7 +22,7 @@ HORIZON = 1000
 
 @dataclass(frozen=True)
 class Shares:
-    """A pattern of HORIZON positions, repeated for ever: position p of a lane belongs to corpus `corpus_of[p % HORIZON]`."""
+    """A pattern of HORIZON positions, each of one corpus, repeated for ever. Lanes begin at different places of it."""
 
     counts: tuple[int, ...]
     """Positions of each corpus in the pattern."""
@@ -51,10 +51,14 @@ class Shares:
             before.append(used.copy())
         return cls(tuple(counts.tolist()), np.stack(before, axis=1))
 
-    def positions(self, corpus: int, start: int, stop: int) -> tuple[int, int]:
-        """What positions [start, stop) of a lane are in the lane's sequence of samples of one corpus."""
-        first, last = (bound // HORIZON * self.counts[corpus] + int(self.before[corpus, bound % HORIZON]) for bound in (start, stop))
-        return first, last
+    def positions(self, corpus: int, start: int, stop: int, turn: int) -> tuple[int, int]:
+        """What positions [start, stop) of a lane are in the lane's sequence of samples of one corpus. The lane begins `turn` places into the
+        pattern."""
+        before, first, last = (self._before(corpus, turn + position) for position in (0, start, stop))
+        return first - before, last - before
+
+    def _before(self, corpus: int, position: int) -> int:
+        return position // HORIZON * self.counts[corpus] + int(self.before[corpus, position % HORIZON])
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,9 @@ class MicroBatchStream:
             phase = next(phase for phase in reversed(self.phases) if phase.first_micro_batch <= number)
             depth, lane = divmod(number - phase.series_first_micro_batch, phase.num_lanes)
             start, stop = depth * phase.micro_batch_size, (depth + 1) * phase.micro_batch_size
-            shares = self.mixture.shares
-            corpora = range(len(self.mixture))
-            held = [each for corpus in corpora for each in self._read(corpus, phase, lane, *shares.positions(corpus, start, stop))]
+            turn = lane * phase.micro_batch_size  # micro-batches side by side continue the pattern, so that every step holds the corpora by weight
+            places = [self.mixture.shares.positions(corpus, start, stop, turn) for corpus in range(len(self.mixture))]
+            held = [each for corpus, (first, last) in enumerate(places) for each in self._read(corpus, phase, lane, first, last)]
         parts, skipped = [part for part, _ in held if len(part)], tuple(block for _, blocks in held for block in blocks)
         if not parts:
             return replace(empty_micro_batch(self.mixture.vocabulary), number=number, skipped=skipped)

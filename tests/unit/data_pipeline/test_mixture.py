@@ -12,6 +12,7 @@ from data_pipeline.errors import ConfigError, DataCorruptError, NotFoundError
 from data_pipeline.executor import InProcessExecutor
 from data_pipeline.index import CorpusIndex
 from data_pipeline.mixture import MIXTURE, Mixture
+from data_pipeline.order import micro_batches_of_step
 from data_pipeline.prepare import Prepared, prepare
 from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream
@@ -64,6 +65,18 @@ def test_shares_are_exact_and_every_corpus_is_read_once_an_epoch(mixture: Mixtur
     assert not [sample for sample in lane[0] if sample not in alone[0] and sample not in alone[1]]
     assert Counter(from_small[:small]).keys() <= alone[1].keys()
     assert len(Counter(from_small[:small])) > 0.97 * len(alone[1])
+
+
+@pytest.mark.parametrize("weights", [(9.0, 1.0), (0.97, 0.03)])
+def test_a_step_holds_every_corpus_by_weight(mixture: Mixture, weights: tuple[float, float]) -> None:
+    """Not only a lane: lanes that all took a rare corpus at the same depth would give it to one step in many."""
+    stream = MicroBatchStream(replace(mixture, weights=weights), ObjectiveConfig(sentence_objective="none"), _phases(8, 4), 5)
+    rare = MicroBatchStream(mixture.indexes[1], stream.objective, _phases(1, 1, steps=20_000), 5)
+    known = set(_contents(rare, range(mixture.indexes[1].num_samples("train", 64))))
+    share = weights[1] / sum(weights) * 32
+    for step in range(12):
+        found = sum(sample in known for sample in _contents(stream, micro_batches_of_step(stream.phases, step)))
+        assert abs(found - share) <= 2  # a chunk or two of few words occurs in both
 
 
 def test_a_mixture_is_pure(mixture: Mixture) -> None:

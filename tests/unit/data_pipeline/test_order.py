@@ -142,21 +142,24 @@ def test_binary_spread_reverses_bits() -> None:
 _SHARES = st.lists(st.floats(0.02, 10), min_size=1, max_size=5)
 
 
-@given(_SHARES, st.integers(0, 10**7), st.integers(0, 3000))
-def test_shares_of_a_mixture_cover_a_lane(weights: list[float], start: int, count: int) -> None:
-    """Positions of the corpora add up, follow on from each other, and are never far from their share."""
+@given(_SHARES, st.integers(0, 10**7), st.integers(0, 3000), st.integers(0, 10**5))
+def test_shares_of_a_mixture_cover_a_lane(weights: list[float], start: int, count: int, turn: int) -> None:
+    """Positions of the corpora add up, follow on from each other, and are never far from their share, wherever the lane's pattern begins."""
     shares = Shares.of(weights)
-    ranges = [shares.positions(corpus, start, start + count) for corpus in range(len(weights))]
+    ranges = [shares.positions(corpus, start, start + count, turn) for corpus in range(len(weights))]
     assert sum(last - first for first, last in ranges) == count
-    assert all(shares.positions(corpus, 0, start)[1] == first for corpus, (first, _) in enumerate(ranges))
+    assert all(shares.positions(corpus, 0, start, turn) == (0, first) for corpus, (first, _) in enumerate(ranges))
     for counts, (_, last) in zip(shares.counts, ranges, strict=True):
-        assert abs(last - (start + count) * counts / HORIZON) < len(weights)
+        assert abs(last - (start + count) * counts / HORIZON) < 2 * len(weights)
+    assert [shares.positions(corpus, start, start + HORIZON, turn) for corpus in range(len(weights))] == [
+        (first, first + count) for (first, _), count in zip(ranges, shares.counts, strict=True)
+    ]
 
 
 def test_shares_are_exact_over_the_horizon() -> None:
     assert Shares.of([7, 2, 1]).counts == (700, 200, 100)
     assert Shares.of([1, 1, 1]).counts == (334, 333, 333)
-    assert [Shares.of([7, 2, 1]).positions(corpus, 1000 * 5, 1000 * 9) for corpus in range(3)] == [(3500, 6300), (1000, 1800), (500, 900)]
+    assert [Shares.of([7, 2, 1]).positions(corpus, 1000 * 5, 1000 * 9, turn=0) for corpus in range(3)] == [(3500, 6300), (1000, 1800), (500, 900)]
     with pytest.raises(ConfigError, match="less than 1 in 1000"):
         Shares.of([1, 0.0001])
 
