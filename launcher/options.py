@@ -1,5 +1,6 @@
 """Options that verbs share, and how they print (writes to the console)."""
 
+import errno
 import json
 import os
 import sys
@@ -25,10 +26,18 @@ Cluster = Annotated[
 
 
 class _Console(Console):
-    """A run goes on when nobody reads its output any more, as in `maskwright run … | head`; rich would end the process."""
+    """A run goes on when nobody reads its output any more, as in `maskwright run … | head` or after its terminal was closed."""
 
-    def on_broken_pipe(self) -> None:
+    def on_broken_pipe(self) -> None:  # rich would end the process
         discard_output()
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            discard_output()  # that is what a closed terminal answers
 
 
 def discard_output() -> None:

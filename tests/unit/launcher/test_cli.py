@@ -1,6 +1,7 @@
 """The command line: exit codes, two-line errors, start-up without heavy libraries, `--json`."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -217,6 +218,16 @@ def test_a_reader_that_goes_away_is_no_error(arguments: list[str], code: int, ma
     assert process.stderr
     assert "Traceback" not in process.stderr.read().decode()
     assert process.wait(60) == code
+
+
+def test_a_terminal_that_is_closed_is_no_error(made: RunFolder) -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "launcher.cli", "list"], stdout=theirs, stderr=subprocess.PIPE, start_new_session=True)
+    os.close(theirs)
+    os.close(ours)
+    assert process.stderr
+    assert process.stderr.read().decode() == ""
+    assert process.wait(60) == 0
 
 
 def test_unknown_run_names_the_nearest(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
