@@ -17,6 +17,9 @@ from data_pipeline.shards import Block, write_shard
 from data_pipeline.stopwatch import Stopwatch
 from data_pipeline.text import split_sentences
 
+_PART_TOKENS = 8 << 10
+"""Longest stretch of one document that stays together."""
+
 
 def encode_partition(job: Job, spills: Sequence[str], threshold: int, number: int) -> Receipt:
     """Shuffle, de-duplicate, split, encode and write the shards of a hash partition."""
@@ -87,11 +90,11 @@ def _encode(encoder: Encoder, texts: list[str], watch: Stopwatch) -> EncodedDocu
 def cut_blocks(encoded: EncodedDocuments, block_tokens: int) -> Iterator[Block]:
     """Whole documents until a block holds `block_tokens`; a block is exceeded by at most its last document.
 
-    A document longer than a block is cut at sentence ends into parts, which count as documents from here on: blocks of nearly one size keep
-    memory bounded and micro-batches of equal numbers of tokens.
+    A document of more than `_PART_TOKENS` is cut at sentence ends into parts, which count as documents from here on: blocks of nearly one size
+    and kind keep memory bounded and micro-batches of equal numbers of tokens.
     """
     token_ends = np.concatenate([[0], np.cumsum(encoded.sentence_lengths)])
-    document_ends = _part_ends(encoded.document_lengths, token_ends, block_tokens)
+    document_ends = _part_ends(encoded.document_lengths, token_ends, min(block_tokens, _PART_TOKENS))
     tokens = np.concatenate([[0], token_ends[document_ends]])  # before each document
     sentences = np.concatenate([[0], document_ends])
     start = 0
