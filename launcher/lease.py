@@ -80,10 +80,11 @@ class Lease:
         Raises:
             ConflictError: somebody drives the run.
         """
+        # The number first: if somebody takes the run after the look at its holder, that number is gone.
+        number = 1 + max((int(name) for name in (run.root / "leases").children() if name.isdigit()), default=0)
         current = holder(run)
         if current is not None:
             raise _taken(run, current)
-        number = 1 + max((int(name) for name in (run.root / "leases").children() if name.isdigit()), default=0)
         token = uuid.uuid4().hex
         if not (run.root / "leases" / f"{number:08d}").claim(token.encode()):
             raise ConflictError(f"run {run.root.name} was taken by another command just now", f"See `maskwright status {run.root.name}`.")

@@ -17,7 +17,8 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. schedule.steps=1000; the value is YAML. Repeatable.")
 ]
 Storage = Annotated[
-    str | None, typer.Option("--storage", metavar="PATH|URL", help="Where corpora and runs lie. Else $MASKWRIGHT_STORAGE, else ./runs.")
+    str | None,
+    typer.Option("--storage", metavar="PATH|URL", help="Where corpora and runs lie. Else as CONFIG says, else $MASKWRIGHT_STORAGE, else ./runs."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Cluster = Annotated[

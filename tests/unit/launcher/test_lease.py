@@ -12,6 +12,7 @@ import pytest
 
 from data_pipeline.errors import ConflictError
 from data_pipeline.storage import Location
+from launcher import lease as lease_module
 from launcher.lease import STALE_AFTER_S, Lease, LeaseState, holder, process_start, read_lease
 from trainer.runlog import RunFolder
 
@@ -47,6 +48,21 @@ def test_of_many_commands_at_once_one_wins(run: RunFolder) -> None:
     for lease in leases:
         lease.beat()
     assert [lease for lease in leases if not lease.lost.is_set()] == [max(leases, key=lambda lease: lease.state.number)]
+
+
+def test_a_run_that_is_taken_between_two_looks_is_not_taken_again(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Lease] = []
+
+    def nobody_yet(run: RunFolder) -> None:
+        if not taken:
+            taken.append(Lease(run, LeaseState(0, "", 0, "", "", 0.0, 0.0)))
+            taken[0] = Lease.acquire(run)
+
+    monkeypatch.setattr(lease_module, "holder", nobody_yet)
+    with pytest.raises(ConflictError, match="just now"):
+        Lease.acquire(run)
+    taken[0].beat()
+    assert not taken[0].lost.is_set()
 
 
 def dead_process() -> LeaseState:
