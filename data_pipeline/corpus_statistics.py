@@ -76,6 +76,7 @@ class CorpusStatistics:
     counts: dict[str, Any]
     sampled_blocks: int
     sampled_documents: int
+    """A document longer than a block lies in parts, which count here and in `document_tokens`."""
     document_tokens: Distribution
     sentence_tokens: Distribution
     rows: tuple[RowStatistics, ...]

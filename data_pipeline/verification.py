@@ -35,7 +35,7 @@ class Verification:
     """Intact ones."""
     bytes: int = 0
     counts: dict[str, int] = field(default_factory=dict)
-    """Documents, sentences and tokens of each split, in intact blocks."""
+    """Documents (long ones in parts), sentences and tokens of each split, in intact blocks."""
 
 
 def verify_corpus(folder: Location, settings: DataConfig, progress: Progress) -> Verification:
@@ -166,10 +166,15 @@ def _num_samples(block: Block, length: int) -> int:
 
 
 def _wrong_counts(folder: Location, manifest: dict[str, Any], result: Verification) -> list[str]:
+    """What adds up to something else than the manifest says. A document longer than a block lies there in parts: there may be more, never fewer."""
     said: dict[str, Any] = manifest["counts"]
-    pairs = [(name, said.get(name), found) for name, found in result.counts.items()]
+    pairs = [(name, int(said.get(name, 0)), found) for name, found in result.counts.items()]
     pairs.append(("blocks", int(said["train_blocks"]) + int(said["validation_blocks"]), result.blocks))
-    return [f"{folder / MANIFEST} says {expected} {name}; the shards hold {found}" for name, expected, found in pairs if expected != found]
+    return [
+        f"{folder / MANIFEST} says {expected} {name}; the shards hold {found}"
+        for name, expected, found in pairs
+        if found < expected or (found > expected and not name.endswith("documents"))
+    ]
 
 
 def _twice(folder: Location, find: Callable[[], list[str]]) -> list[str]:

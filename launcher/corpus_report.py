@@ -136,7 +136,7 @@ class CorpusReport:
         which = "all" if found.sampled_blocks == total else f"{found.sampled_blocks} of {total:,}"
         return (
             f"Lengths and fill come from {which} training blocks ({found.sampled_documents:,} documents), chosen by a hash of their number; "
-            "counts are of the whole corpus."
+            "a document longer than a block is several there. Counts are of the whole corpus."
         )
 
     def _length_rows(self) -> Iterator[tuple[str, ...]]:
@@ -161,7 +161,7 @@ class CorpusReport:
 
 def find_corpus(name: str, storage: Location) -> Location | None:
     """The corpus of a folder, a URL, or a name below `corpora/` of a storage; None when it is none."""
-    candidates = [Location.at(name), storage / "corpora" / name]
+    candidates = [Location.at(name), *([] if "/" in name else [storage / "corpora" / name])]
     return next((candidate for candidate in candidates if (candidate / "corpus.json").exists()), None)
 
 

@@ -9,10 +9,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import CorpusConfig, DataConfig, TokenizerConfig
 from data_pipeline.errors import NotFoundError
+from data_pipeline.executor import InProcessExecutor
 from data_pipeline.index import CorpusIndex, sealed
-from data_pipeline.prepare import Prepared
+from data_pipeline.prepare import Prepared, prepare
 from data_pipeline.storage import Location
 from data_pipeline.verification import Verification, verify_corpus
 
@@ -100,6 +101,18 @@ def test_a_manifest_that_counts_wrongly(copy: Path) -> None:
     [problem] = _verify(copy).problems
     assert "says" in problem
     assert "train_tokens" in problem
+
+
+def test_long_documents_lie_in_parts(tmp_path: Path) -> None:
+    """Parts are more than documents, which is no problem."""
+    (tmp_path / "texts").mkdir()
+    for number in range(6):
+        (tmp_path / "texts" / f"{number}.txt").write_text(" ".join(f"This is sentence {nth} of document {number}." for nth in range(4000)))
+    corpus = CorpusConfig(source=str(tmp_path / "texts"), validation_fraction=0.1)
+    made = prepare(corpus, TokenizerConfig(vocab_size=300), (32,), Location.at(tmp_path), InProcessExecutor(), lambda message: None)
+    found = _verify(made.folder)
+    assert found.problems == []
+    assert found.counts["train_documents"] > made.summary["train_documents"]
 
 
 def test_an_index_that_counts_wrongly(copy: Path) -> None:

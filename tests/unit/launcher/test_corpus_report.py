@@ -52,7 +52,8 @@ def test_by_name_and_elsewhere(copy: Path, tmp_path: Path, capsys: pytest.Captur
     assert (tmp_path / "page.html").exists()
     assert not (copy / "report.html").exists()
     assert invoke("report", "nothing", "--storage", "storage") == ExitCode.NOT_FOUND
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert invoke("report", "memory://nothing/here", "--storage", "storage") == ExitCode.NOT_FOUND
+    assert len(capsys.readouterr().err.strip().splitlines()) == 4
 
 
 def test_in_a_store(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
