@@ -73,7 +73,9 @@ def _with_swapped_seconds(samples: Samples, pairs: IntArray, document: IntArray,
 def _with_swapped_segments(samples: Samples, pairs: IntArray) -> Samples:
     """Half of the pairs, those with the smaller hashes. Both orders have the same distribution of lengths: a pair is split anywhere."""
     swapped = np.zeros(len(samples), dtype=np.bool_)
-    swapped[pairs[np.argsort(mix64(samples.keys[pairs], _ORDER), kind="stable")[: len(pairs) // 2]]] = True
+    hashes = mix64(samples.keys[pairs], _ORDER)
+    half = (len(pairs) + int(np.bitwise_xor.reduce(hashes) & np.uint64(1))) // 2  # of an odd number one more or one less
+    swapped[pairs[np.argsort(hashes, kind="stable")[:half]]] = True
 
     def exchanged(one: IntArray, other: IntArray) -> IntArray:
         return np.where(swapped, other, one)
