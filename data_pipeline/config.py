@@ -93,7 +93,7 @@ class CorpusConfig(Section):
     quality: QualityConfig | None = None
     """Drop documents by quality rules; `{}` takes the published thresholds, null keeps everything."""
     personal_data: tuple[PersonalData, ...] = ()
-    """Replace these by placeholders such as `<EMAIL>`: e-mail addresses, telephone numbers, global IP addresses, payment cards, keys (credentials)."""
+    """Replace these by placeholders such as `<EMAIL>`: e-mail addresses, telephone numbers, global IP addresses, cards, keys (credentials)."""
     near_duplicates: NearDuplicatesConfig | None = None
     """Drop near-duplicates, all but one of a group; `{}` takes the defaults, null drops exact duplicates only."""
     contamination: Literal["report", "remove"] = "report"
