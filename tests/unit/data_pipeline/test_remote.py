@@ -32,6 +32,7 @@ from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, build_loader
 from data_pipeline.verification import verify_corpus
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, object_store
+from tests.support.required import missing
 from tests.support.text import write_texts
 
 SHARD = "train-000000.tar"
@@ -331,6 +332,15 @@ def test_a_corpus_prepared_in_a_store_is_the_same(store: ObjectStore, tmp_path: 
     for name in ("corpus.json", "index.bin", SHARD):
         assert (made[0] / name).read_bytes() == (made[1] / name).read_bytes()
     assert verify_corpus(made[1], DataConfig(cache_bytes=0), lambda done, total: None).problems == []
+
+
+def test_a_server_that_is_required_fails_instead_of_skipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASKWRIGHT_REQUIRE", "slurm,s3")
+    with pytest.raises(pytest.fail.Exception, match="s3 is required"):
+        missing("s3", "moto is not installed")
+    monkeypatch.setenv("MASKWRIGHT_REQUIRE", "slurm")
+    with pytest.raises(pytest.skip.Exception, match="moto is not installed"):
+        missing("s3", "moto is not installed")
 
 
 class _Ranges(SimpleHTTPRequestHandler):
