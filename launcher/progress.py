@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from data_pipeline.storage import Location
 
 _REMOTE_POLL_S = 10.0
+_TRIALS_POLL_S = 2.0
 
 
 @dataclass
@@ -112,6 +113,37 @@ class TrainingProgress:
             return None
         (first_at, first), (last_at, last) = self._pace[0], self._pace[-1]
         return (self.steps - done) * (last_at - first_at) / max(1, last - first)
+
+
+@dataclass
+class TrialProgress:
+    """Follows fine-tuning: a line for each trial that ends. Call `update` often; it looks now and then."""
+
+    console: Console
+    finetune: Location
+    """Folder with a folder for each task."""
+    tasks: tuple[str, ...]
+    trials_per_task: int
+    _ended: dict[str, list[str]] | None = None
+    _looked_at: float = 0.0
+
+    def update(self) -> None:
+        """Show what is new; what had ended at the first look is not."""
+        if time.monotonic() - self._looked_at < (_TRIALS_POLL_S if self.finetune.is_local else _REMOTE_POLL_S):
+            return
+        self._looked_at = time.monotonic()
+        found = {task: self._trials(task) for task in self.tasks}
+        before, self._ended = self._ended, found
+        if before is None:
+            return
+        for task, trials in found.items():
+            for trial in sorted(set(trials) - set(before[task])):
+                init, _, seed = trial.rpartition("-")
+                self.console.print(f"  {task}  {init}, seed {seed} done  ({len(trials)} of {self.trials_per_task})", highlight=False)
+
+    def _trials(self, task: str) -> list[str]:
+        names = (self.finetune / task / "trials").children()
+        return [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
 
 
 def _number(value: float | None) -> str:

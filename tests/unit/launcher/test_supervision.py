@@ -16,7 +16,7 @@ from launcher.clusters.local import Machine, Workers
 from launcher.config import ClusterConfig
 from launcher.control import clear_stop, read_stop, request_stop
 from launcher.lease import Lease
-from launcher.progress import MetricsTail, TrainingProgress, clock, human
+from launcher.progress import MetricsTail, TrainingProgress, TrialProgress, clock, human
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.runlog import RunFolder
 
@@ -122,6 +122,20 @@ def test_a_stage_that_outlives_its_command_gets_no_ray(run: RunFolder) -> None:
 def test_torn_stop_request_is_none(run: RunFolder) -> None:
     run.stop_request.write_bytes(b'{"time": 1')
     assert read_stop(run) is None
+
+
+def test_a_line_for_each_trial_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.progress._TRIALS_POLL_S", 0.0)
+    out, folder = io.StringIO(), Location.at(tmp_path)
+    (folder / "sst2" / "trials" / "pretrained-0.json").write_json({})
+    progress = TrialProgress(Console(file=out, width=200), folder, ("sst2", "news"), trials_per_task=6)
+    progress.update()
+    assert out.getvalue() == ""  # of an earlier attempt
+    (folder / "sst2" / "trials" / "pretrained-1.json").write_json({})
+    (folder / "news" / "trials" / "scratch-2.json").write_json({})
+    progress.update()
+    progress.update()
+    assert out.getvalue() == "  sst2  pretrained, seed 1 done  (2 of 6)\n  news  scratch, seed 2 done  (1 of 6)\n"
 
 
 def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None:
