@@ -37,6 +37,6 @@ def with_skipped(state: TrainState, blocks: "Sequence[SkippedBlock]", budget: in
     if blocks and len(after.skipped_blocks) > budget:
         raise DataCorruptError(
             f"{len(after.skipped_blocks)} damaged blocks, data.skip_budget is {budget}; the last: {blocks[-1].cause}",
-            "Restore the corpus from a copy, or allow more with --set data.skip_budget=N.",
+            "`maskwright verify CORPUS` lists all damage. Restore the corpus, or allow more with --set data.skip_budget=N.",
         )
     return after
