@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.errors import NotFoundError, UsageError
+from data_pipeline.errors import ConflictError, NotFoundError, UsageError
 from data_pipeline.storage import Location
 from launcher.config import ClusterConfig, load_cluster_config, override_run_config
+from launcher.lease import holder
 from launcher.options import Cluster, Json, RunArgument, Set, Storage, console, next_command, print_json, print_table, say
 from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read_config, resolve_storage
 from trainer.config import RunConfig, TaskConfig
@@ -30,6 +31,9 @@ def export(
     from trainer.export import export as export_model
 
     folder = find_run(run, storage)
+    lease = holder(folder)
+    if lease is not None and lease.stage == "export":
+        raise ConflictError(f"run {folder.root.name} is exporting just now", f"See `maskwright status {run}`, and try again when it is done.")
     target = name or (MODEL_NAME if step is None else f"step-{step:08d}")
     model = export_model(folder, read_config(folder), require_corpus(folder), step=step, name=target)
     say(str(model))

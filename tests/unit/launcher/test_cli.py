@@ -148,6 +148,16 @@ def test_running_run_is_a_conflict_for_run_and_resume(made: RunFolder, capsys: p
         assert invoke("status", "made", "--exit-code") == ExitCode.RUNNING
 
 
+def test_export_leaves_a_run_alone_that_is_exporting(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both would write the same unfinished folder."""
+    with Lease.acquire(made) as lease:
+        lease.beat(stage="pretrain")
+        assert invoke("export", "made") == ExitCode.NOT_FOUND, "there is no corpus yet"
+        lease.beat(stage="export")
+        assert invoke("export", "made") == ExitCode.CONFLICT
+        assert "maskwright status" in error_of(capsys)[-1]
+
+
 def test_run_refuses_a_configuration_that_would_make_another_model(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(name="made", schedule={"steps": 10, "warmup_steps": 1}, seed=3)
     assert invoke("run", config) == ExitCode.CONFIG
