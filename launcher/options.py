@@ -48,6 +48,9 @@ def discard_output() -> None:
     os.close(nowhere)
 
 
+_LONG_CELL = 60
+
+
 def console() -> Console:
     """Where human output goes. Paths must not be broken when nobody looks at a screen."""
     return _Console() if sys.stdout.isatty() else _Console(width=160, soft_wrap=True)
@@ -69,13 +72,15 @@ def next_command(*commands: str) -> None:
 
 
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """A table without ornament."""
+    """A table without ornament. Long cells take several lines, so that none crowds its neighbours out."""
+    cells = [[str(cell) for cell in row] for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console().print(table)
+    for nth, column in enumerate(columns):
+        longest = max((len(row[nth]) for row in cells), default=0)
+        table.add_column(column, no_wrap=longest <= _LONG_CELL, max_width=max(longest, len(column)) if longest <= _LONG_CELL else None)
+    for row in cells:
+        table.add_row(*row)
+    console().print(table, soft_wrap=False)
 
 
 def print_fields(fields: Mapping[str, Any]) -> None:
