@@ -18,7 +18,7 @@ from data_pipeline.stopwatch import Stopwatch
 from data_pipeline.text import split_sentences
 
 _PART_TOKENS = 8 << 10
-"""Longest stretch of one document that stays together."""
+"""Stretch of a document that stays in one block."""
 
 
 def encode_partition(job: Job, spills: Sequence[str], threshold: int, number: int) -> Receipt:
@@ -90,32 +90,34 @@ def _encode(encoder: Encoder, texts: list[str], watch: Stopwatch) -> EncodedDocu
 def cut_blocks(encoded: EncodedDocuments, block_tokens: int) -> Iterator[Block]:
     """Whole documents until a block holds `block_tokens`; a block is exceeded by at most its last document.
 
-    A document of more than `_PART_TOKENS` is cut at sentence ends into parts, which count as documents from here on: blocks of nearly one size
-    and kind keep memory bounded and micro-batches of equal numbers of tokens.
+    A document of more than `_PART_TOKENS` may go on in the next block, where it counts as another one: blocks of nearly one size keep memory
+    bounded and micro-batches of equal numbers of tokens.
     """
     token_ends = np.concatenate([[0], np.cumsum(encoded.sentence_lengths)])
-    document_ends = _part_ends(encoded.document_lengths, token_ends, min(block_tokens, _PART_TOKENS))
-    tokens = np.concatenate([[0], token_ends[document_ends]])  # before each document
-    sentences = np.concatenate([[0], document_ends])
+    ends, ends_document = _stops(encoded.document_lengths, token_ends, min(block_tokens, _PART_TOKENS))
+    tokens = np.concatenate([[0], token_ends[ends]])  # before each stretch
+    sentences = np.concatenate([[0], ends])
     start = 0
-    while start < len(document_ends):
-        stop = min(int(np.searchsorted(tokens, tokens[start] + block_tokens)), len(document_ends))
+    while start < len(ends):
+        stop = min(int(np.searchsorted(tokens, tokens[start] + block_tokens)), len(ends))
+        is_end = ends_document[start:stop].copy()
+        is_end[-1] = True
         yield Block(
             encoded.ids[tokens[start] : tokens[stop]],
             (token_ends[sentences[start] + 1 : sentences[stop] + 1] - tokens[start]).astype("<u4"),
-            (document_ends[start:stop] - sentences[start]).astype("<u4"),
+            (ends[start:stop][is_end] - sentences[start]).astype("<u4"),
         )
         start = stop
 
 
-def _part_ends(document_lengths: IntArray, token_ends: IntArray, part_tokens: int) -> IntArray:
-    """Cumulative sentences at the end of each document, or of each part where a document has more than `part_tokens`."""
+def _stops(document_lengths: IntArray, token_ends: IntArray, part_tokens: int) -> tuple[IntArray, NDArray[np.bool_]]:
+    """Where a block may end, as cumulative sentences, and whether a document ends there, too: inside documents after every `part_tokens`."""
     first_sentence = np.cumsum(document_lengths) - document_lengths
     document = np.repeat(np.arange(len(document_lengths)), document_lengths)
     part = (token_ends[:-1] - token_ends[first_sentence][document]) // part_tokens
-    is_last = np.ones(len(document), dtype=np.bool_)
-    is_last[:-1] = (np.diff(document) > 0) | (np.diff(part) > 0)
-    return np.flatnonzero(is_last) + 1
+    ends_document = np.diff(document, append=len(document_lengths)) > 0
+    stops = np.flatnonzero(ends_document | (np.diff(part, append=0) > 0))
+    return stops + 1, ends_document[stops]
 
 
 def _arrays_to_bytes(*arrays: NDArray[Any]) -> bytes:

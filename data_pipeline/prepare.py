@@ -22,7 +22,7 @@ from data_pipeline.source_digests import describe_sources
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import tokenizer_digest
 
-_RULES_VERSION = 5
+_RULES_VERSION = 6
 """Raise it when a module of the preparation changes what it writes."""
 _DIGESTS = "corpora/.cache/source-digests.json"
 _NOTHING: TestTexts = {}

@@ -22,14 +22,23 @@ def test_blocks_cover_the_documents_and_are_of_bounded_size(documents: list[list
     assert all(len(block.ids) < 2 * block_tokens + longest for block in blocks)
     assert all(len(block.ids) >= block_tokens for block in blocks[:-1])
 
-    ends = np.cumsum(encoded.document_lengths)
-    found = np.cumsum([sentence_count for block in blocks for sentence_count in np.diff(block.document_ends.astype(np.int64), prepend=0)])
-    assert set(ends.tolist()) <= set(found.tolist())  # a document's end is never lost
-    long = [sum(document) > block_tokens for document in documents]
-    assert len(found) == len(ends) or any(long)
+    ends = set(np.cumsum(encoded.document_lengths).tolist())
+    first = 0
+    for block in blocks:
+        inside = {first + int(end) for end in block.document_ends}
+        last = first + len(block.sentence_ends)
+        assert inside - {last} == {end for end in ends if first < end < last}  # one document is one document in its block
+        assert last in inside
+        first = last
+    assert (
+        len(blocks) == 1
+        or max(sum(document) for document in documents) > block_tokens
+        or all(sum(len(block.sentence_ends) for block in blocks[: nth + 1]) in ends for nth in range(len(blocks)))
+    )
 
 
-def test_a_document_is_cut_only_where_it_exceeds_a_block() -> None:
+def test_a_document_is_cut_only_where_a_block_is_full() -> None:
     encoded = EncodedDocuments(np.zeros(70, dtype=np.uint16), np.array([10, 10, 10, 10, 10, 10, 10]), np.array([2, 5]))
     assert [block.document_ends.tolist() for block in cut_blocks(encoded, 50)] == [[2, 7]]
     assert [block.document_ends.tolist() for block in cut_blocks(encoded, 25)] == [[2, 5], [2]]
+    assert [block.document_ends.tolist() for block in cut_blocks(encoded, 15)] == [[2], [2], [3]]
