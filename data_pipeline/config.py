@@ -136,6 +136,8 @@ class DataConfig(Section):
     Nothing here is part of the corpus' identity; all of it may change when a run is continued.
     """
 
+    storage: str | None = None
+    """Folder or fsspec URL in whose `corpora` folder prepared corpora lie, for example a bucket; null: the run's `storage`."""
     on_damage: Literal["fail", "skip"] = "fail"
     """At a block that is damaged or missing: `fail` ends the run with exit code 14; `skip` trains on without its samples and records an event."""
     skip_budget: int = Field(default=8, ge=0)

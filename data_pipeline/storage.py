@@ -20,6 +20,7 @@ from data_pipeline.errors import NotFoundError, StorageError
 from data_pipeline.remote_file import open_remote
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -180,16 +181,15 @@ class Location:
                 self.write_bytes(data)
                 return True
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.path.with_name(f".{self.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
-                file = self.path.open("xb", buffering=0)
+                with whole.open("xb", buffering=0) as file:
+                    _write_whole(file, data)
+                _link(whole, self.path)
             except FileExistsError:
                 return False
-            with file:
-                try:
-                    _write_whole(file, data)
-                except OSError:  # a claim that nobody holds and that names nobody would never be given up
-                    self.path.unlink(missing_ok=True)
-                    raise
+            finally:
+                whole.unlink(missing_ok=True)
             return True
 
     def append_line(self, line: str) -> None:
@@ -225,6 +225,20 @@ class Location:
         if self.exists():
             fs, path = self.filesystem()
             fs.rm(path, recursive=True)
+
+
+def _link(whole: Path, path: Path) -> None:
+    """Give a file its name if nobody has it: with all its contents or not at all, for a claim that names nobody would never be given up.
+
+    On file systems without hard links a process that is killed in between can leave such a claim.
+    """
+    try:
+        os.link(whole, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with path.open("xb", buffering=0) as file:
+            _write_whole(file, whole.read_bytes())
 
 
 def _write_whole(file: io.FileIO, data: bytes) -> None:

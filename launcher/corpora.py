@@ -54,7 +54,7 @@ def prepare_corpora(config: RunConfig, start_ray: Callable[[], object], say: Cal
                 corpus,
                 tokenizer,
                 config.batch.sequence_lengths,
-                Location.at(config.storage),
+                Location.at(config.corpora_storage),
                 ExecutorOnDemand(start_ray),
                 lambda text: say(f"  {text}"),
                 test_texts=lambda: held_out_texts(config),
@@ -65,7 +65,7 @@ def prepare_corpora(config: RunConfig, start_ray: Callable[[], object], say: Cal
     indexes = _each_part(config, prepared)
     if not config.mixture:
         return PreparedCorpora(parts[0].folder, tuple(parts))
-    folder = Mixture.join(indexes, [part.weight for part in config.mixture]).save(Location.at(config.storage))
+    folder = Mixture.join(indexes, [part.weight for part in config.mixture]).save(Location.at(config.corpora_storage))
     return PreparedCorpora(folder, tuple(parts))
 
 
@@ -80,7 +80,7 @@ def open_corpora(config: RunConfig) -> "Mixture":
     from data_pipeline.prepare import find_prepared
 
     def found(corpus: CorpusConfig, tokenizer: TokenizerConfig) -> CorpusIndex:
-        arguments = (corpus, tokenizer, config.batch.sequence_lengths, Location.at(config.storage))
+        arguments = (corpus, tokenizer, config.batch.sequence_lengths, Location.at(config.corpora_storage))
         return CorpusIndex.open(find_prepared(*arguments, test_texts=lambda: held_out_texts(config)), config.data)
 
     return Mixture.join(_each_part(config, found), [part.weight for part in config.mixture] or [1.0])
@@ -116,7 +116,7 @@ def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
     from trainer.tasks import PYTHON_DOCS, read_test_texts
 
     def texts_of(task: TaskConfig, scratch: str) -> list[str]:
-        storage = Location.at(config.storage)
+        storage = Location.at(config.corpora_storage)
         if task.path != PYTHON_DOCS or not storage.is_local:
             return read_test_texts(task, scratch)
         return read_test_texts(task, (storage / "corpora" / ".cache" / f"python-docs-task-{fingerprint()[:12]}").path)

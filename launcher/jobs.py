@@ -40,7 +40,7 @@ def run_job(
     Raises:
         ConfigError: the configuration cannot continue this run. ConflictError: somebody drives it. MaskwrightError: as the run ended.
     """
-    config = config.model_copy(update={"storage": Location.at(config.storage).url})
+    config = _with_whole_paths(config)
     run = RunFolder(Location.at(config.storage) / config.name)
     machine = this_machine()
     workers = resolve_workers(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
@@ -66,6 +66,12 @@ def run_job(
         finally:
             progress.close()
     return run
+
+
+def _with_whole_paths(config: RunConfig) -> RunConfig:
+    """The same for whoever continues the run from another folder."""
+    data = config.data if config.data.storage is None else config.data.model_copy(update={"storage": Location.at(config.data.storage).url})
+    return config.model_copy(update={"storage": Location.at(config.storage).url, "data": data})
 
 
 def _write_configs(run: RunFolder, config: RunConfig, cluster: ClusterConfig, *, deliberate: bool) -> None:

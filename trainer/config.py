@@ -202,3 +202,8 @@ class RunConfig(Section):
     def corpus_label(self) -> str:
         """The corpus' name, or those of the mixture."""
         return " + ".join(part.corpus.label for part in self.mixture) or self.corpus.label
+
+    @property
+    def corpora_storage(self) -> str:
+        """Folder or URL in whose `corpora` folder the prepared corpora lie."""
+        return self.data.storage or self.storage

@@ -1,18 +1,22 @@
 """The whole loop on two ranks and a real corpus: stops, resumes, refuses, fails together."""
 
+import re
 import shutil
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
-from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError, InterruptedRunError, MaskwrightError
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError, InterruptedRunError, MaskwrightError, UnreachableError
 from data_pipeline.storage import Location
 from tests.support.batches import small_config
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
+from tests.support.object_store import ALWAYS, Fault, ObjectStore, object_store
 from trainer.config import RunConfig
 from trainer.context import LocalContext
 from trainer.pretrain import pretrain
@@ -137,6 +141,54 @@ def test_packed_rows_and_a_growing_batch_train_the_same_model(corpus: str, tmp_p
     assert [record["batch_digest"] for record in packed] == [record["batch_digest"] for record in padded]
     for name in ("mlm_loss", "nsp_loss", "grad_norm"):
         assert [record[name] for record in packed] == pytest.approx([record[name] for record in padded], rel=1e-4)
+
+
+def from_a_store(rank: int, world_size: int, corpus: str, url: str, root: str) -> dict[str, tuple[MaskwrightError | None, float]]:
+    """The corpus on a disk, in a store that stumbles, and in one that answers no more after the first step."""
+    patient, hasty = ({"cache_bytes": 0, "read_timeout_s": 2.0, "total_timeout_s": total_s} for total_s in (60.0, 3.0))
+    config = config_of(1, "bf16")
+    store = ObjectStore(int(url.split(":")[2].split("/", maxsplit=1)[0]), cast(Any, None))
+    pretrain(config, corpus, f"{root}/disk", LocalContext(rank, world_size), 1)
+    if rank == 0:
+        store.fail(Fault("500", 3), Fault("truncated", 2, path=".tar"), Fault("wrong", 1, path=".tar"))
+    pretrain(config.model_copy(update={"data": DataConfig.model_validate(patient)}), url, f"{root}/store", LocalContext(rank, world_size), 1)
+    long = config_of(1, "bf16", schedule={"steps": 500, "warmup_steps": 2}, data=hasty)
+    return {"silent": caught(lambda: pretrain(long, url, f"{root}/silent", FailingStoreContext(rank, world_size, store), 1))}
+
+
+class FailingStoreContext(LocalContext):
+    """The store stops answering when the first step has begun."""
+
+    def __init__(self, rank: int, world_size: int, store: ObjectStore) -> None:
+        super().__init__(rank, world_size)
+        self.store: ObjectStore | None = store
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        if self.rank == 0 and phase == "forward" and self.store is not None:
+            self.store.fail(Fault("slow", ALWAYS, path=".tar"))
+            self.store = None
+
+
+def test_training_from_a_store_that_stumbles_and_from_one_that_falls_silent(corpus: str, tmp_path: Path) -> None:
+    with object_store() as store:
+        url = f"{store.endpoint}/{store.bucket}/corpus"
+        for path in Path(corpus).rglob("*"):
+            if path.is_file():
+                target = f"{url}/{path.relative_to(corpus).as_posix()}"
+                headers = {"x-amz-acl": "public-read", "Content-Type": "application/octet-stream"}
+                    f"{url}/{path.relative_to(corpus).as_posix()}",
+                    {"x-amz-acl": "public-read", "Content-Type": "application/octet-stream"},
+                )
+                request = urllib.request.Request(target, data=path.read_bytes(), method="PUT", headers=headers)
+                urllib.request.urlopen(request, timeout=10).close()
+        heard = run_distributed(from_a_store, 2, (corpus, url, str(tmp_path)), timeout_s=100)
+    disk, stumbling = (RunFolder(Location.at(tmp_path / name)).read_metrics() for name in ("disk", "store"))
+    assert [exact(record) for record in stumbling] == [exact(record) for record in disk]
+    for rank in heard:
+        error, elapsed_s = rank["silent"]
+        assert isinstance(error, UnreachableError)
+        assert re.search("could not read the (data of step|validation data)", error.cause)
+        assert elapsed_s < 40
 
 
 def caught(action: Callable[[], None]) -> tuple[MaskwrightError | None, float]:
