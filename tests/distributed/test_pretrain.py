@@ -176,9 +176,6 @@ def test_training_from_a_store_that_stumbles_and_from_one_that_falls_silent(corp
             if path.is_file():
                 target = f"{url}/{path.relative_to(corpus).as_posix()}"
                 headers = {"x-amz-acl": "public-read", "Content-Type": "application/octet-stream"}
-                    f"{url}/{path.relative_to(corpus).as_posix()}",
-                    {"x-amz-acl": "public-read", "Content-Type": "application/octet-stream"},
-                )
                 request = urllib.request.Request(target, data=path.read_bytes(), method="PUT", headers=headers)
                 urllib.request.urlopen(request, timeout=10).close()
         heard = run_distributed(from_a_store, 2, (corpus, url, str(tmp_path)), timeout_s=100)
