@@ -228,7 +228,8 @@ class BatchConfig(Section):
     phases: tuple[PhaseConfig, ...] = ()
     """Later phases, in order of `from_step`. Another sequence length or micro-batch size starts a new epoch, another global batch size does not."""
     loader_workers: int = Field(default=0, ge=0)
-    """Background processes per rank that make micro-batches; 0 makes them in the training process."""
+    """Background processes per rank that make micro-batches; 0 makes them in the training process. Choose a divisor of the micro-batches that a
+    rank computes in a step: otherwise several of them read the same blocks."""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
