@@ -10,10 +10,10 @@ from data_pipeline.errors import InterruptedRunError
 from data_pipeline.storage import Location
 from tests.distributed.test_pretrain import config_of
 from tests.support.batches import random_micro_batch, small_config, write_tokenizer
+from tests.support.contexts import StoppingContext
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
 from trainer.batch import tensor_batches
-from trainer.context import LocalContext
 from trainer.engine import Engine
 from trainer.model import build_model
 from trainer.objectives import LossWeights
@@ -88,21 +88,6 @@ def test_all_pairs_of_stages_carry_every_bit_over(tmp_path: Path, world_size: in
 STEPS = 12
 LEGS = [(3, 2, 1), (6, 1, 3), (9, 3, 2), (STEPS, 2, 0)]
 """(steps done at the end, world size, ZeRO stage) of each attempt."""
-
-
-class StoppingContext(LocalContext):
-    """Asks for a stop before a step."""
-
-    def __init__(self, rank: int, world_size: int, at: int) -> None:
-        super().__init__(rank, world_size)
-        self.at = at
-        self.step = 0
-
-    def heartbeat(self, step: int, phase: str) -> None:
-        self.step = step
-
-    def stop_requested(self) -> bool:
-        return self.step >= self.at
 
 
 def one_leg(rank: int, world_size: int, corpus: str, run: str, stage: int, precision: str, until: int, attempt: int) -> None:

@@ -14,6 +14,7 @@ from data_pipeline.config import DataConfig
 from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError, InterruptedRunError, MaskwrightError, UnreachableError
 from data_pipeline.storage import Location
 from tests.support.batches import small_config
+from tests.support.contexts import StoppingContext
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, object_store
@@ -23,21 +24,6 @@ from trainer.pretrain import pretrain
 from trainer.runlog import RunFolder
 
 STEPS = 6
-
-
-class StoppingContext(LocalContext):
-    """Asks for a stop before step `at`, on one rank only."""
-
-    def __init__(self, rank: int, world_size: int, at: int) -> None:
-        super().__init__(rank, world_size)
-        self.at = at
-        self.step = 0
-
-    def heartbeat(self, step: int, phase: str) -> None:
-        self.step = step
-
-    def stop_requested(self) -> bool:
-        return self.rank == 1 and self.step >= self.at
 
 
 @pytest.fixture(scope="module")
