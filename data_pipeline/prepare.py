@@ -96,10 +96,19 @@ def prepare(
                 cpu_seconds = build.run(texts, identity)
             elif missing := unreported(folder, texts):
                 build.report(missing)
+            _remove_torn_writes(folder)
             (folder / WORK).remove()
     manifest = (folder / MANIFEST).read_json()
     measured = {"seconds": round(time.monotonic() - started_at, 3), "cpu_seconds": {step: round(value, 3) for step, value in cpu_seconds.items()}}
     return Prepared(folder, created, {**manifest["counts"], **measured})
+
+
+def _remove_torn_writes(folder: Location) -> None:
+    """What processes that were killed while they wrote a file have left beside it; nobody else writes here. Other claimants' claims are theirs."""
+    if folder.is_local:
+        for path in folder.path.rglob(".*.tmp"):
+            if not path.name.startswith(".claim.json."):
+                path.unlink(missing_ok=True)
 
 
 def _corpus_folder(corpus: CorpusConfig, storage: Location, identity: dict[str, Any]) -> Location:

@@ -234,6 +234,14 @@ def test_a_second_writer_is_refused_and_a_dead_one_replaced(texts: Path, prepare
     assert not claim.exists()
 
 
+def test_torn_writes_of_killed_processes_are_removed(texts: Path, prepared: Prepared, tmp_path: Path) -> None:
+    folder = tmp_path / "corpora" / prepared.folder.name
+    (folder / "tokenizer").mkdir(parents=True)
+    for name in (".train-000000.tar.0a1b2c3d.tmp", "tokenizer/.vocab.txt.0a1b2c3d.tmp"):
+        (folder / name).write_bytes(b"half")
+    assert _files(_prepare(texts, tmp_path).folder) == _files(prepared.folder)
+
+
 def test_on_another_file_system(texts: Path, prepared: Prepared) -> None:
     storage = f"memory://prepare-{time.monotonic_ns()}"
     found = _prepare(texts, storage)
