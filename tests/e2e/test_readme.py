@@ -86,8 +86,9 @@ def test_the_commands_of_the_readme_work_as_they_stand(outside: Path) -> None:
     assert first[1] == "run"
     run(*first, *settings(), cwd=outside)
     (outside / "my.yaml").write_bytes((outside / "runs/mine/run.yaml").read_bytes())
+    (corpus,) = outside.glob("runs/corpora/articles-*")
     for command in others:
-        run(*("1" if word == "1000" else word for word in command), cwd=outside)
+        run(*("1" if word == "1000" else word.replace("NAME", corpus.name) for word in command), cwd=outside)
     snippet = re.search(r"^    from transformers.*\n    .*\n", README, flags=re.MULTILINE)
     assert snippet is not None
     code = "\n".join(line.strip() for line in snippet[0].splitlines())
