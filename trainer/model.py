@@ -26,8 +26,11 @@ class PretrainingBert(BertForPreTraining):
 
         All parameters are in the graph whatever the batch holds. Never waits for the device.
         """
-        attend_R1TT = within_samples(batch.sample_ids_RT, one_each=len(batch.starts_B) == len(batch.input_ids_RT))
-        hidden_RTD = self._encode(batch.input_ids_RT, batch.token_type_ids_RT, batch.position_ids_RT, attend_R1TT).flatten(0, 1)
+        one_each = len(batch.starts_B) == len(batch.input_ids_RT)
+        # Positions that all rows share are added up in one sum, not token by token in 16 bits.
+        position_ids = torch.arange(batch.input_ids_RT.shape[1], device=batch.input_ids_RT.device)[None] if one_each else batch.position_ids_RT
+        attend_R1TT = within_samples(batch.sample_ids_RT, one_each=one_each)
+        hidden_RTD = self._encode(batch.input_ids_RT, batch.token_type_ids_RT, position_ids, attend_R1TT).flatten(0, 1)
         first_B1D, masked_ND = hidden_RTD.index_select(0, batch.starts_B)[:, None], hidden_RTD.index_select(0, batch.mlm_positions_N)
         mlm_logits_NV, nsp_logits_B2 = self._heads(masked_ND, first_B1D)
         sums = loss_sums(mlm_logits_NV, batch.mlm_labels_N, nsp_logits_B2, batch.nsp_labels_B)
