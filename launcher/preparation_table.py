@@ -20,6 +20,8 @@ _STEPS: Mapping[str, tuple[str, ...]] = {
 }
 """What people see, and the names under which it is measured."""
 
+_ALWAYS_ON = {"repair Unicode", "shuffle, exact duplicates"}
+
 
 def step_rows(summary: Mapping[str, Any]) -> Iterator[Row]:
     """Step, documents that it dropped, what it found, CPU seconds of all tasks; a step that was not asked for is left out."""
@@ -40,7 +42,7 @@ def step_rows(summary: Mapping[str, Any]) -> Iterator[Row]:
     }
     for step, names in _STEPS.items():
         seconds = sum(summary["cpu_seconds"].get(name, 0.0) for name in names)
-        if seconds >= 0.005 or dropped.get(step) or found.get(step):
+        if step in _ALWAYS_ON or seconds >= 0.005 or dropped.get(step) or found.get(step):
             yield step, f"{dropped[step]:,}" if step in dropped else "", found.get(step, ""), f"{seconds:.2f}" if summary["cpu_seconds"] else ""
 
 
