@@ -100,6 +100,7 @@ def test_what_must_be_compiled(overrides: dict[str, Any], ops: set[str]) -> None
 
 
 def test_the_default_needs_no_compiler() -> None:
+    assert compiled_ops(settings_of({})) == {}
     require_compiler(settings_of({}), {}, which=lambda tool: None)
 
 
