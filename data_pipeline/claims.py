@@ -73,7 +73,7 @@ def _alive_without_proc(pid: int) -> str | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:
+    except PermissionError:  # somebody else's process, and alive
         pass
     return "alive"
 
