@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import InterruptedRunError, MaskwrightError
+from data_pipeline.errors import ConflictError, InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt, record_failure
 from launcher.control import StopRequest, read_stop
@@ -44,6 +44,8 @@ class WorkerContext:
     rank: int
     world_size: int
     preempted: Callable[[], bool]
+    run: RunFolder
+    attempt: int
     step: int = 0
     phase: str = "set-up"
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -55,6 +57,12 @@ class WorkerContext:
     def heartbeat(self, step: int, phase: str) -> None:
         """See `RunContext.heartbeat`: two assignments; the watch writes them down."""
         self.step, self.phase = step, phase
+
+    def require_current(self) -> None:
+        """See `RunContext.require_current`."""
+        newest = last_attempt(self.run)
+        if newest > self.attempt:
+            raise ConflictError(f"attempt {self.attempt} is superseded by attempt {newest}", "Follow the run with `maskwright status`.")
 
     def ask_to_stop(self) -> None:
         """Called by the watch."""
@@ -76,7 +84,7 @@ def run_task(task: WorkerTask, rank: int, world_size: int, preempted: Callable[[
     run = RunFolder(Location(task.run))
     with suppress(OSError):
         os.chdir(task.home)
-    context = WorkerContext(rank, world_size, preempted)
+    context = WorkerContext(rank, world_size, preempted, run, task.attempt)
     with _log_to(run.rank_log(task.attempt, rank)), _watch(run, task.attempt, context):
         logging.getLogger(__name__).info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:

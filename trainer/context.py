@@ -24,6 +24,14 @@ class RunContext(Protocol):
         """Say where this rank is. Cheap: called several times a step; `phase` is set-up, data, forward, optimizer, checkpoint, validation."""
         ...
 
+    def require_current(self) -> None:
+        """Look whether this attempt still is the newest of the run; asked before anything is committed (R10).
+
+        Raises:
+            ConflictError: a newer attempt has taken over; this one must not write any more.
+        """
+        ...
+
 
 class LocalContext:
     """A context for tests and single processes: never stops, says nothing."""
@@ -37,3 +45,6 @@ class LocalContext:
 
     def heartbeat(self, step: int, phase: str) -> None:
         del step, phase
+
+    def require_current(self) -> None:
+        """Nobody else drives what a test drives."""
