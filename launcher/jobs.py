@@ -14,7 +14,7 @@ from launcher.continuation import resolve_diff
 from launcher.control import clear_stop
 from launcher.job import Job, Stage
 from launcher.lease import Lease
-from launcher.progress import MetricsTail, TrainingProgress, TrialProgress, clock
+from launcher.progress import RecordsTail, TrainingProgress, TrialProgress, clock
 from launcher.run_status import committed_steps, record_lost_driver
 from launcher.runs import cluster_file, read_config
 from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
@@ -48,7 +48,7 @@ def run_job(
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run, lease.state.token)
         record_lost_driver(run)
-        progress = TrainingProgress(console, MetricsTail(run.metrics).skip_old(), config.schedule.steps)
+        progress = TrainingProgress(console, RecordsTail(run.metrics).skip_old(), config.schedule.steps)
         model = model or run.models / MODEL_NAME
         job = Job(config, run, lease, RayOnDemand(cluster, workers, machine), console, progress, model, resumed=verb == "resume")
         run.append_event("command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host)

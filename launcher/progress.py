@@ -1,59 +1,41 @@
 """Shows a run's progress: a bar on a terminal, a line every tenth part elsewhere (reads metrics, writes to the console)."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from data_pipeline.lines import LineReader
 from data_pipeline.storage import Location
 
 _REMOTE_POLL_S = 10.0
 _TRIALS_POLL_S = 2.0
 
 
-@dataclass
-class MetricsTail:
-    """New lines of metrics.jsonl since the last look."""
+class RecordsTail:
+    """New records of a file of JSON lines (metrics, events) since the last look."""
 
-    metrics: Location
-    _offset: int = 0
-    _looked_at: float = 0.0
+    def __init__(self, file: Location) -> None:
+        self._reader = LineReader(file)
+        self._looked_at = 0.0
 
     def read(self) -> list[dict[str, Any]]:
         """Records appended since the last call. A last line that is not whole waits for the next; one that was cut by a crash is passed over."""
-        if self.metrics.is_local:
-            lines = self._read_local()
-        elif time.monotonic() - self._looked_at < _REMOTE_POLL_S:
-            lines = []
-        else:
+        if not self._reader.file.is_local:
+            if time.monotonic() - self._looked_at < _REMOTE_POLL_S:
+                return []
             self._looked_at = time.monotonic()
-            everything = self.metrics.read_lines()
-            lines, self._offset = everything[self._offset :], len(everything)
-        return list(_records(lines))
+        return list(_records(self._reader.read()))
 
-    def skip_old(self) -> "MetricsTail":
+    def skip_old(self) -> Self:
         """Begin at the present end."""
-        if self.metrics.is_local:
-            self._offset = os.path.getsize(self.metrics.url) if os.path.exists(self.metrics.url) else 0
-        else:
-            self.read()
+        self._reader.skip()
         return self
-
-    def _read_local(self) -> list[str]:
-        if not os.path.exists(self.metrics.url):
-            return []
-        with open(self.metrics.url, "rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        complete = data[: data.rfind(b"\n") + 1]
-        self._offset += len(complete)
-        return [line.decode(errors="replace") for line in complete.split(b"\n")]
 
 
 def _records(lines: list[str]) -> Iterator[dict[str, Any]]:
@@ -67,7 +49,7 @@ class TrainingProgress:
     """Follows pretraining. Call `update` often; it costs a look at the end of a file."""
 
     console: Console
-    tail: MetricsTail
+    tail: RecordsTail
     steps: int
     _bar: Progress | None = None
     _task: TaskID | None = None

@@ -1,14 +1,11 @@
 """What a run does, did, or needs, derived from what lies in its folder (reads storage; loads no torch)."""
 
-import json
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from data_pipeline.errors import ExitCode
-from data_pipeline.storage import Location
 from launcher.attempts import last_attempt
 from launcher.lease import LeaseState, holder
 from launcher.runs import read_config
@@ -18,8 +15,6 @@ from trainer.runlog import RunFolder
 State = Literal["running", "finished", "stopped", "failed", "interrupted", "created"]
 
 _TERMINAL = {"finished", "failed", "stopped"}
-_TAIL_BYTES = 2**16
-"""Of metrics.jsonl; a record has some hundred."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class RunStatus:
 
 def read_status(run: RunFolder) -> RunStatus:
     """The status of a run from its lease, events, metrics and checkpoints."""
-    config, lease, events, newest = read_config(run), holder(run), run.read_events(), newest_metrics(run)
+    config, lease, events, newest = read_config(run), holder(run), run.read_events(), run.newest_metrics()
     state, exit_code, last = _state(lease, events)
     resumed = [event for event in events if event["kind"] == "resumed"]
     times = [event["time"] for event in events]
@@ -124,24 +119,6 @@ def committed_steps(run: RunFolder) -> list[int]:
     names = run.checkpoints.children()
     plain = [name for name in names if name.startswith("step-") and name.removeprefix("step-").isdigit()]
     return [int(name.removeprefix("step-")) for name in plain if (run.checkpoints / name / MANIFEST).exists()]
-
-
-def newest_metrics(run: RunFolder) -> dict[str, Any]:
-    """The record written last: where training is now, which after a resume may be behind where it was. Reads only the end of the file."""
-    for line in reversed(_last_lines(run.metrics)):
-        with suppress(ValueError):  # cut by a crash, or by us
-            return json.loads(line)
-    return {}
-
-
-def _last_lines(file: Location) -> list[bytes]:
-    if not file.is_local:
-        parts = file.children()
-        return (file / parts[-1]).read_bytes().splitlines() if parts else []
-    if not file.exists():
-        return []
-    size = file.path.stat().st_size
-    return file.read_range(max(0, size - _TAIL_BYTES), size).splitlines()
 
 
 def _seconds_left(events: Iterable[dict[str, Any]], newest: dict[str, Any], steps: int, now: float) -> float | None:

@@ -2,9 +2,12 @@
 
 import json
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from data_pipeline.lines import last_lines
 from data_pipeline.storage import Location
 
 
@@ -74,26 +77,30 @@ class RunFolder:
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first."""
-        return _records(self.events)
+        return list(_records(self.events.iter_lines()))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Record one optimizer step."""
         self.metrics.append_line(json.dumps(record))
 
+    def iter_metrics(self) -> Iterator[dict[str, Any]]:
+        """Every record as it was written, those of steps that were repeated later too, without holding all of them."""
+        return _records(self.metrics.iter_lines())
+
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One record per optimizer step, ascending: the last attempt's where a step was repeated."""
-        by_step: dict[int, dict[str, Any]] = {}
-        for record in _records(self.metrics):
-            by_step[record["step"]] = record
+        """One record per optimizer step, ascending: the last attempt's where a step was repeated. For runs that fit in memory."""
+        by_step = {record["step"]: record for record in self.iter_metrics()}
         return [by_step[step] for step in sorted(by_step)]
 
+    def newest_metrics(self) -> dict[str, Any]:
+        """The record written last: where training is now, which after a resume may be behind where it was. Reads only the end of the file."""
+        return next(_records(reversed(last_lines(self.metrics))), {})
 
-def _records(file: Location) -> list[dict[str, Any]]:
-    """Whole records of a file of JSON lines. One that a full disk or a crash has cut was never written, and must not stop the next resume."""
-    records: list[dict[str, Any]] = []
-    for line in file.read_lines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
+
+def _records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Whole records of JSON lines. One that a full disk or a crash has cut was never written, and must not stop the next resume."""
+    for line in lines:
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):  # and not a number that is left of one
+                yield cast("dict[str, Any]", record)

@@ -1,7 +1,8 @@
 """One attempt's dealings with checkpoints: resume from the newest intact one, commit new ones (every method is collective)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,8 +87,7 @@ class Saver:
         events = self._run.read_events()
         ended = next((event for event in reversed(events) if event["kind"] in ("stopped", "worker_failed", "failed")), {})
         committed = next((e for e in reversed(events) if e["kind"] == "checkpoint_committed" and e["step"] == found.step), {})
-        steps_done = max((record["step"] + 1 for record in self._run.read_metrics()), default=0)
-        steps_lost = max(0, steps_done - found.step)
+        steps_lost = max(0, steps_done(self._run.newest_metrics(), events) - found.step)
         lost_since = ended.get("time") if not steps_lost else committed.get("time")
         self._run.append_event(
             "resumed",
@@ -101,6 +101,14 @@ class Saver:
             cause=ended.get("cause", "not recorded"),
             not_bit_exact_because=why_not_exact(found.manifest, now, self._config),
         )
+
+
+def steps_done(newest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> int:
+    """How far training has got since it was last resumed: the newest record's step, or where an attempt resumed that took none."""
+    resumed = next((event for event in reversed(events) if event["kind"] == "resumed"), None)
+    if resumed is not None and resumed["attempt"] > newest.get("attempt", 0):
+        return resumed["step"]
+    return newest["step"] + 1 if newest else 0
 
 
 def require_same_data(saved: TrainState, now: TrainState) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import StorageError
+from data_pipeline.lines import LineReader, last_lines
 from data_pipeline.storage import Location
 
 
@@ -38,3 +39,18 @@ def test_a_claim_that_does_not_fit_is_not_left_behind(tmp_path: Path) -> None:
     assert not file.exists()
     assert file.claim(b"somebody")
     assert not file.claim(b"somebody else")
+
+
+def test_lines_are_read_as_they_come_and_bytes_that_are_no_text_spoil_nothing(tmp_path: Path) -> None:
+    file = Location.at(tmp_path / "lines.jsonl")
+    reader = LineReader(file)
+    assert (reader.read(), last_lines(file), file.read_lines()) == ([], [], [])
+    file.write_bytes(b"first\nsec\xffnd\nthi")
+    assert reader.read() == file.read_lines() == ["first", "sec\ufffdnd"]
+    file.append_line("fourth")
+    assert reader.read() == ["thi", "fourth"]
+    late = LineReader(file)
+    late.skip()
+    file.append_line("fifth")
+    assert late.read() == reader.read() == ["fifth"]
+    assert last_lines(file)[-2] == "fifth"

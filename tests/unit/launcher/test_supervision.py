@@ -16,7 +16,7 @@ from launcher.clusters.local import Machine, Workers
 from launcher.config import ClusterConfig
 from launcher.control import clear_stop, read_stop, request_stop
 from launcher.lease import Lease
-from launcher.progress import MetricsTail, TrainingProgress, TrialProgress, clock, human
+from launcher.progress import RecordsTail, TrainingProgress, TrialProgress, clock, human
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.runlog import RunFolder
 
@@ -141,7 +141,7 @@ def test_a_line_for_each_trial_that_ends(tmp_path: Path, monkeypatch: pytest.Mon
 def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None:
     out = io.StringIO()
     run.append_metrics({"step": 0, "attempt": 1, "mlm_loss": 9.0, "nsp_loss": None, "tokens_per_s": 1.0})
-    progress = TrainingProgress(Console(file=out, width=200), MetricsTail(run.metrics).skip_old(), steps=100)
+    progress = TrainingProgress(Console(file=out, width=200), RecordsTail(run.metrics).skip_old(), steps=100)
     for step in [*range(60), *range(50, 100)]:
         run.append_metrics({"step": step, "attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0})
         progress.update()
@@ -152,7 +152,7 @@ def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None
 
 
 def test_tail_waits_for_whole_lines(run: RunFolder) -> None:
-    tail = MetricsTail(run.metrics)
+    tail = RecordsTail(run.metrics)
     assert tail.read() == []
     run.metrics.write_bytes(b'{"step": 0}\n{"st')
     assert tail.read() == [{"step": 0}]
@@ -162,10 +162,10 @@ def test_tail_waits_for_whole_lines(run: RunFolder) -> None:
 
 def test_a_spoilt_record_is_passed_over(run: RunFolder) -> None:
     """A full disk or a crash cuts a line; `append_line` closes it. Neither a resume nor a running command may stumble over it."""
-    tail = MetricsTail(run.metrics)
+    tail = RecordsTail(run.metrics)
     run.metrics.write_bytes(b'{"step": 0}\n{"st\n\0\0\xff\n{"step": 1}\n{"ste')
     assert tail.read() == [{"step": 0}, {"step": 1}]
-    resumed = MetricsTail(run.metrics).skip_old()
+    resumed = RecordsTail(run.metrics).skip_old()
     run.append_metrics({"step": 2})
     assert resumed.read() == tail.read() == [{"step": 2}]
 

@@ -1,0 +1,33 @@
+"""The run folder's records: streamed, the newest from the end, and how far training had got."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipeline.storage import Location
+from trainer.runlog import RunFolder
+from trainer.saving import steps_done
+
+
+def test_the_newest_record_is_the_last_whole_one_and_costs_no_reading_of_all(tmp_path: Path) -> None:
+    run = RunFolder(Location.at(tmp_path / "run"))
+    assert run.newest_metrics() == {}
+    lines = [f'{{"step": {step}, "attempt": 1, "padding": "{"x" * 300}"}}\n' for step in range(5000)]
+    run.metrics.write_bytes("".join([*lines, '{"step": 5000, "att', "\n7\n", '{"st']).encode())
+    assert run.newest_metrics()["step"] == 4999
+    assert [record["step"] for record in run.iter_metrics()] == list(range(5000))
+
+
+@pytest.mark.parametrize(
+    ("newest", "resumed", "done"),
+    [
+        ({}, [], 0),
+        ({"step": 7, "attempt": 1}, [], 8),
+        ({"step": 7, "attempt": 2}, [(2, 5)], 8),
+        ({"step": 7, "attempt": 1}, [(2, 5)], 5),  # the second attempt took no step: what the first had lost is not lost again
+    ],
+)
+def test_steps_done_are_those_since_the_last_resume(newest: dict[str, Any], resumed: list[tuple[int, int]], done: int) -> None:
+    events = [{"kind": "resumed", "attempt": attempt, "step": step} for attempt, step in resumed]
+    assert steps_done(newest, [*events, {"kind": "validation", "attempt": 9, "step": 9}]) == done
