@@ -54,6 +54,7 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
         attempt=job.attempt,
         stage=job.stage,
         world_size=workers.num_workers,
+        zero_stage=job.config.zero.stage if job.stage == "pretrain" else None,
         threads_per_worker=workers.threads_per_worker,
         device="cuda" if workers.use_gpu else "cpu",
     )

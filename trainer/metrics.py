@@ -29,6 +29,10 @@ class StepRecord:
 
     step: int
     attempt: int
+    time: float
+    """When the step was done, in seconds since 1970."""
+    step_s: float
+    """Seconds of the step, waiting for data included; saving and validation come between steps."""
     loss: float | None
     mlm_loss: float | None
     nsp_loss: float | None
@@ -75,6 +79,8 @@ class StepLog:
         record = StepRecord(
             step=state.step,
             attempt=self._attempt,
+            time=time.time(),
+            step_s=elapsed_s,
             loss=losses.loss,
             **asdict(losses),
             grad_norm=outcome.grad_norm,
@@ -119,7 +125,7 @@ class StepLog:
 
             self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step)
         for name, value in values.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and name != "time":
                 self._tensorboard.add_scalar(f"{group}/{name}", value, step)
 
 
