@@ -1,5 +1,6 @@
 """The embedded cluster: Ray started by this command on this machine, for the length of the command (starts and ends processes)."""
 
+import fcntl
 import glob
 import importlib
 import logging
@@ -20,6 +21,8 @@ from launcher.config import ClusterConfig
 _OBJECT_STORE_BYTES = 512 * 2**20
 _LONGEST_SOCKET_FOLDER = 40
 """Ray puts `/session_<date>_<pid>/sockets/plasma_store` below its folder, and Linux cuts socket paths at 107 bytes."""
+
+_FOLDER_PREFIX = "maskwright-ray-"
 
 _LOOPBACK = "127.0.0.2"
 """Ray replaces 127.0.0.1 by an address that other machines can reach; the rest of the loopback network it leaves alone."""
@@ -111,8 +114,8 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
     Raises:
         EnvironmentMismatchError: Ray does not start.
     """
-    _remove_abandoned_folders()
-    folder = _session_folder()
+    remove_abandoned_folders()
+    folder, lock = open_session_folder()
     environment = {name: value for name, value in {**_RAY_ENVIRONMENT, **_new_token(folder)}.items() if name not in os.environ}
     os.environ.update(environment)
     import ray
@@ -136,6 +139,7 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
         for name in environment:
             os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
 
 
 def start_ray(ray: Any, config: ClusterConfig, workers: Workers, machine: Machine, folder: Path) -> None:
@@ -169,11 +173,18 @@ def _silence_driver(ray: Any) -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def _session_folder() -> Path:
+def open_session_folder() -> tuple[Path, int]:
+    """A new folder for Ray, and the open descriptor whose lock says that its owner lives: it goes with the process, in whatever container that is."""
     base = tempfile.gettempdir()
-    if len(base) + len("/maskwright-0000000-abcdefgh/ray1") > _LONGEST_SOCKET_FOLDER:
+    if len(base) + len("/maskwright-ray-abcdefgh/ray1") > _LONGEST_SOCKET_FOLDER:
         base = "/tmp"
-    return Path(tempfile.mkdtemp(prefix=f"maskwright-{os.getpid()}-", dir=base))
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=base))
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # another command found it before it was locked, and took it for abandoned
 
 
 def _new_token(folder: Path) -> dict[str, str]:
@@ -193,11 +204,15 @@ def _read_token_again() -> None:
         raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _remove_abandoned_folders() -> None:
-    """Remove session folders of commands that were killed (their process is gone and nothing else will)."""
+def remove_abandoned_folders() -> None:
+    """Remove session folders of commands that were killed: nobody holds their lock, and nothing else will remove them."""
     for base in {tempfile.gettempdir(), "/tmp"}:
-        for folder in Path(base).glob("maskwright-*-*"):
-            owner = folder.name.split("-")[1]
-            with suppress(OSError):
-                if owner.isdigit() and not Path("/proc", owner).exists() and folder.stat().st_uid == os.getuid():
-                    shutil.rmtree(folder, ignore_errors=True)
+        for folder in Path(base).glob(f"{_FOLDER_PREFIX}*"):
+            with suppress(OSError):  # somebody else's, gone, or in use
+                lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.fstat(lock).st_uid == os.getuid():
+                        shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(lock)
