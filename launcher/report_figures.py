@@ -4,11 +4,14 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 MAX_POINTS = 800
 """A longer curve is drawn as the means of this many stretches."""
+_MOST_MARKS = 100
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#555555"  # of Okabe and Ito: they differ in lightness too
 _STYLE: Any = {
     "svg.fonttype": "none",
@@ -23,40 +26,42 @@ _STYLE: Any = {
     "legend.frameon": False,
 }
 
-Curve = tuple[list[float], list[float]]
-Record = dict[str, Any]
+Values = NDArray[np.float64]
+Curve = tuple[Values, Values]
+"""Steps and what was there; NaN where there was nothing."""
 
 
-def curve(records: Sequence[Record], key: str, max_points: int = MAX_POINTS) -> Curve:
-    """(steps, values) of the records that have a value; a long curve as the means of equal stretches."""
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    size = max(1, math.ceil(len(points) / max_points))
-    stretches = [points[first : first + size] for first in range(0, len(points), size)]
-    mean = [(sum(step for step, _ in part) / len(part), sum(value for _, value in part) / len(part)) for part in stretches]
-    return [step for step, _ in mean], [value for _, value in mean]
+def curve(steps: NDArray[np.number], values: Values, max_points: int = MAX_POINTS) -> Curve:
+    """(steps, values) where there is a value; a long curve as the means of equal stretches."""
+    there = ~np.isnan(values)
+    steps, values = steps[there].astype(np.float64), values[there]
+    size = max(1, math.ceil(len(steps) / max_points))
+    firsts = np.arange(0, len(steps), size)
+    if not len(firsts):
+        return steps, values
+    counts = np.diff(firsts, append=len(steps))
+    return np.add.reduceat(steps, firsts) / counts, np.add.reduceat(values, firsts) / counts
 
 
-def mlm_figure(metrics: Sequence[Record], validations: Sequence[Record]) -> str | None:
+def mlm_figure(train: Curve, held_out: Curve, unigram_entropy: float | None, attempts: Sequence[int] = ()) -> str | None:
     """Masked-LM loss: training, validation, and the unigram entropy that it has to get under."""
-    reference = next((event["unigram_entropy"] for event in reversed(validations) if event.get("unigram_entropy") is not None), None)
-    return _loss_figure("Masked-LM loss (nats per masked token)", "mlm_loss", metrics, validations, reference, "unigram entropy")
+    return _loss_figure("Masked-LM loss (nats per masked token)", train, held_out, unigram_entropy, "unigram entropy", attempts)
 
 
-def nsp_figure(metrics: Sequence[Record], validations: Sequence[Record]) -> str | None:
+def nsp_figure(train: Curve, held_out: Curve, attempts: Sequence[int] = ()) -> str | None:
     """Sentence loss: training, validation, and what guessing gives."""
-    return _loss_figure("Next-sentence loss (nats per pair)", "nsp_loss", metrics, validations, math.log(2.0), "guessing")
+    return _loss_figure("Sentence loss (nats per pair)", train, held_out, math.log(2.0), "guessing", attempts)
 
 
-def line_figure(title: str, key: str, metrics: Sequence[Record], attempts: Sequence[int] = ()) -> str | None:
+def line_figure(title: str, values: Curve, attempts: Sequence[int] = ()) -> str | None:
     """One value over steps; a dotted line where each later attempt took over."""
-    steps, values = curve(metrics, key)
-    if not steps:
+    steps, heights = curve(*values)
+    if not len(steps):
         return None
     figure, axes = _figure(title)
-    axes.plot(steps, values, color=_BLUE, linewidth=1.3, marker="o" if len(steps) == 1 else None)
-    for step in attempts:
-        axes.axvline(step, color=_GREY, linestyle=":", linewidth=1.2)
-    axes.set_ylim(bottom=min(0.0, *values))
+    axes.plot(steps, heights, color=_BLUE, linewidth=1.3, marker="o" if len(steps) == 1 else None)
+    _mark(axes, attempts)
+    axes.set_ylim(bottom=min(0.0, float(heights.min())))
     return _data_uri(figure)
 
 
@@ -85,21 +90,27 @@ def bars_figure(title: str, label: str, groups: Sequence[str], series: dict[str,
     return _data_uri(figure)
 
 
-def attempt_starts(metrics: Sequence[Record]) -> list[int]:
+def attempt_starts(steps: NDArray[np.int64], attempts: NDArray[np.int64]) -> list[int]:
     """Steps at which an attempt took over from the one before."""
-    return [record["step"] for before, record in pairwise(metrics) if record["attempt"] != before["attempt"]]
+    return steps[np.flatnonzero(np.diff(attempts)) + 1].tolist()
 
 
-def _loss_figure(title: str, key: str, metrics: Sequence[Record], validations: Sequence[Record], reference: float | None, name: str) -> str | None:
-    train, held_out = curve(metrics, key), curve(validations, key)
-    if not train[0] and not held_out[0]:
+def _mark(axes: Any, attempts: Sequence[int]) -> None:
+    for step in attempts[-_MOST_MARKS:]:
+        axes.axvline(step, color=_GREY, linestyle=":", linewidth=1.2)
+
+
+def _loss_figure(title: str, train: Curve, held_out: Curve, reference: float | None, name: str, attempts: Sequence[int]) -> str | None:
+    train, held_out = curve(*train), curve(*held_out)
+    if not len(train[0]) and not len(held_out[0]):
         return None
     figure, axes = _figure(title)
     axes.plot(*train, color=_BLUE, linewidth=1.3, label="training")
-    if held_out[0]:
+    if len(held_out[0]):
         axes.plot(*held_out, color=_ORANGE, linestyle="--", marker="o", markersize=5, linewidth=1.3, label="validation")
     if reference is not None:
-        axes.axhline(reference, color=_GREY, linestyle=":", linewidth=1.5, label=f"{name} {reference:.2f}")
+        axes.axhline(reference, color=_GREY, linestyle="-.", linewidth=1.2, label=f"{name} {reference:.2f}")
+    _mark(axes, attempts)
     axes.legend(loc="best")
     return _data_uri(figure)
 

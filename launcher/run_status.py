@@ -109,9 +109,11 @@ def _state(lease: LeaseState | None, events: list[dict[str, Any]]) -> tuple[Stat
 
 def record_lost_driver(run: RunFolder) -> None:
     """Call when taking over a run: says in its events that the command before was killed, if nobody said how it ended."""
-    state, _, told = _state(None, run.read_events())
+    events = run.read_events()
+    state, _, told = _state(None, events)
     if state == "interrupted":
-        run.append_event("worker_failed", attempt=last_attempt(run), failure="infrastructure", rank=None, cause=told["cause"])
+        seen_at = max([run.newest_metrics().get("time", 0.0), *(event["time"] for event in events)])
+        run.append_event("worker_failed", attempt=last_attempt(run), failure="infrastructure", rank=None, cause=told["cause"], seen_at=seen_at)
 
 
 def committed_steps(run: RunFolder) -> list[int]:

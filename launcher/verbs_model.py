@@ -149,10 +149,11 @@ def report(
     output: Annotated[
         str | None, typer.Option("--output", metavar="FILE", help="Where to write the page.", show_default="report.html in its folder")
     ] = None,
+    all_steps: Annotated[bool, typer.Option("--all-steps", help="Compute the batch of every step anew, however long that takes.")] = False,
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page: about a run its curves, attempts and scores; about a corpus its counts, lengths and the fill of its rows.
+    """Write one HTML page: of a run its curves, attempts, goodput, proof of the data and scores; of a corpus its counts, lengths and fill of rows.
 
     Example: maskwright report demo
     """
@@ -165,10 +166,13 @@ def report(
     from launcher.report import write_report
 
     folder = find_run(run, storage)
-    page = write_report(folder, Location.at(output) if output else None)
+    page = Location.at(output) if output else folder.report
+    found = write_report(folder, page, all_steps=all_steps)
     if as_json:
-        print_json({"report": page.url})
+        print_json({"report": page.url, **found.to_json()})
         return
+    for text in found.summary():
+        say(text)
     say(str(page))
     next_command(f"open {page}")
 

@@ -2,16 +2,19 @@
 
 import base64
 import io
+import json
 import math
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from data_pipeline.storage import Location
+from launcher.event_texts import tell
 from launcher.report import collect, read_results_of, write_report
 from launcher.report_figures import attempt_starts, curve
 from launcher.scores import score_table, validation_verdict, verdict
@@ -100,7 +103,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_report(write_run(tmp_path_factory.mktemp("report"))).read_bytes().decode()
+    run = write_run(tmp_path_factory.mktemp("report"))
+    write_report(run)
+    return run.report.read_bytes().decode()
 
 
 def test_the_page_needs_no_network_and_embeds_five_pictures_that_are_svg(page: str) -> None:
@@ -121,7 +126,7 @@ def test_the_page_needs_no_network_and_embeds_five_pictures_that_are_svg(page: s
         "Finished.",
         "docstrings: pretraining bought 0.100 (0.800 ± 0.010 against 0.700 ± 0.010 from scratch); TF-IDF has 0.730.",
         "Validation masked-LM loss 5.400 nats at step 60; unigram entropy 6.080: 0.680 nats better",
-        "Attempt 2 resumed at step 40: micro-batches repeated 0, skipped 0; steps lost 7, seconds lost 12.2; cause: killed by signal 9",
+        "resumed at step 40: micro-batches repeated 0, skipped 0; steps lost 7, seconds lost 12.2; cause: killed by signal 9",
         "exact duplicates dropped",
         "646,474",
         "123,456",
@@ -146,7 +151,8 @@ def test_what_others_wrote_is_escaped_and_secrets_are_left_out(page: str) -> Non
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     run = RunFolder(Location.at(tmp_path / "begun"))
     run.append_event("command_started", attempt=0, verb="run")
-    page = write_report(run).read_bytes().decode()
+    write_report(run)
+    page = run.report.read_bytes().decode()
     assert Page(page).loaded == []
     assert "Not finished; stages done: none." in page
 
@@ -200,12 +206,39 @@ def test_score_table_prints_systems_verdicts_and_validation(tmp_path: Path) -> N
 
 
 def test_a_long_curve_is_drawn_as_means_and_keeps_its_sum() -> None:
-    records = [{"step": step, "loss": float(step % 7)} for step in range(5000)] + [{"step": 5000, "loss": None}]
-    steps, values = curve(records, "loss", max_points=100)
+    values = np.array([float(step % 7) for step in range(5000)] + [np.nan])
+    steps, means = curve(np.arange(5001), values, max_points=100)
     assert len(steps) == 100
-    assert sum(values) * 50 == pytest.approx(sum(step % 7 for step in range(5000)))
+    assert means.sum() * 50 == pytest.approx(np.nansum(values))
     assert steps[0] == 24.5
+    assert len(curve(np.arange(3), np.full(3, np.nan))[0]) == 0
 
 
 def test_attempts_are_marked_where_they_took_over() -> None:
-    assert attempt_starts([{"step": step, "attempt": attempt} for step, attempt in enumerate([1, 1, 2, 2, 5])]) == [2, 4]
+    assert attempt_starts(np.arange(5), np.array([1, 1, 2, 2, 5])) == [2, 4]
+
+
+def test_the_evidence_is_json_and_two_lines(tmp_path: Path) -> None:
+    report = collect(write_run(tmp_path))
+    found = report.to_json()
+    assert [(attempt["number"], attempt["ended"], attempt["last_step"]) for attempt in found["attempts"]] == [(1, "failed", 39), (2, "finished", 59)]
+    assert found["goodput"]["wall_s"] == pytest.approx(sum(found["goodput"]["lost_s"].values()) + found["goodput"]["useful_s"], abs=0.01)
+    assert found["proof"] is None, "its configuration is not one"
+    assert json.dumps(found)
+
+
+def test_events_of_every_kind_are_told_in_words() -> None:
+    continued = {"kind": "continued", "step": 7, "loss": 5.25, "loss_before": 5.25, "same_step": True, "relative_difference": 0.0}
+    assert tell(continued) == "first step after the resume, 7: loss 5.25, at the same step before 5.25, bit-identical"
+    assert tell({**continued, "loss": 5.3, "relative_difference": 0.0095}).endswith("relative difference 9.5e-03")
+    hung = {"kind": "rank_unhealthy", "rank": 3, "node": "10.0.0.7", "pid": 12, "state": "hung", "phase": "backward", "step": 9, "seconds": 31.2}
+    assert tell({**hung, "stacks": "logs/stacks"}) == (
+        "rank 3 on 10.0.0.7 (process 12) hung in phase backward of step 9 for 31 s; stacks of all ranks: logs/stacks"
+    )
+    trouble = {"kind": "numeric_trouble", "step": 4, "trouble": "loss_spike", "value": 11.0, "policy": "rewind:1", "micro_batches": [16, 19]}
+    assert tell(trouble) == "loss spike at step 4 (11), micro-batches 16 to 19; policy: rewind:1"
+    assert tell({"kind": "something_new", "time": 1.0, "step": 1, "attempt": 1, "size": 3, "url": "s3://key:hidden@bucket"}) == (
+        "size 3; url s3://(redacted)@bucket"
+    )
+    rewound = {"kind": "resumed", "attempt": 2, "step": 4, "rewound_from": 9, "not_bit_exact_because": ["world_size: 2, now 1"]}
+    assert tell(rewound).endswith("cause: not recorded; rewound from step 9; not bit-exact: world_size: 2, now 1")

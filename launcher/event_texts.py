@@ -1,0 +1,116 @@
+"""Events of a run in words, for people (pure)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from launcher.redaction import redacted
+
+Event = Mapping[str, Any]
+
+FROM_RANKS = {"resumed", "continued", "checkpoint_failed", "checkpoint_damaged", "numeric_trouble", "batch_skipped", "data_skipped"}
+"""What ranks record, and who watches should read at once."""
+_HIDDEN = {"time", "kind", "attempt", "step", "settings", "problems"}
+
+
+def tell(event: Event) -> str:
+    """What happened, in one line; an event of an unknown kind as its fields."""
+    words = _TEXTS.get(event["kind"])
+    return redacted(words(event) if words is not None else _fields(event))
+
+
+def title(event: Event) -> str:
+    """The event's kind in words."""
+    return event["kind"].replace("_", " ")
+
+
+def _fields(event: Event) -> str:
+    return "; ".join(f"{key} {value}" for key, value in event.items() if key not in _HIDDEN and value not in (None, "", []))
+
+
+def _resumed(event: Event) -> str:
+    rewound, exact = event.get("rewound_from"), event.get("not_bit_exact_because")
+    return (
+        f"resumed at step {event['step']}: micro-batches repeated {event.get('repeated', 0)}, skipped {event.get('skipped', 0)}; "
+        f"steps lost {event.get('steps_lost', 0)}, seconds lost {event.get('seconds_lost') or 0:.1f}; cause: {event.get('cause', 'not recorded')}"
+        + (f"; rewound from step {rewound}" if rewound is not None else "")
+        + (f"; not bit-exact: {', '.join(exact) if isinstance(exact, list) else exact}" if exact else "")
+    )
+
+
+def _continued(event: Event) -> str:
+    """R8's loss continuity."""
+    if event.get("loss_before") is None:
+        return f"first step after the resume, {event['step']}: loss {_number(event.get('loss'))}"
+    where = "at the same step before" if event.get("same_step") else "at the step before"
+    difference = event.get("relative_difference")
+    equal = event.get("same_step") and event.get("loss") == event["loss_before"]
+    return f"first step after the resume, {event['step']}: loss {_number(event.get('loss'))}, {where} {_number(event['loss_before'])}" + (
+        ", bit-identical" if equal else f", relative difference {difference:.1e}" if difference is not None else ""
+    )
+
+
+def _rank_unhealthy(event: Event) -> str:
+    where = f" on {event['node']}" if event.get("node") else ""
+    return (
+        f"rank {event.get('rank')}{where} (process {event.get('pid')}) {event.get('state', 'unhealthy')} in phase {event.get('phase')} of step "
+        f"{event.get('step')} for {event.get('seconds') or 0:.0f} s" + (f"; stacks of all ranks: {event['stacks']}" if event.get("stacks") else "")
+    )
+
+
+def _worker_failed(event: Event) -> str:
+    node = f" on {event['node']}" if event.get("node") else ""
+    phase = f" in phase {event['phase']}" if event.get("phase") else ""
+    return f"{event.get('failure', 'failure')}{node}{phase}: {event.get('cause', 'cause not recorded')}"
+
+
+def _numeric_trouble(event: Event) -> str:
+    value = event.get("value")
+    return (
+        f"{str(event.get('trouble', 'numeric trouble')).replace('_', ' ')} at step {event['step']}{'' if value is None else f' ({_number(value)})'}, "
+        f"micro-batches {_range(event.get('micro_batches'))}; policy: {event.get('policy')}"
+    )
+
+
+def _batch_skipped(event: Event) -> str:
+    return f"the batch of step {event['step']} (micro-batches {_range(event.get('micro_batches'))}) was skipped on purpose{_because(event)}"
+
+
+def _data_skipped(event: Event) -> str:
+    block = f"{event.get('block')} of {event.get('corpus')}/{event.get('shard')}"
+    return f"damaged block {block} left out, {event.get('samples', '?')} samples{_because(event)}"
+
+
+def _checkpoint_committed(event: Event) -> str:
+    stall, write = event.get("stall_s", event.get("seconds")), event.get("write_s")
+    return f"checkpoint of step {event['step']}: {(event.get('bytes') or 0) / 1e6:,.1f} MB" + "".join(
+        f", {what} {seconds:.2f} s" for what, seconds in (("training stood still", stall), ("written in", write)) if seconds is not None
+    )
+
+
+def _because(event: Event) -> str:
+    return f": {event['cause']}" if event.get("cause") else ""
+
+
+def _range(numbers: Any) -> str:
+    return f"{numbers[0]} to {numbers[1]}" if isinstance(numbers, list | tuple) and len(numbers) == 2 else str(numbers)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, int | float) else str(value)
+
+
+_TEXTS: dict[str, Callable[[Event], str]] = {
+    "resumed": _resumed,
+    "continued": _continued,
+    "rank_unhealthy": _rank_unhealthy,
+    "worker_failed": _worker_failed,
+    "numeric_trouble": _numeric_trouble,
+    "batch_skipped": _batch_skipped,
+    "data_skipped": _data_skipped,
+    "checkpoint_committed": _checkpoint_committed,
+    "checkpoint_failed": lambda event: f"the checkpoint of step {event['step']} failed{_because(event)}",
+    "checkpoint_damaged": lambda event: f"the checkpoint of step {event['step']} is damaged{_because(event)}; set aside as {event.get('moved_to')}",
+    "resized": lambda event: f"from {event.get('before')} ranks to {event.get('after')}{_because(event)}",
+    "preempted": lambda event: f"the machines are to go: saved, and started again elsewhere{_because(event)}",
+    "config_changed": lambda event: f"{event.get('path')}: {event.get('before')} -> {event.get('after')}",
+}
