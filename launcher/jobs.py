@@ -14,7 +14,7 @@ from launcher.continuation import resolve_diff
 from launcher.control import clear_stop
 from launcher.job import Job, Stage
 from launcher.lease import Lease
-from launcher.progress import RecordsTail, TrainingProgress, TrialProgress, clock
+from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock
 from launcher.run_status import committed_steps, record_lost_driver
 from launcher.runs import cluster_file, read_config
 from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
@@ -52,10 +52,12 @@ def run_job(
         model = model or run.models / MODEL_NAME
         job = Job(config, run, lease, RayOnDemand(cluster, workers, machine), console, progress, model, resumed=verb == "resume")
         run.append_event("command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host)
+        notices = Notices(console, RecordsTail(run.events).skip_old())
         trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
 
         def show() -> None:
             (trials if job.stage == "finetune" else progress).update()
+            notices.update()
 
         supervisor = Supervisor(run, lease, job.ray, job.say, show, saves_on_stop=lambda: job.stage in {"pretrain", "finetune"})
         try:

@@ -1,6 +1,7 @@
-"""Shows a run's progress: a bar on a terminal, a line every tenth part elsewhere (reads metrics, writes to the console)."""
+"""Shows a run's progress: a bar on a terminal, lines elsewhere, and what ranks record (reads metrics and events, writes to the console)."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,9 +13,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from data_pipeline.lines import LineReader
 from data_pipeline.storage import Location
+from launcher.event_texts import FROM_RANKS, tell
 
 _REMOTE_POLL_S = 10.0
 _TRIALS_POLL_S = 2.0
+_QUIET_S = 30.0
+"""Where there is no terminal a line is printed at least so often."""
 
 
 class RecordsTail:
@@ -54,6 +58,7 @@ class TrainingProgress:
     _bar: Progress | None = None
     _task: TaskID | None = None
     _shown: int = -1
+    _shown_at: float = -math.inf
     _pace: list[tuple[float, int]] = field(default_factory=list)
 
     def update(self) -> None:
@@ -65,8 +70,8 @@ class TrainingProgress:
             self._pace = [*self._pace[-20:], (time.monotonic(), done)]
             if self.console.is_terminal:
                 self._draw(record, done)
-            elif done == self.steps or done * 10 // self.steps != self._shown:
-                self._shown = done * 10 // self.steps
+            elif done == self.steps or done * 10 // self.steps != self._shown or time.monotonic() - self._shown_at > _QUIET_S:
+                self._shown, self._shown_at = done * 10 // self.steps, time.monotonic()
                 self.console.print(f"  step {done}/{self.steps}  {self.describe(record, done)}", highlight=False)
 
     def describe(self, record: dict[str, Any], done: int) -> str:
@@ -95,6 +100,20 @@ class TrainingProgress:
             return None
         (first_at, first), (last_at, last) = self._pace[0], self._pace[-1]
         return (self.steps - done) * (last_at - first_at) / max(1, last - first)
+
+
+@dataclass
+class Notices:
+    """Follows what ranks record and who watches should know: recoveries, damaged data, numeric trouble. Call `update` often."""
+
+    console: Console
+    tail: RecordsTail
+
+    def update(self) -> None:
+        """Show what is new."""
+        for event in self.tail.read():
+            if event.get("kind") in FROM_RANKS:
+                self.console.print(f"  {tell(event)}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass

@@ -16,7 +16,7 @@ from launcher.clusters.local import Machine, Workers
 from launcher.config import ClusterConfig
 from launcher.control import clear_stop, read_stop, request_stop
 from launcher.lease import Lease
-from launcher.progress import RecordsTail, TrainingProgress, TrialProgress, clock, human
+from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock, human
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.runlog import RunFolder
 
@@ -149,6 +149,28 @@ def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None
     assert 10 <= len(lines) <= 14
     assert lines[-1].strip() == "step 100/100  mlm 7.000  nsp 0.690  12.3k tokens/s"
     assert "9.000" not in out.getvalue()
+
+
+def test_a_slow_run_says_something_every_thirty_seconds(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr("launcher.progress.time.monotonic", lambda: now[0])
+    progress = TrainingProgress(Console(file=out, width=200), RecordsTail(run.metrics), steps=10_000)
+    for step in range(13):
+        run.append_metrics({"step": step, "attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0})
+        now[0] += 10.0
+        progress.update()
+    assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/10000", "5/10000", "9/10000", "13/10000"]
+
+
+def test_what_ranks_record_is_said_once(run: RunFolder) -> None:
+    out = io.StringIO()
+    run.append_event("resumed", attempt=1, step=1)
+    notices = Notices(Console(file=out, width=40), RecordsTail(run.events).skip_old())
+    run.append_event("data_skipped", attempt=1, step=4, corpus="docs-0123", shard="train-000001.tar", block=7, samples=93, cause="its digest differs")
+    run.append_event("checkpoint_committed", attempt=1, step=5)
+    for _ in range(2):
+        notices.update()
+    assert out.getvalue() == "  damaged block 7 of docs-0123/train-000001.tar left out, 93 samples: its digest differs\n"
 
 
 def test_tail_waits_for_whole_lines(run: RunFolder) -> None:
