@@ -92,9 +92,22 @@ class RetriesSpentError(MaskwrightError):
 
 
 class DivergedError(MaskwrightError):
-    """The loss is no longer finite."""
+    """Training is in numeric trouble: a loss or gradients that are not finite, or a loss far above those before it."""
 
     exit_code = ExitCode.DIVERGED
+
+
+class NumericTroubleError(DivergedError):
+    """Numeric trouble at a step that another attempt should try again from an earlier checkpoint.
+
+    `step` counts from 0; `kind` is what is wrong there, as in the event `numeric_trouble`; `value` is the loss or gradient norm.
+    """
+
+    def __init__(self, cause: str, remedy: str, step: int | None = None, kind: str | None = None, value: float | None = None) -> None:
+        super().__init__(cause, remedy)
+        self.step = step
+        self.kind = kind
+        self.value = value
 
 
 class NoCheckpointError(MaskwrightError):

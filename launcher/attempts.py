@@ -1,12 +1,13 @@
 """Attempts of a run: their numbers, and how each rank's attempt failed (reads and writes the run folder)."""
 
+import errno
 import re
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError, NotFoundError
+from data_pipeline.errors import DataCorruptError, ExitCode, InterruptedRunError, MaskwrightError, NotFoundError, NumericTroubleError
 from data_pipeline.storage import Location
 from launcher.policy import Failure, FailureKind
 from trainer.runlog import RunFolder
@@ -22,12 +23,27 @@ _PEER_LOSS = (
     "cuda error",
 )
 _ATTEMPT = re.compile(r"attempt-(\d+)")
-_PRECEDENCE = (FailureKind.KNOWN, FailureKind.INTERRUPTED, FailureKind.BUG, FailureKind.INFRASTRUCTURE)
+_BUGS = ("device-side assert",)
+"""In errors of CUDA: what the program did. The rest (ECC, a lost device, a failed launch) is the machine's."""
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_PRECEDENCE = (
+    FailureKind.KNOWN,
+    FailureKind.DATA,
+    FailureKind.NUMERIC,
+    FailureKind.INTERRUPTED,
+    FailureKind.BUG,
+    FailureKind.INFRASTRUCTURE,
+)
 
 
 def attempt_folder(run: RunFolder, attempt: int) -> Location:
     """Folder of an attempt's logs and failure records."""
     return run.rank_log(attempt, 0).parent
+
+
+def stacks_folder(run: RunFolder, attempt: int) -> Location:
+    """Where the stacks of an attempt's ranks lie, when they were asked for."""
+    return attempt_folder(run, attempt) / "stacks"
 
 
 def last_attempt(run: RunFolder) -> int:
@@ -62,6 +78,9 @@ def record_failure(run: RunFolder, attempt: int, rank: int, error: BaseException
     kind = classify(error)
     if isinstance(error, MaskwrightError):
         code, cause, remedy = error.exit_code, error.cause, error.remedy
+    elif _is_full(error):
+        code, cause = ExitCode.STORAGE, f"rank {rank}: {_first_line(error)}"
+        remedy = "Free space (`maskwright clean`) or choose another --storage."
     else:
         code = ExitCode.FAILED
         cause = f"rank {rank}: {type(error).__name__}: {_first_line(error)}"
@@ -75,11 +94,21 @@ def classify(error: BaseException) -> FailureKind:
     """Who is to blame for an exception of a rank; looks through causes, because a lost peer is often reported at second hand."""
     if any(_is_lost_peer(link) for link in _chain(error)):
         return FailureKind.INFRASTRUCTURE
-    if isinstance(error, InterruptedRunError):
-        return FailureKind.INTERRUPTED
-    if isinstance(error, MaskwrightError):
-        return FailureKind.KNOWN
-    return FailureKind.INFRASTRUCTURE if isinstance(error, OSError) else FailureKind.BUG
+    for known, kind in _KINDS.items():
+        if isinstance(error, known):
+            return kind
+    if isinstance(error, OSError):
+        return FailureKind.KNOWN if _is_full(error) else FailureKind.INFRASTRUCTURE
+    return FailureKind.BUG
+
+
+_KINDS = {
+    InterruptedRunError: FailureKind.INTERRUPTED,
+    DataCorruptError: FailureKind.DATA,
+    NumericTroubleError: FailureKind.NUMERIC,
+    MaskwrightError: FailureKind.KNOWN,
+}
+"""The first that fits."""
 
 
 def read_failure(run: RunFolder, attempt: int) -> Failure | None:
@@ -110,7 +139,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 def _is_lost_peer(error: BaseException) -> bool:
     if type(error).__name__ in {"DistBackendError", "DistNetworkError", "DistStoreError"}:
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PEER_LOSS)
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in text for word in _PEER_LOSS) and not any(word in text for word in _BUGS)
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,7 +33,9 @@ class ClusterConfig(Section):
     use_gpu: bool | Literal["auto"] = "auto"
     """Whether ranks get a GPU each. `auto`: when there is one."""
     max_failures: int = Field(default=3, ge=0)
-    """Infrastructure failures (a killed or lost worker) that are retried before the run gives up with exit code 11."""
+    """Infrastructure failures (a worker that is killed, lost, stopped or hung) that are retried before the run gives up with exit code 11."""
+    max_preemptions: int = Field(default=50, ge=0)
+    """Nodes taken away as announced (spot instances) that are followed by another attempt before the run saves and ends with exit code 75."""
     object_store_bytes: int | None = Field(default=None, ge=80_000_000)
     """Shared memory for Ray's object store; null means 512 MB, which only `prepare` uses."""
 

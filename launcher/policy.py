@@ -1,18 +1,27 @@
-"""What to do after a failed attempt (pure): retry infrastructure within a budget, never what would fail the same way again."""
+"""What to do after a failed attempt (pure): retry what another attempt can cure, each kind within its own budget, never what would fail alike."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
-from data_pipeline.errors import ExitCode, MaskwrightError, RetriesSpentError
+from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError, RetriesSpentError
 
 
 class FailureKind(Enum):
     """Who is to blame for the end of an attempt; each kind has a budget of its own."""
 
     INFRASTRUCTURE = "infrastructure"
-    """A worker, node or connection was lost: another attempt can succeed."""
+    """A worker, node or connection was lost, stopped or hung: another attempt can succeed."""
+    PREEMPTION = "preemption"
+    """A node was taken away, as announced: another attempt can succeed where there are others."""
+    NUMERIC = "numeric"
+    """Numeric trouble whose policy wants another attempt from an earlier checkpoint."""
+    GROWTH = "growth"
+    """The cluster has grown: the attempt has saved, and the next has more ranks. Not a failure."""
+    DATA = "data"
+    """Text, shards or an index that are damaged: they stay so."""
     KNOWN = "known"
-    """An error with a cause and a remedy (configuration, storage, data, divergence): another attempt fails alike."""
+    """An error with a cause and a remedy (configuration, storage, divergence): another attempt fails alike."""
     INTERRUPTED = "interrupted"
     """Somebody asked the run to stop, and it saved."""
     BUG = "bug"
@@ -29,6 +38,10 @@ class Failure:
     exit_code: ExitCode
     rank: int | None = None
     traceback: str = ""
+    node: str | None = None
+    """Host of the rank, where known; likewise what it was at."""
+    phase: str | None = None
+    step: int | None = None
 
     def to_error(self) -> MaskwrightError:
         """The failure as an exception that carries its own exit code."""
@@ -38,19 +51,37 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Budgets:
+    """How many failures of each kind that another attempt can cure are retried; other kinds have none."""
+
+    infrastructure: int
+    preemption: int
+    numeric: int
+
+    def of(self, kind: FailureKind) -> int | None:
+        """The budget of a kind; None where another attempt fails alike."""
+        return {
+            FailureKind.INFRASTRUCTURE: self.infrastructure,
+            FailureKind.PREEMPTION: self.preemption,
+            FailureKind.NUMERIC: self.numeric,
+        }.get(kind)
+
+
+@dataclass(frozen=True)
 class History:
     """Attempts of one `run` or `resume` command so far."""
 
-    infrastructure_failures: int = 0
-    """Including the one being decided."""
-    failures_without_progress: int = 0
-    """Infrastructure failures in a row since the newest committed checkpoint last moved, including this one."""
+    failures: Mapping[FailureKind, int] = field(default_factory=dict[FailureKind, int])
+    """By kind, including the one being decided."""
+    without_progress: int = 0
+    """Failures in a row since the newest committed checkpoint last moved, including this one."""
 
     def after(self, failure: Failure, *, progressed: bool) -> "History":
         """The history with one more failed attempt; `progressed` when it committed a checkpoint."""
-        if failure.kind is not FailureKind.INFRASTRUCTURE:
+        if failure.kind is FailureKind.GROWTH:
             return self
-        return History(self.infrastructure_failures + 1, 1 if progressed else self.failures_without_progress + 1)
+        failures = {**self.failures, failure.kind: self.failures.get(failure.kind, 0) + 1}
+        return History(failures, 1 if progressed else self.without_progress + 1)
 
 
 @dataclass(frozen=True)
@@ -68,25 +99,37 @@ class GiveUp:
 
 
 MAX_FAILURES_WITHOUT_PROGRESS = 3
-"""A run whose newest checkpoint has not moved in so many restarts stops, whatever its budget."""
+"""A run whose newest checkpoint has not moved in so many restarts stops, whatever its budgets."""
 
 
-def decide(failure: Failure, history: History, max_failures: int) -> Retry | GiveUp:
-    """Retry infrastructure failures within `max_failures`; everything else ends the run with its own error."""
-    if failure.kind is not FailureKind.INFRASTRUCTURE:
+def decide(failure: Failure, history: History, budgets: Budgets) -> Retry | GiveUp:
+    """Retry within the budget of the failure's kind, and while checkpoints move; everything else ends the run with its own error."""
+    if failure.kind is FailureKind.GROWTH:
+        return Retry(0.0)
+    budget = budgets.of(failure.kind)
+    if budget is None:
         return GiveUp(failure.to_error())
-    if history.infrastructure_failures > max_failures:
-        return GiveUp(
-            RetriesSpentError(
-                f"{history.infrastructure_failures} infrastructure failures, more than max_failures {max_failures}; the last: {failure.cause}",
-                "Look at the machines, then `maskwright resume` continues from the newest checkpoint.",
-            )
-        )
-    if history.failures_without_progress > MAX_FAILURES_WITHOUT_PROGRESS:
+    if history.failures[failure.kind] > budget:
+        return GiveUp(_spent(failure, history.failures[failure.kind], budget))
+    if history.without_progress > MAX_FAILURES_WITHOUT_PROGRESS:
         return GiveUp(
             RetriesSpentError(
                 f"no new checkpoint in {MAX_FAILURES_WITHOUT_PROGRESS} restarts; the last failure: {failure.cause}",
                 "Commit checkpoints more often (checkpoint.every_steps) or repair what kills the workers, then `maskwright resume`.",
             )
         )
-    return Retry(delay_s=min(30.0, 2.0 ** (history.failures_without_progress - 1) - 1.0))
+    if failure.kind is not FailureKind.INFRASTRUCTURE:
+        return Retry(0.0)
+    return Retry(delay_s=min(30.0, 2.0 ** (history.without_progress - 1) - 1.0))
+
+
+def _spent(failure: Failure, count: int, budget: int) -> MaskwrightError:
+    """What a run ends with that has had more failures of a kind than its budget: each in its own way."""
+    if failure.kind is FailureKind.PREEMPTION:
+        return InterruptedRunError(failure.cause, "Run `maskwright resume` when there are machines again.")
+    if failure.kind is FailureKind.NUMERIC:
+        return failure.to_error()
+    return RetriesSpentError(
+        f"{count} infrastructure failures, more than max_failures {budget}; the last: {failure.cause}",
+        "Look at the machines, then `maskwright resume` continues from the newest checkpoint.",
+    )

@@ -4,25 +4,27 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context, get_preemption_info
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from data_pipeline.errors import ExitCode
 from data_pipeline.storage import Location
 from launcher.attempts import read_failure
 from launcher.clusters.local import Workers
+from launcher.group_watch import GroupWatch, SaveReason, describe
+from launcher.heartbeats import BoardLine, RayGroup
 from launcher.policy import Failure, FailureKind
 from launcher.worker_process import WorkerTask, run_task
 from trainer.runlog import RunFolder
 
-COLLECTIVE_TIMEOUT_S = 600
-"""A collective that takes longer has lost a rank in a way that left its connections open."""
+COLLECTIVE_TIMEOUT_S = 1800
+"""A backstop behind the watch, whose deadlines are all shorter."""
 
 _TorchBackend: Any = TorchConfig().backend_cls
 
@@ -78,14 +80,25 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def run_attempt(task: WorkerTask, workers: Workers, scratch: Path) -> Failure | None:
-    """Run `task` once on a fresh worker group; None when every rank returned.
+def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupWatch) -> Failure | None:
+    """Run `task` once on a fresh worker group, watched over; None when every rank returned.
 
     Never retries by itself, start-up included: the policy decides, and sees every failure.
     """
+    group = RayGroup.open()
+    try:
+        with watch.over(group):
+            error = _fit(task, workers, scratch, group)
+    finally:
+        group.close()
+    recorded = read_failure(RunFolder(Location(task.run)), task.attempt)
+    return recorded_reason(watch, recorded) if error is None else _diagnose(error, recorded, watch)
+
+
+def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> Exception | None:
     trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"task": task},
+        train_loop_config={"task": task, "board": group.board},
         torch_config=WorkerGroupConfig(
             backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S, threads=workers.threads_per_worker, use_gpu=workers.use_gpu
         ),
@@ -99,23 +112,17 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path) -> Failure | 
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
-    run = RunFolder(Location(task.run))
     try:
         trainer.fit()
-    except TrainingFailedError as error:
-        return _diagnose(error, run, task.attempt)
-    except RayError as error:
-        return Failure(FailureKind.INFRASTRUCTURE, f"Ray lost the worker group: {_last_line(error)}", "Run `maskwright resume`.", ExitCode.FAILED)
-    return read_failure(run, task.attempt)
+    except (TrainingFailedError, RayError) as error:
+        return error
+    return None
 
 
 def _on_worker(settings: dict[str, Any]) -> None:
     context = get_context()
-    run_task(settings["task"], context.get_world_rank(), context.get_world_size(), _preempted)
-
-
-def _preempted() -> bool:
-    return get_preemption_info() is not None
+    rank = context.get_world_rank()
+    run_task(settings["task"], rank, context.get_world_size(), BoardLine(settings["board"], rank))
 
 
 def _resources(workers: Workers) -> dict[str, float]:
@@ -123,19 +130,51 @@ def _resources(workers: Workers) -> dict[str, float]:
     return {**resources, "GPU": 1} if workers.use_gpu else resources
 
 
-def _diagnose(error: Exception, run: RunFolder, attempt: int) -> Failure:
-    """Name the failure: a rank's own record of a known error first, then dead ranks, then what else ranks recorded."""
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    recorded = read_failure(run, attempt)
-    dead = sorted(rank for rank, failure in failures.items() if _is_death(failure))
-    if recorded is not None and recorded.kind is FailureKind.KNOWN:
+_OWN_WORDS = {FailureKind.KNOWN, FailureKind.DATA, FailureKind.NUMERIC}
+"""Kinds of failures that explain everything else that is seen."""
+
+
+def _diagnose(error: Exception, recorded: Failure | None, watch: GroupWatch) -> Failure:
+    """Name the failure: a rank's own record of a known error first, then what the watch found, dead ranks, and what else ranks recorded."""
+    if recorded is not None and recorded.kind in _OWN_WORDS:
         return recorded
+    if watch.verdict is not None:
+        return _lost(watch, watch.verdict.rank, describe(watch.verdict, watch.members))
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    dead = sorted(rank for rank, failure in failures.items() if _is_death(failure))
     if dead:
-        cause = f"{name_ranks(dead)} died: {_last_line(failures[dead[0]])}"
-        return Failure(FailureKind.INFRASTRUCTURE, cause, "Run `maskwright resume`.", ExitCode.FAILED, dead[0])
+        return _lost(watch, dead[0], f"{name_ranks(dead)} died{_whereabouts(watch, dead[0])}: {_last_line(failures[dead[0]])}")
     if recorded is not None:
         return recorded
-    return Failure(FailureKind.INFRASTRUCTURE, f"the worker group failed: {_last_line(error)}", "Run `maskwright resume`.", ExitCode.FAILED)
+    what = "the board of the attempt died" if watch.board_lost else f"the worker group failed: {_last_line(error)}"
+    return Failure(FailureKind.INFRASTRUCTURE, what, _RESUME, ExitCode.FAILED)
+
+
+_RESUME = "Run `maskwright resume`."
+
+
+def _lost(watch: GroupWatch, rank: int, cause: str) -> Failure:
+    """A lost rank: preemption if its host was about to be taken away, else infrastructure."""
+    member, pulse = watch.members.get(rank), watch.health.pulses.get(rank)
+    host = member.host if member else None
+    kind = FailureKind.PREEMPTION if host in watch.leaving else FailureKind.INFRASTRUCTURE
+    step, phase = (pulse.beat.step, pulse.beat.phase) if pulse else (None, None)
+    return Failure(kind, cause, _RESUME, ExitCode.FAILED, rank, node=host, phase=phase, step=step)
+
+
+def _whereabouts(watch: GroupWatch, rank: int) -> str:
+    member, pulse = watch.members.get(rank), watch.health.pulses.get(rank)
+    return f" on {member.host} in {pulse.beat.phase} of step {pulse.beat.step}" if member and pulse else ""
+
+
+def recorded_reason(watch: GroupWatch, recorded: Failure | None) -> Failure | None:
+    """What ranks that all returned have recorded, with the reason for which they were asked to save."""
+    if recorded is None or recorded.kind is not FailureKind.INTERRUPTED:
+        return recorded
+    if watch.save_reason is SaveReason.PREEMPTION:
+        cause = f"{', '.join(watch.leaving)} is taken away; {recorded.cause}"
+        return replace(recorded, kind=FailureKind.PREEMPTION, cause=cause)
+    return replace(recorded, kind=FailureKind.GROWTH) if watch.save_reason is SaveReason.GROWTH else recorded
 
 
 def name_ranks(ranks: Sequence[int]) -> str:

@@ -6,9 +6,12 @@ from typing import Any
 
 from data_pipeline.errors import ExitCode, InterruptedRunError
 from launcher.attempts import claim_attempt
+from launcher.clusters.local import Workers
 from launcher.control import read_stop
+from launcher.group_watch import GroupWatch, SaveReason
+from launcher.health import Deadlines, beat_interval_s
 from launcher.job import Job
-from launcher.policy import Failure, FailureKind, History, Retry, decide
+from launcher.policy import Budgets, Failure, FailureKind, History, Retry, decide
 from launcher.run_status import committed_steps
 
 
@@ -19,6 +22,7 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
         MaskwrightError: the error that ended it, or RetriesSpentError.
     """
     history, newest = History(), max(committed_steps(job.run), default=0)
+    budgets = Budgets(job.ray.config.max_failures, job.ray.config.max_preemptions, job.config.numerics.budget)
     while True:
         failure = _attempt(job, entry, arguments)
         if failure is None and done():
@@ -28,16 +32,33 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
         reached = max(committed_steps(job.run), default=0)
         history = history.after(failure, progressed=reached > newest)
         newest = reached
-        if failure.kind is not FailureKind.INTERRUPTED:
-            job.run.append_event("worker_failed", attempt=job.attempt, failure=failure.kind.value, rank=failure.rank, cause=failure.cause)
-        decision = decide(failure, history, job.ray.config.max_failures)
+        _record(job, failure)
+        decision = decide(failure, history, budgets)
         if not isinstance(decision, Retry):
             raise decision.error
         if read_stop(job.run) is not None:
             raise InterruptedRunError(f"stopped after {failure.cause}", f"Run `maskwright resume {job.config.name}`.")
         where = f" from step {reached}" if job.stage == "pretrain" else ""
-        job.say(f"  attempt {job.attempt} failed: {failure.cause}; starting again{where}")
+        job.say(f"  attempt {job.attempt} {_ENDED.get(failure.kind, 'failed')}: {failure.cause}; starting again{where}")
         time.sleep(decision.delay_s)
+
+
+_ENDED = {FailureKind.PREEMPTION: "was preempted", FailureKind.GROWTH: "makes room for more ranks"}
+
+
+def _record(job: Job, failure: Failure) -> None:
+    if failure.kind in {FailureKind.INTERRUPTED, FailureKind.GROWTH}:
+        return
+    job.run.append_event(
+        "worker_failed",
+        attempt=job.attempt,
+        step=failure.step,
+        failure=failure.kind.value,
+        rank=failure.rank,
+        node=failure.node,
+        phase=failure.phase,
+        cause=failure.cause,
+    )
 
 
 def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
@@ -59,4 +80,19 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
         device="cuda" if workers.use_gpu else "cpu",
     )
     task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
-    return run_attempt(task, workers, scratch)
+    return run_attempt(task, workers, scratch, _watch(job, workers))
+
+
+def _watch(job: Job, workers: Workers) -> GroupWatch:
+    deadlines = Deadlines.for_stage(
+        trains=job.stage == "pretrain",
+        data_s=job.config.data.total_timeout_s,
+        fresh_steps=(phase.first_step for phase in job.config.phases),
+        interval_s=beat_interval_s(workers.num_workers),
+    )
+    return GroupWatch(job.run, job.attempt, workers.num_workers, deadlines, job.say, lambda: _why_save(job))
+
+
+def _why_save(job: Job) -> SaveReason | None:
+    request = read_stop(job.run)
+    return SaveReason.REQUEST if request is not None and request.save else None

@@ -1,4 +1,4 @@
-"""What a rank does around the trainer: its log, its context, its watch for stop requests, its failure record (runs in worker processes)."""
+"""What a rank does around the trainer: its log, its context, its failure record (runs in worker processes)."""
 
 import importlib
 import logging
@@ -13,13 +13,11 @@ from typing import Any
 
 from data_pipeline.errors import ConflictError, InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
-from launcher.attempts import attempt_folder, last_attempt, record_failure
-from launcher.control import StopRequest, read_stop
+from launcher.attempts import last_attempt, record_failure
+from launcher.rank_watch import Line, RankWatch, Whereabouts
 from trainer.runlog import RunFolder
 
-WATCH_S = 0.2
 UPLOAD_S = 15.0
-SUPERSEDED = 75
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,9 @@ class WorkerContext:
 
     rank: int
     world_size: int
-    preempted: Callable[[], bool]
     run: RunFolder
     attempt: int
-    step: int = 0
-    phase: str = "set-up"
+    whereabouts: Whereabouts = field(default_factory=Whereabouts)
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def stop_requested(self) -> bool:
@@ -55,8 +51,8 @@ class WorkerContext:
         return self._stop.is_set()
 
     def heartbeat(self, step: int, phase: str) -> None:
-        """See `RunContext.heartbeat`: two assignments; the watch writes them down."""
-        self.step, self.phase = step, phase
+        """See `RunContext.heartbeat`: a few assignments; the watch passes them on."""
+        self.whereabouts.move(step, phase)
 
     def require_current(self) -> None:
         """See `RunContext.require_current`."""
@@ -75,8 +71,8 @@ def resolve(entry: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def run_task(task: WorkerTask, rank: int, world_size: int, preempted: Callable[[], bool]) -> None:
-    """Run the task's entry on this rank, inside a thread of a worker process.
+def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
+    """Run the task's entry on this rank, inside a thread of a worker process; `line` leads to the driver.
 
     An interrupted run returns: it has saved, and raising would end the other ranks in the middle of it. Every other
     error is recorded in the run folder and raised, so that the group ends at once instead of waiting for this rank.
@@ -84,8 +80,9 @@ def run_task(task: WorkerTask, rank: int, world_size: int, preempted: Callable[[
     run = RunFolder(Location(task.run))
     with suppress(OSError):
         os.chdir(task.home)
-    context = WorkerContext(rank, world_size, preempted, run, task.attempt)
-    with _log_to(run.rank_log(task.attempt, rank)), _watch(run, task.attempt, context):
+    context = WorkerContext(rank, world_size, run, task.attempt)
+    watch = RankWatch(run, task.attempt, rank, world_size, context.whereabouts, line, context.ask_to_stop)
+    with _log_to(run.rank_log(task.attempt, rank)), watch.running():
         logging.getLogger(__name__).info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:
             _limit_threads(task.threads)
@@ -144,36 +141,3 @@ def _copy_out(path: Path, log: Location, done: threading.Event) -> None:
         finished = done.wait(UPLOAD_S)
         with suppress(MaskwrightError, OSError):
             log.write_bytes(path.read_bytes())
-
-
-def _should_save(request: StopRequest | None) -> bool:
-    """Without `save` the driver ends everything; a rank that saw the request first would save all the same."""
-    return request is not None and request.save
-
-
-@contextmanager
-def _watch(run: RunFolder, attempt: int, context: WorkerContext) -> Generator[None]:
-    """Poll for stop requests (rank 0) and preemption (every rank); end the process when a newer attempt has begun."""
-    done = threading.Event()
-
-    def poll() -> None:
-        written: tuple[int, str] | None = None
-        while not done.wait(WATCH_S):
-            with suppress(MaskwrightError, OSError):
-                if context.preempted() or (context.rank == 0 and _should_save(read_stop(run))):
-                    context.ask_to_stop()
-                if context.rank == 0:
-                    if last_attempt(run) > attempt:
-                        logging.getLogger(__name__).error("attempt %d is superseded by a newer one; this process ends", attempt)
-                        os._exit(SUPERSEDED)
-                    if written != (context.step, context.phase):
-                        written = (context.step, context.phase)
-                        (attempt_folder(run, attempt) / "heartbeat.json").write_json({"step": written[0], "phase": written[1]})
-
-    thread = threading.Thread(target=poll, daemon=True, name="watch")
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(timeout=5.0)

@@ -101,6 +101,26 @@ class ValidationConfig(Section):
     """Micro-batches of the validation split to average over (fewer when the split is smaller)."""
 
 
+class NumericsConfig(Section):
+    """What follows a step whose loss or gradients are not finite, or whose loss is a spike. Such a step never changes the weights."""
+
+    policy: str = Field(default="rewind:1", pattern=r"^(stop|skip_batch|rewind:[1-9][0-9]*)$")
+    """`stop`: the run ends with exit code 12 and names the batch. `skip_batch`: go on without the batch; the step counts, its data is consumed.
+    `rewind:K`: resume from the K-th newest checkpoint, which repairs what a machine got wrong; a step that is in trouble again is skipped."""
+    spike_threshold: float | None = Field(default=None, gt=0.0)
+    """A loss is a spike above median + threshold x 1.4826 x MAD (median absolute deviation) of the losses before it; null: no loss is."""
+    spike_window: int = Field(default=128, ge=8, le=1024)
+    """Steps that a spike is measured against; none is seen before half as many have been taken."""
+    budget: int = Field(default=10, ge=0)
+    """Skipped batches plus rewinds that a run may need; the next trouble ends it with exit code 12."""
+
+    @property
+    def rewind_checkpoints(self) -> int | None:
+        """K of `rewind:K`; None under the other policies."""
+        name, _, count = self.policy.partition(":")
+        return int(count) if name == "rewind" else None
+
+
 class TaskConfig(Section):
     """A labelled classification task: a folder with train, dev and test files (.jsonl or .csv)."""
 
@@ -179,6 +199,8 @@ class RunConfig(Section):
     """Checkpoints."""
     validation: ValidationConfig = ValidationConfig()
     """Held-out losses."""
+    numerics: NumericsConfig = NumericsConfig()
+    """Losses and gradients that are not finite, and spikes."""
     finetune: FinetuneConfig = FinetuneConfig()
     """Fine-tuning and baselines."""
 

@@ -1,11 +1,21 @@
 """Attempts: numbers that nobody shares, and failures that explain themselves."""
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import ConfigError, DivergedError, ExitCode, InterruptedRunError, MaskwrightError, StorageError
+from data_pipeline.errors import (
+    ConfigError,
+    DataCorruptError,
+    DivergedError,
+    ExitCode,
+    InterruptedRunError,
+    MaskwrightError,
+    NumericTroubleError,
+    StorageError,
+)
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, claim_attempt, classify, last_attempt, read_failure, record_failure
 from launcher.policy import FailureKind
@@ -35,7 +45,14 @@ GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connec
         (GLOO, FailureKind.INFRASTRUCTURE),
         (raised(MaskwrightError("not all ranks answered", "b"), GLOO), FailureKind.INFRASTRUCTURE),
         (ConnectionResetError("reset"), FailureKind.INFRASTRUCTURE),
-        (RuntimeError("CUDA error: device-side assert"), FailureKind.INFRASTRUCTURE),
+        (RuntimeError("CUDA error: device-side assert triggered"), FailureKind.BUG),
+        (RuntimeError("NCCL watchdog: CUDA error: device-side assert triggered"), FailureKind.BUG),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), FailureKind.INFRASTRUCTURE),
+        (RuntimeError("NCCL error: unhandled system error"), FailureKind.INFRASTRUCTURE),
+        (OSError(errno.ENOSPC, "No space left on device"), FailureKind.KNOWN),
+        (OSError(errno.EIO, "Input/output error"), FailureKind.INFRASTRUCTURE),
+        (DataCorruptError("a", "b"), FailureKind.DATA),
+        (NumericTroubleError("a", "b"), FailureKind.NUMERIC),
         (RuntimeError("The size of tensor a (3) must match"), FailureKind.BUG),
         (KeyError("x"), FailureKind.BUG),
     ],
@@ -58,6 +75,15 @@ def test_the_cause_beats_its_consequences(run: RunFolder) -> None:
         "Set it.",
     )
     assert "ConfigError" in found.traceback
+
+
+def test_a_full_disk_is_said_with_its_own_code(run: RunFolder) -> None:
+    record_failure(run, 1, 0, raised(GLOO))
+    record_failure(run, 1, 1, OSError(errno.ENOSPC, "No space left on device", "/runs/step-5"))
+    found = read_failure(run, 1)
+    assert found is not None
+    assert (found.kind, found.exit_code, found.rank) == (FailureKind.KNOWN, ExitCode.STORAGE, 1)
+    assert "/runs/step-5" in found.cause
 
 
 def test_a_torn_record_is_not_a_failure_record(run: RunFolder) -> None:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
-from launcher.attempts import attempt_folder, claim_attempt, read_failure
+from launcher.attempts import claim_attempt, read_failure
 from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
 from launcher.config import ClusterConfig
-from launcher.control import request_stop
+from launcher.health import Beat
 from launcher.policy import FailureKind
+from launcher.rank_watch import SAVE
 from launcher.worker_process import WorkerTask, resolve, run_task
 from trainer.context import RunContext
 from trainer.runlog import RunFolder
@@ -101,8 +102,6 @@ def entry_ok(context: RunContext, word: str) -> None:
 
     os.write(2, b"from C\n")
     print(word, context.rank, context.world_size, torch.get_num_threads(), Path.cwd())
-    context.heartbeat(7, "forward")
-    time.sleep(1.0)
 
 
 def entry_stops(context: RunContext) -> None:
@@ -122,15 +121,25 @@ def entry_superseded(context: RunContext, folder: str) -> None:
     time.sleep(30)
 
 
-def never() -> bool:
-    return False
+class QuietLine:
+    """A line to a driver that gives the same commands again and again."""
+
+    def __init__(self, *commands: str) -> None:
+        self.commands = commands
+
+    def join(self) -> None: ...
+
+    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...]:
+        return self.commands
+
+    def tell(self, command: str) -> None: ...
 
 
-def in_process(run: RunFolder, entry: str, *, rank: int = 0, **arguments: Any) -> int:
+def in_process(run: RunFolder, entry: str, *commands: str, rank: int = 0, **arguments: Any) -> int:
     """Run a task as rank `rank` of 2 in a process of its own, because it takes over stdout; the process' exit code."""
     attempt = claim_attempt(run)
     task = WorkerTask(f"{__name__}:{entry}", arguments, run.root.url, attempt, threads=1, home=run.root.parent.url)
-    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, rank, 2, never))
+    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, rank, 2, QuietLine(*commands)))
     process.start()
     process.join(60)
     if process.is_alive():
@@ -157,14 +166,8 @@ def test_output_of_a_rank_is_its_log(run: RunFolder) -> None:
     assert read_failure(run, 1) is None
 
 
-def test_rank_zero_writes_its_heartbeat(run: RunFolder) -> None:
-    in_process(run, "entry_ok", word="hello")
-    assert (attempt_folder(run, 1) / "heartbeat.json").read_json() == {"step": 7, "phase": "forward"}
-
-
 def test_interrupted_rank_returns_and_failed_rank_raises(run: RunFolder) -> None:
-    request_stop(run, grace_s=60, save=True, by="test", lease="any")
-    assert in_process(run, "entry_stops") == 0
+    assert in_process(run, "entry_stops", SAVE) == 0
     found = read_failure(run, 1)
     assert found is not None
     assert found.kind is FailureKind.INTERRUPTED

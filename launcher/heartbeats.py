@@ -1,0 +1,206 @@
+"""The seam between ranks and the driver while an attempt runs: a board, on which ranks say where they are and find commands (a Ray actor)."""
+
+import importlib
+import os
+import signal
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from launcher.group_watch import BoardLostError, Member
+from launcher.health import Beat, Seen
+from launcher.lease import process_start
+
+_ANSWER_S = 5.0
+_STATE: Any = importlib.import_module("ray._private.state")
+
+
+class Board:
+    """Beats of all ranks and commands to them. Knows nothing and decides nothing; one per attempt, on the driver's node."""
+
+    def __init__(self) -> None:
+        self._members: dict[int, Member] = {}
+        self._beats: dict[int, tuple[int, Beat]] = {}
+        self._obeyed: dict[int, tuple[str, ...]] = {}
+        self._commands: tuple[str, ...] = ()
+
+    def join(self, rank: int, member: Member) -> None:
+        """A rank's first words."""
+        self._members[rank] = member
+
+    def beat(self, rank: int, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...]:
+        """What a rank says about once a second; the answer is every command that was ever given."""
+        self._beats[rank] = (self._beats.get(rank, (0, beat))[0] + 1, beat)
+        self._obeyed[rank] = obeyed
+        return self._commands
+
+    def tell(self, command: str) -> None:
+        """Give a command to all ranks."""
+        if command not in self._commands:
+            self._commands = (*self._commands, command)
+
+    def look(self) -> dict[int, tuple[int, Beat]]:
+        """By rank, how many beats there were, and the last."""
+        return dict(self._beats)
+
+    def members(self) -> dict[int, Member]:
+        """All ranks that have joined."""
+        return dict(self._members)
+
+    def obeyed(self, command: str) -> list[int]:
+        """The ranks that have done what they were told."""
+        return [rank for rank, done in self._obeyed.items() if command in done]
+
+
+@dataclass
+class BoardLine:
+    """`Line` through the board. Never more than one call is under way, so that a lost board costs a rank no memory."""
+
+    board: Any
+    rank: int
+    _pending: Any = None
+
+    def join(self) -> None:
+        """Say who this rank is."""
+        context = ray.get_runtime_context()
+        member = Member(os.getpid(), process_start(os.getpid()), context.get_node_id(), socket.gethostname(), context.current_actor)
+        self.board.join.remote(self.rank, member)
+
+    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...] | None:
+        """Say where this rank is; the commands so far, or None when the board has not answered."""
+        if self._pending is None:
+            self._pending = self.board.beat.remote(self.rank, beat, obeyed)
+        try:
+            answer: tuple[str, ...] | None = ray.get(self._pending, timeout=_ANSWER_S)
+        except GetTimeoutError:
+            return None
+        except RayError:
+            answer = None
+        self._pending = None
+        return answer
+
+    def tell(self, command: str) -> None:
+        """Give a command to all ranks, this one included."""
+        with suppress(RayError):
+            ray.get(self.board.tell.remote(command), timeout=_ANSWER_S)
+
+
+@dataclass
+class RayGroup:
+    """`Group` through the board, Ray and the process table."""
+
+    board: Any
+    node: str
+    """The driver's."""
+    members: dict[int, Member] = field(default_factory=dict[int, Member])
+    _seen: dict[int, tuple[Seen, str]] = field(default_factory=dict[int, tuple[Seen, str]])
+    _looking: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def open(cls) -> "RayGroup":
+        """Make a board on this node."""
+        node = ray.get_runtime_context().get_node_id()
+        here: Any = NodeAffinitySchedulingStrategy(node, soft=False)
+        return cls(ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote(), node)
+
+    def look(self) -> dict[int, tuple[int, Beat]] | None:
+        """By rank, how many beats there were, and the last; None when the board does not answer in time.
+
+        Raises:
+            BoardLostError: the board is gone.
+        """
+        try:
+            sightings: dict[int, tuple[int, Beat]] = ray.get(self.board.look.remote(), timeout=_ANSWER_S)
+            if len(self.members) < len(sightings):
+                self.members = ray.get(self.board.members.remote(), timeout=_ANSWER_S)
+        except GetTimeoutError:
+            return None
+        except RayError as error:
+            raise BoardLostError(str(error)) from error
+        return sightings
+
+    def tell(self, command: str) -> None:
+        """Give a command to all ranks."""
+        with suppress(RayError):
+            ray.get(self.board.tell.remote(command), timeout=_ANSWER_S)
+
+    def obeyed(self, command: str) -> int:
+        """How many ranks have done what they were told."""
+        try:
+            return len(ray.get(self.board.obeyed.remote(command), timeout=_ANSWER_S))
+        except RayError:
+            return 0
+
+    def see(self, ranks: Iterable[int]) -> Mapping[int, tuple[Seen, str]]:
+        """What is seen of the processes of silent ranks, and what the system says of them, as far as their nodes answer. Does not wait."""
+        by_node: dict[str, dict[int, Member]] = {}
+        for rank in ranks:
+            if rank in self.members:
+                by_node.setdefault(self.members[rank].node, {})[rank] = self.members[rank]
+        asked = {rank for processes in by_node.values() for rank in processes}
+        self._seen = {rank: seen for rank, seen in self._seen.items() if rank in asked}
+        for node, members in by_node.items():
+            processes = {rank: (member.pid, member.started) for rank, member in members.items()}
+            if node == self.node:
+                self._seen |= see_processes(processes)
+            else:
+                self._ask(node, processes)
+        return self._seen
+
+    def _ask(self, node: str, processes: dict[int, tuple[int, str]]) -> None:
+        if (asked := self._looking.get(node)) is not None:
+            if not ray.wait([asked], timeout=0)[0]:
+                return
+            with suppress(RayError):
+                self._seen |= ray.get(asked)
+        there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
+        self._looking[node] = ray.remote(num_cpus=0, max_retries=0)(see_processes).options(scheduling_strategy=there).remote(processes)
+
+    def end(self) -> None:
+        """End every rank, whatever state it is in: Ray forgets its actor at once, and kills a process that does not answer within seconds."""
+        for member in self.members.values():
+            with suppress(RayError, ValueError):
+                ray.kill(member.actor)
+            if member.node == self.node and process_start(member.pid) == member.started:
+                with suppress(OSError):
+                    os.kill(member.pid, signal.SIGKILL)  # a stopped process does not answer Ray; this spares its patience
+
+    def draining(self) -> Mapping[str, int]:
+        """See `Group.draining`. Ray Train has a watcher of its own, whose answer is a barrier of all ranks."""
+        try:
+            nodes: dict[str, int] = _STATE.state.get_draining_nodes()  # what that watcher asks
+        except Exception:  # noqa: BLE001 - errors of gRPC as well as Ray's: the head is busy or restarts, and is asked again in a second
+            return {}
+        own = {member.node for member in self.members.values()}
+        return {node: deadline for node, deadline in nodes.items() if node in own}
+
+    def close(self) -> None:
+        """End the board."""
+        with suppress(RayError, ValueError):
+            ray.kill(self.board)
+
+
+def see_processes(processes: Mapping[int, tuple[int, str]]) -> dict[int, tuple[Seen, str]]:
+    """What is seen of processes of this machine (by rank: number and start), and what the system says of each."""
+    return {rank: _see_process(pid, started) for rank, (pid, started) in processes.items()}
+
+
+def _see_process(pid: int, started: str) -> tuple[Seen, str]:
+    folder = Path(f"/proc/{pid}")
+    try:
+        if process_start(pid) != started:
+            return Seen.GONE, f"process {pid} is gone\n"
+        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        text = (folder / "status").read_text()
+    except OSError:
+        return Seen.GONE, f"process {pid} is gone\n"
+    with suppress(OSError):
+        text += f"wchan:\t{(folder / 'wchan').read_text()}\n"
+    return (Seen.STOPPED if state in "Tt" else Seen.ALIVE), text

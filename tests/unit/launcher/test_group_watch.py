@@ -1,0 +1,150 @@
+"""The driver's watch: what it does with a verdict, whom it asks to save, and what it puts up with."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import StorageError
+from data_pipeline.storage import Location
+from launcher.attempts import stacks_folder
+from launcher.group_watch import BoardLostError, GroupWatch, Member, SaveReason, describe
+from launcher.health import Beat, Deadlines, Seen, State, Verdict
+from launcher.rank_watch import SAVE, STACKS
+from trainer.runlog import RunFolder
+
+
+class Ranks:
+    """Two ranks of which the second can fall silent."""
+
+    def __init__(self) -> None:
+        self.members: Mapping[int, Member] = {rank: Member(100 + rank, "7", f"node-id-{rank}", f"host{rank}", None) for rank in (0, 1)}
+        self.beats, self.silent, self.lost, self.told, self.ended = 0, set[int](), False, list[str](), 0
+        self.leaving: Mapping[str, int] = {}
+
+    def look(self) -> Mapping[int, tuple[int, Beat]]:
+        if self.lost:
+            raise BoardLostError("died")
+        self.beats += 1
+        return {rank: (0 if rank in self.silent else self.beats, Beat(self.beats, "forward", self.beats, False, 1.0)) for rank in (0, 1)}
+
+    def see(self, ranks: list[int]) -> Mapping[int, tuple[Seen, str]]:
+        return dict.fromkeys(ranks, (Seen.STOPPED, "State:\tT (stopped)"))
+
+    def tell(self, command: str) -> None:
+        self.told.append(command)
+
+    def obeyed(self, command: str) -> int:
+        return self.told.count(command)
+
+    def draining(self) -> Mapping[str, int]:
+        return self.leaving
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(Location.at(tmp_path / "run"))
+
+
+def watch_of(run: RunFolder, said: list[str], reason: SaveReason | None = None) -> GroupWatch:
+    deadlines = Deadlines.for_stage(trains=True, data_s=0.0, fresh_steps=(), interval_s=0.5)
+    return GroupWatch(run, 1, 2, deadlines, said.append, lambda: reason)
+
+
+def test_a_stopped_rank_is_named_recorded_and_the_group_ended(run: RunFolder) -> None:
+    said, ranks = list[str](), Ranks()
+    watch = watch_of(run, said)
+    watch.look(ranks, 1.0)
+    ranks.silent = {1}
+    for _ in range(12):
+        watch.look(ranks, 1.0)
+    assert ranks.ended == 1
+    assert ranks.told == [STACKS]
+    (event,) = run.read_events()
+    assert (event["kind"], event["rank"], event["node"], event["pid"], event["phase"]) == ("rank_unhealthy", 1, "host1", 101, "forward")
+    assert (event["state"], event["seconds"] < 15) == ("stopped", True)
+    assert (stacks_folder(run, 1) / "rank-00001.txt").read_bytes().decode().endswith("State:\tT (stopped)")
+    assert len(said) == 1
+    assert "rank 1 on host1 (process 101) has been stopped" in said[0]
+
+
+def test_time_that_the_driver_itself_was_held_up_is_not_counted(run: RunFolder) -> None:
+    ranks = Ranks()
+    watch = watch_of(run, [])
+    watch.look(ranks, 1.0)
+    ranks.silent = {1}
+    watch.look(ranks, 3600.0)
+    assert watch.verdict is None
+
+
+def test_ranks_are_asked_once_to_save(run: RunFolder) -> None:
+    ranks = Ranks()
+    watch = watch_of(run, [], SaveReason.REQUEST)
+    for _ in range(3):
+        watch.look(ranks, 1.0)
+    assert (ranks.told, watch.save_reason) == ([SAVE], SaveReason.REQUEST)
+
+
+def test_a_node_that_is_taken_away_makes_all_ranks_save(run: RunFolder) -> None:
+    said, ranks = list[str](), Ranks()
+    ranks.leaving = {"node-id-1": 1_800_000_000_000}
+    watch = watch_of(run, said)
+    watch.look(ranks, 1.0)
+    assert (ranks.told, watch.save_reason, watch.leaving) == ([SAVE], SaveReason.PREEMPTION, ("host1",))
+    (event,) = run.read_events()
+    assert (event["kind"], event["nodes"], event["deadline"]) == ("preempted", ["host1"], 1_800_000_000.0)
+
+
+def test_a_lost_board_ends_the_group(run: RunFolder) -> None:
+    ranks = Ranks()
+    ranks.lost = True
+    watch = watch_of(run, [])
+    watch.look(ranks, 1.0)
+    assert (watch.board_lost, ranks.ended) == (True, 1)
+
+
+def test_storage_that_fails_does_not_keep_a_group_from_being_ended(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.root.parent.path.mkdir(parents=True, exist_ok=True)
+    run.root.path.write_text("a file where the run folder should be")
+    ranks, said = Ranks(), list[str]()
+    watch = watch_of(run, said)
+    watch.look(ranks, 1.0)
+    ranks.silent = {1}
+    for _ in range(12):
+        watch.look(ranks, 1.0)
+    assert ranks.ended == 1
+    assert any("could not be recorded" in line for line in said)
+
+
+def test_storage_that_fails_for_a_moment_ends_nothing(run: RunFolder) -> None:
+    def fails() -> SaveReason | None:
+        raise StorageError("gone for a moment", "wait")
+
+    ranks, watch = Ranks(), watch_of(run, [])
+    watch.why_save = fails
+    watch.look(ranks, 1.0)
+    assert ranks.ended == 0
+
+
+def test_a_watch_that_breaks_does_not_leave_the_group_unwatched(run: RunFolder) -> None:
+    ranks, watch = Ranks(), watch_of(run, [])
+    ranks.look = lambda: 1 / 0
+
+    def wait() -> None:
+        with watch.over(ranks):
+            deadline = time.monotonic() + 10
+            while not ranks.ended:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+    with pytest.raises(ZeroDivisionError):
+        wait()
+
+
+def test_many_ranks_fit_a_line() -> None:
+    verdict = Verdict((3, *range(10, 100)), State.SILENT, 45.2, 7, "forward")
+    assert describe(verdict, {}) == "rank 3 and 90 more have not been heard of for 45 s in forward of step 7"

@@ -1,0 +1,186 @@
+"""Who is named when ranks stand still, and who is not: silence, stops, hangs, and what only looks like them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.health import BEATS_PER_S, FIRST_S, PHASES, SILENCE_S, Beat, Deadlines, Health, Seen, State, Verdict, beat_interval_s, judge, position
+
+STEP_PHASES = ("data", "agree", "forward", "backward", "optimizer")
+DEADLINES = Deadlines.for_stage(trains=True, data_s=0.0, fresh_steps=(), interval_s=0.5)
+
+
+@dataclass
+class Ranks:
+    """Ranks that the test moves, and the driver that follows them once a second."""
+
+    world_size: int
+    health: Health = field(default_factory=Health)
+    seen: dict[int, Seen] = field(default_factory=dict[int, Seen])
+    verdict: Verdict | None = None
+
+    def __post_init__(self) -> None:
+        self.beats = {rank: (1, Beat(5, "data", 1, waits=False, longest_s=1.0)) for rank in range(self.world_size)}
+        self.health = Health({}, dict.fromkeys(PHASES, 1.0))
+
+    def pass_time(
+        self, seconds: int, moves: Mapping[int, Beat | None] | None = None, *, silent: Sequence[int] = (), deadlines: Deadlines = DEADLINES
+    ) -> None:
+        """Every rank that is not silent beats each second; `moves` says where each is (None: it makes progress)."""
+        for _ in range(seconds):
+            for rank, (count, beat) in self.beats.items():
+                if rank in silent:
+                    continue
+                to = (moves or {}).get(rank)
+                progressed = replace(beat, step=beat.step + 1, moves=beat.moves + 5)
+                self.beats[rank] = (count + 1, to or progressed)
+            self.health = self.health.after(self.beats, 1.0)
+            self.verdict = self.verdict or judge(self.health, self.seen, self.world_size, deadlines)
+
+
+def at(step: int, phase: str, *, waits: bool = False) -> Beat:
+    """A rank that stays there."""
+    return Beat(step, phase, 1000, waits, 1.0)
+
+
+@given(st.integers(1, 40), st.data())
+def test_a_stopped_rank_is_named_soon_and_nobody_else(world_size: int, data: st.DataObject) -> None:
+    victim = data.draw(st.integers(0, world_size - 1))
+    ranks = Ranks(world_size)
+    ranks.pass_time(3)
+    ranks.seen = {victim: Seen.STOPPED}
+    others = {rank: at(9, "agree", waits=True) for rank in range(world_size) if rank != victim}
+    ranks.pass_time(20, others, silent=[victim])
+    assert ranks.verdict is not None
+    assert (ranks.verdict.ranks, ranks.verdict.state) == ((victim,), State.STOPPED)
+    assert ranks.verdict.seconds <= 15
+
+
+@given(st.integers(2, 12), st.sampled_from(STEP_PHASES), st.data())
+def test_the_hung_rank_is_named_not_those_that_wait_for_it(world_size: int, phase: str, data: st.DataObject) -> None:
+    victim = data.draw(st.integers(0, world_size - 1))
+    later = st.sampled_from(STEP_PHASES[STEP_PHASES.index(phase) :])
+    moves: dict[int, Beat | None] = {rank: at(7, data.draw(later), waits=True) for rank in range(world_size)}
+    moves[victim] = at(7, phase)
+    ranks = Ranks(world_size)
+    ranks.pass_time(100, moves)
+    assert ranks.verdict is not None
+    assert (ranks.verdict.ranks, ranks.verdict.state, ranks.verdict.phase, ranks.verdict.step) == ((victim,), State.HUNG, phase, 7)
+    assert ranks.verdict.seconds < 60
+
+
+@given(st.integers(1, 8), st.lists(st.integers(1, 40), min_size=1, max_size=20), st.data())
+def test_a_slow_rank_is_not_hung(world_size: int, pauses: list[int], data: st.DataObject) -> None:
+    """Whatever the pace, as long as it moves within the deadline; the others wait for it all the time."""
+    slow = data.draw(st.integers(0, world_size - 1))
+    ranks = Ranks(world_size)
+    for step, pause in enumerate(pauses, 10):
+        moves: dict[int, Beat | None] = {rank: Beat(step, "agree", 1000 + step, True, 1.0) for rank in range(world_size)}
+        moves[slow] = Beat(step, "forward", 1000 + step, False, 1.0)
+        ranks.pass_time(pause, moves)
+    assert ranks.verdict is None
+
+
+def test_a_machine_that_is_overloaded_beats_late_and_is_left_alone() -> None:
+    ranks = Ranks(2)
+    ranks.seen = {0: Seen.ALIVE, 1: Seen.ALIVE}
+    for _ in range(5):
+        ranks.pass_time(60, silent=[0, 1])
+        ranks.pass_time(2)
+    assert ranks.verdict is None
+
+
+def test_ranks_that_were_stopped_all_together_and_go_on_are_left_alone() -> None:
+    """A container that is frozen for a moment: the driver, whose own pauses do not count, looks again when all beat."""
+    ranks = Ranks(3)
+    ranks.seen = dict.fromkeys(range(3), Seen.STOPPED)
+    for _ in range(20):
+        ranks.pass_time(5, silent=range(3))
+        ranks.pass_time(1)
+    assert ranks.verdict is None
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_first_time_in_a_phase_may_take_long(phase: str) -> None:
+    """Set-up, a compile, the first validation, the first snapshot."""
+    ranks = Ranks(2)
+    ranks.health = Health()
+    first = Beat(3, phase, 7, waits=False, longest_s=0.0)
+    ranks.pass_time(int(FIRST_S) - 5, {0: first, 1: first})
+    assert ranks.verdict is None
+    ranks.pass_time(10, {0: first, 1: first})
+    assert ranks.verdict is not None
+
+
+def test_steps_with_new_shapes_may_compile_again() -> None:
+    deadlines = Deadlines.for_stage(trains=True, data_s=0.0, fresh_steps=(9,), interval_s=0.5)
+    ranks = Ranks(2)
+    ranks.pass_time(400, {0: at(9, "forward"), 1: at(9, "forward")}, deadlines=deadlines)
+    assert ranks.verdict is None
+    ranks.pass_time(400, {0: at(10, "forward"), 1: at(10, "forward")}, deadlines=deadlines)
+    assert ranks.verdict is not None
+
+
+def test_a_phase_that_has_always_been_long_may_be_longer() -> None:
+    ranks = Ranks(2)
+    ranks.health = Health({}, {"validation": 200.0})
+    ranks.pass_time(1500, {0: at(9, "validation"), 1: at(9, "validation", waits=True)})
+    assert ranks.verdict is None
+
+
+def test_a_slow_store_is_waited_for() -> None:
+    deadlines = Deadlines.for_stage(trains=True, data_s=300.0, fresh_steps=(), interval_s=0.5)
+    ranks = Ranks(2)
+    ranks.pass_time(340, {0: at(9, "data"), 1: at(9, "agree", waits=True)}, deadlines=deadlines)
+    assert ranks.verdict is None
+    ranks.pass_time(30, {0: at(9, "data"), 1: at(9, "agree", waits=True)}, deadlines=deadlines)
+    assert ranks.verdict is not None
+    assert ranks.verdict.rank == 0
+
+
+def test_other_stages_have_long_deadlines() -> None:
+    deadlines = Deadlines.for_stage(trains=False, data_s=0.0, fresh_steps=(), interval_s=0.5)
+    ranks = Ranks(2)
+    ranks.pass_time(600, {0: at(9, "forward"), 1: at(9, "forward")}, deadlines=deadlines)
+    assert ranks.verdict is None
+
+
+def test_a_lost_node_names_all_its_ranks_once() -> None:
+    ranks = Ranks(6)
+    ranks.pass_time(60, {rank: at(9, "agree", waits=True) for rank in (0, 1, 2)}, silent=[3, 4, 5])
+    assert ranks.verdict is not None
+    assert (ranks.verdict.ranks, ranks.verdict.state) == ((3, 4, 5), State.SILENT)
+    assert ranks.verdict.seconds == pytest.approx(SILENCE_S[Seen.NOTHING], abs=3)
+
+
+def test_a_rank_that_never_began_is_named() -> None:
+    ranks = Ranks(2)
+    del ranks.beats[1]
+    ranks.pass_time(int(FIRST_S) + 5, {0: at(0, "set-up")})
+    assert ranks.verdict is not None
+    assert (ranks.verdict.rank, ranks.verdict.state) == (1, State.SILENT)
+
+
+def test_where_everybody_waits_the_last_to_come_is_named() -> None:
+    ranks = Ranks(3)
+    ranks.pass_time(10, {0: at(9, "backward", waits=True), 1: None, 2: at(9, "backward", waits=True)})
+    ranks.pass_time(100, {rank: at(9, "backward", waits=True) for rank in range(3)})
+    assert ranks.verdict is not None
+    assert ranks.verdict.rank == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(PHASES)), min_size=2, max_size=2))
+def test_positions_are_in_the_order_of_training(places: list[tuple[int, str]]) -> None:
+    one, other = (Beat(step, phase, 0, False, 0.0) for step, phase in places)
+    if "set-up" not in (one.phase, other.phase):
+        expected = (one.step, PHASES.index(one.phase)) < (other.step, PHASES.index(other.phase))
+        assert (position(one) < position(other)) == expected
+    assert position(replace(one, phase="set-up")) <= position(other)
+
+
+def test_a_thousand_ranks_do_not_hurry_the_board() -> None:
+    assert beat_interval_s(2) < 1
+    assert 1000 / beat_interval_s(1000) <= BEATS_PER_S
