@@ -58,7 +58,7 @@ def derive_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["zero_optimization"]["reduce_bucket_size"] = BUCKET_ELEMENTS
     if config.precision == "bf16":
-        derived["bf16"] = {"enabled": True, "check_grad_overflow": False}  # a loss that is not finite is found before the step
+        derived["bf16"] = {"enabled": True}
     if config.precision == "fp16":
         derived["fp16"] = {"enabled": True, "loss_scale": 0}
     _refuse_derived(config.zero.deepspeed)

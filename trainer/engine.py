@@ -6,9 +6,10 @@ All methods of `Engine` are collective: every rank calls them in the same order.
 import importlib
 import io
 import logging
+import math
 import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ __all__ = ["Engine", "StepOutcome", "derive_deepspeed_config", "training_device"
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did. `applied` is False when fp16 gradients overflowed and the step was skipped."""
+    """What an optimizer step did: `applied` is False when the gradients were not finite, or were dropped, and nothing was changed."""
 
     grad_norm: float
     applied: bool
@@ -51,6 +52,7 @@ class Engine:
         self._files: Any = importlib.import_module("trainer.zero_files")  # imports deepspeed, which reads DS_ACCELERATOR when it is
         self._files.use_safe_files(deepspeed_engine)
         self._config = config
+        self._veto: Any = importlib.import_module("trainer.zero_veto").Veto.over(deepspeed_engine)
         self.device = device
 
     @classmethod
@@ -75,6 +77,7 @@ class Engine:
             wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         engine = cls(wrapped, config, device)
         engine._make_stage_0_like_the_others()
+        engine._clear_padding()
         engine._apply_optimizer_settings()
         return engine
 
@@ -93,10 +96,12 @@ class Engine:
         """Factor on the loss of fp16; 1 in other precisions."""
         return float(self._deepspeed.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
 
-    def accumulate(self, batch: TensorBatch, weights: LossWeights, *, last: bool) -> LossSums:
-        """Forward and backward of one batch; `last` says that the step has no more, so that gradients are reduced."""
+    def accumulate(self, batch: TensorBatch, weights: LossWeights, *, last: bool, enter: Callable[[str], None] = lambda phase: None) -> LossSums:
+        """Forward and backward of one batch; `last` says that the step has no more, so that gradients are reduced. `enter` hears which begins."""
+        enter("forward")
         self._deepspeed.set_gradient_accumulation_boundary(last)
         sums = as_loss_sums(self._deepspeed(batch))
+        enter("backward")
         loss = weights.loss(sums)
         if self._config.zero.stage == 0:
             loss = loss * self.loss_scale  # DeepSpeed 0.19 unscales the gradients at stage 0 but does not scale the loss
@@ -104,17 +109,27 @@ class Engine:
         return sums
 
     def step(self, lr: float) -> StepOutcome:
-        """Clip and update with learning rate `lr`."""
+        """Clip and update with learning rate `lr`, unless a gradient of any rank is not finite: then they are dropped.
+
+        The norm that clipping needs, a sum over all ranks, says so before anything is changed.
+        """
         for group in self._deepspeed.optimizer.param_groups:
             group["lr"] = lr
         stage_0, precision, scale = self._config.zero.stage == 0, self._config.precision, self.loss_scale
         if stage_0 and precision == "fp32":
             grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.clip_norm))
+            if not math.isfinite(grad_norm):
+                return self.drop()
             self._deepspeed.step()
             return StepOutcome(grad_norm, applied=True)
         self._deepspeed.step()
         grad_norm = float(self._deepspeed.get_global_grad_norm())
         return StepOutcome(grad_norm / scale if stage_0 else grad_norm, applied=bool(self._deepspeed.was_step_applied()))
+
+    def drop(self) -> StepOutcome:
+        """Forget the gradients that were accumulated: the next step is as if they had never been."""
+        self._veto.drop_gradients()
+        return StepOutcome(math.nan, applied=False)
 
     def evaluate(self, batch: TensorBatch) -> LossSums:
         """Losses of one batch without dropout and without a graph."""
@@ -190,6 +205,20 @@ class Engine:
         optimizer.refresh_fp32_params()
         for parameter in self.model.parameters():
             parameter.grad_dtype = torch.float32
+
+    def _clear_padding(self) -> None:
+        """Stage 3 pads parts of parameters with whatever is in memory, and saves it: the same weights would have other files each time."""
+        if self._config.zero.stage < 3:
+            return
+        optimizer, rank = self._deepspeed.optimizer, dist.get_rank()
+        for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            offset = 0
+            for parameter in group:
+                part = parameter.ds_tensor.ds_numel
+                own = min(part, max(0, parameter.ds_numel - rank * part))
+                for values in (parameter.ds_tensor.data, master.data[offset : offset + part]):
+                    values.view(-1)[own:] = 0
+                offset += part
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

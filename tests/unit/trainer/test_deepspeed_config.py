@@ -24,7 +24,7 @@ GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
         "gradient_clipping": 1.0,
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": 0},
-        "bf16": {"enabled": True, "check_grad_overflow": False},
+        "bf16": {"enabled": True},
     },
     (2, "bf16"): {
         "train_micro_batch_size_per_gpu": 4,
@@ -34,7 +34,7 @@ GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
         "communication_data_type": "fp32",
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "bf16": {"enabled": True, "check_grad_overflow": False},
+        "bf16": {"enabled": True},
     },
     (3, "fp16"): {
         "train_micro_batch_size_per_gpu": 4,
