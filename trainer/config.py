@@ -90,6 +90,10 @@ class CheckpointConfig(Section):
     """Commit a checkpoint every so many optimizer steps; the last step always commits one."""
     keep_last: int = Field(default=3, ge=1)
     """Newest committed checkpoints to keep."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Also keep those whose step is a multiple of this; null keeps none for it."""
+    keep_best: bool = False
+    """Also keep the one with the lowest validation loss, measured at its step or last before it."""
 
 
 class ValidationConfig(Section):

@@ -25,6 +25,7 @@ from trainer.config import OptimizerConfig, RunConfig
 from trainer.deepspeed_config import derive_deepspeed_config, offloads_optimizer, require_compiler
 from trainer.model import PretrainingBert, as_loss_sums
 from trainer.objectives import LossSums, LossWeights
+from trainer.snapshot import Snapshot
 
 __all__ = ["Engine", "StepOutcome", "derive_deepspeed_config", "training_device"]
 
@@ -142,12 +143,12 @@ class Engine:
             mlm, nsp = self.model.logits(*(tensor.to(self.device) for tensor in (input_ids_BT, token_type_ids_BT, attention_mask_BT)))
             return mlm.cpu(), nsp.cpu()
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's files into `folder`, which exists; returns when all ranks have. No `latest` is written."""
-        self._files.save_engine(self._deepspeed, folder)
+    def snapshot(self, into: Snapshot) -> None:
+        """Add this rank's files to a snapshot; `load` takes them from the folder that they are written to."""
+        self._files.snapshot_engine(self._deepspeed, into)
 
     def load(self, folder: Path) -> None:
-        """Continue from what `save` wrote at the same world size, ZeRO stage and precision: bit for bit.
+        """Continue from what `snapshot` took at the same world size, ZeRO stage and precision: bit for bit.
 
         Optimizer settings are the config's, not the checkpoint's. Files are read as data: a pickle with code in it is refused.
 
@@ -158,7 +159,7 @@ class Engine:
         self._apply_optimizer_settings()
 
     def load_from_other_layout(self, folder: Path) -> None:
-        """Continue from what `save` wrote at another world size or ZeRO stage: the same weights and moments, in other parts.
+        """Continue from what `snapshot` took at another world size or ZeRO stage: the same weights and moments, in other parts.
 
         Optimizer settings are the config's, not the checkpoint's.
 

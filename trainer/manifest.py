@@ -90,6 +90,8 @@ class Manifest:
     files: dict[str, FileDigest]
     train_state: TrainState
     config: dict[str, Any]
+    validation_loss: float | None = None
+    """Of the newest validation at its step or before; None where there was none, as in older checkpoints."""
 
     @property
     def step(self) -> int:
@@ -115,6 +117,7 @@ class Manifest:
             "files": {name: asdict(file) for name, file in self.files.items()},
             "train_state": self.train_state.to_json(),
             "config": self.config,
+            **({} if self.validation_loss is None else {"validation_loss": self.validation_loss}),
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -139,6 +142,7 @@ class Manifest:
             files={name: FileDigest(**file) for name, file in value["files"].items()},
             train_state=TrainState.from_json(value["train_state"]),
             config=value["config"],
+            validation_loss=value.get("validation_loss"),
         )
 
 

@@ -49,7 +49,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     engine = build_engine(config, corpora)
     saver = Saver.open(folder, config, context, attempt)
     state = saver.resume(engine, TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest))
-    with closing(StepLog(folder, engine, context, attempt, first_step=state.step)) as log:
+    with closing(saver), closing(StepLog(folder, engine, context, attempt, first_step=state.step)) as log:
         train(config, corpora, engine, saver, log, context, state)
 
 
@@ -60,16 +60,18 @@ def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log
     parts = read_steps(
         stream, config.phases, first_step=state.step, rank=context.rank, world_size=context.world_size, workers=config.batch.loader_workers
     )
+    validation_loss: float | None = None
     while state.step < config.schedule.steps:
         context.heartbeat(state.step, "data")
         log.start_step()
         part = next(parts)
-        own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None)
+        own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None or saver.failed())
         counts = own.total(engine.device)
         if counts.failures:
-            raise_together(part.error, f"read the data of step {state.step}")
+            raise_together(part.error or saver.error, f"read the data of step {state.step}" if part.error else "save a checkpoint")
         if counts.stops:
-            saver.save(engine, state)
+            saver.save(engine, state, validation_loss)
+            saver.finish()
             log.stopped(state)
             raise stopped_at(state.step)
         if skipped := newly_skipped(part.batches, counts, state):
@@ -92,9 +94,10 @@ def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log
             held_out, skipped = validation.measure(engine, phase_of(config.phases, state.step - 1), state)
             log.skipped(state, skipped)
             log.validated(state, held_out, corpora.unigram_entropy)
-            state = with_skipped(state, skipped, config.data.skip_budget)
+            state, validation_loss = with_skipped(state, skipped, config.data.skip_budget), held_out.loss
         if is_due(state.step, config.checkpoint.every_steps, config):
-            saver.save(engine, state)
+            saver.save(engine, state, validation_loss)
+    saver.finish()
 
 
 def build_engine(config: RunConfig, corpora: Mixture) -> Engine:

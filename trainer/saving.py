@@ -1,4 +1,5 @@
-"""One attempt's dealings with checkpoints: resume from the newest intact one, commit new ones (every method is collective)."""
+"""One attempt's dealings with checkpoints: resume from the newest intact one, save new ones beside training (every method is collective but `error`,
+`failed` and `close`)."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -6,36 +7,54 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save as to_safetensors
 
 from data_pipeline.config import Phase
-from data_pipeline.errors import ConfigError
-from trainer.agreement import agreement_group
-from trainer.checkpoint import Checkpoint, commit, has_same_layout, newest_usable, why_not_exact
+from data_pipeline.errors import ConfigError, MaskwrightError, StorageError
+from trainer.agreement import Ranks, agreement_group
+from trainer.background_save import COMMIT_TIMEOUT_S, Save, SaveRequest
+from trainer.checkpoint import PROBE_FILE, STATE_FILE, Checkpoint, has_same_layout, newest_usable, why_not_exact
+from trainer.checkpoint_store import Checkpoints
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine
 from trainer.manifest import Circumstances
 from trainer.runlog import RunFolder
+from trainer.snapshot import Snapshot
 from trainer.state import TrainState
 
 PROBE_TOKENS = 16
+_CLOSE_S = 5.0
+_GRACE_S = 10.0
+"""How much longer than for their own part ranks wait for each other's word."""
 
 
 class Saver:
-    """Checkpoints of one attempt of a run. Build it with `Saver.open`."""
+    """Checkpoints of one attempt of a run; at most one is being written. Build it with `Saver.open`."""
 
-    def __init__(self, run: RunFolder, config: RunConfig, context: RunContext, attempt: int, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        run: RunFolder,
+        config: RunConfig,
+        context: RunContext,
+        attempt: int,
+        group: dist.ProcessGroup | None,
+        timeout_s: float = COMMIT_TIMEOUT_S,
+    ) -> None:
         self._run = run
         self._config = config
         self._context = context
         self._attempt = attempt
-        self._group = group
-        self._committed_step = 0
+        self._timeout_s = timeout_s
+        self._ranks = Ranks(context.rank, context.world_size, group, timeout_s + _GRACE_S)
+        self._snapshot = Snapshot()
+        self._save: Save | None = None
+        self._saved_step = 0
         self._stall_s = 0.0
 
     @classmethod
     def open(cls, run: RunFolder, config: RunConfig, context: RunContext, attempt: int) -> "Saver":
-        """Make the process group on which ranks agree about checkpoints. Collective."""
+        """Make the process group on which ranks agree about checkpoints."""
         return cls(run, config, context, attempt, agreement_group(context.world_size))
 
     def resume(self, engine: Engine, fresh: TrainState) -> TrainState:
@@ -46,44 +65,106 @@ class Saver:
             NoCheckpointError: there were checkpoints, and none is intact.
         """
         rank, world_size = self._context.rank, self._context.world_size
-        found = newest_usable(self._run, rank=rank, world_size=world_size, attempt=self._attempt, group=self._group)
+        found = newest_usable(self._run, rank=rank, world_size=world_size, attempt=self._attempt, group=self._ranks.group)
         if found is None:
             return fresh
         require_same_data(found.state, fresh)
         require_same_position(found.state, self._config.phases)
         load = engine.load if has_same_layout(found.manifest, self._config, world_size) else engine.load_from_other_layout
         load(found.zero_folder)
-        self._committed_step = found.step
+        self._saved_step = found.step
         if rank == 0:
             self._record_resume(found)
         return found.state
 
-    def save(self, engine: Engine, state: TrainState) -> None:
-        """Commit a checkpoint of `state`, unless the newest one already is."""
-        if state.step == self._committed_step:
+    def save(self, engine: Engine, state: TrainState, validation_loss: float | None = None) -> None:
+        """Save `state`, unless the newest checkpoint is of it. Training stands still until it is copied; it is written and committed beside training.
+
+        A save that is still under way is waited for first: at most one is. `validation_loss` is the newest at this step, for `keep_best`.
+
+        Raises:
+            StorageError: there is no room for it; nothing has been written. The same on every rank.
+            MaskwrightError: the save before has failed on some rank.
+        """
+        if state.step == self._saved_step:
             return
+        started_at = time.monotonic()
         self._context.heartbeat(state.step, "checkpoint")
-        self._stall_s += commit(
-            self._run,
-            state,
-            attempt=self._attempt,
+        free_bytes = self._ranks.all_do("save the checkpoint before", self._wait)[0]
+        sizes = self._ranks.all_do("copy its part of the checkpoint", lambda: self._take_snapshot(engine, state))
+        require_room(self._run, state.step, sum(sizes), free_bytes)
+        request = SaveRequest(
+            run=self._run,
             config=self._config,
+            state=state,
+            circumstances=self._circumstances(),
+            attempt=self._attempt,
             rank=self._context.rank,
-            world_size=self._context.world_size,
-            write_rank_files=engine.save,
-            probe=probe_of(engine),
-            group=self._group,
+            require_current=self._context.require_current,
+            validation_loss=validation_loss,
+            stall_s=time.monotonic() - started_at,
+            timeout_s=self._timeout_s,
         )
-        self._committed_step = state.step
+        self._save = Save(request, self._snapshot).start()
+        self._saved_step = state.step
+        self._stall_s += time.monotonic() - started_at
+
+    def finish(self) -> None:
+        """Wait, on all ranks, until the save under way is committed.
+
+        Raises:
+            MaskwrightError: it failed on some rank, or did not end in time; the same on every rank.
+        """
+        if self._save is not None:
+            started_at = time.monotonic()
+            self._context.heartbeat(self._saved_step, "checkpoint")
+            self._ranks.all_do("save the checkpoint", self._wait)
+            self._stall_s += time.monotonic() - started_at
+
+    @property
+    def error(self) -> MaskwrightError | None:
+        """What the save under way has failed with on this rank for good."""
+        return self._save.error if self._save is not None else None
+
+    def failed(self) -> bool:
+        """Whether the save under way has failed on this rank for good: all ranks must hear of it at the next step."""
+        return self.error is not None
+
+    def close(self) -> None:
+        """Give a save that is under way a moment to end, then end it. Not collective: other ranks may be dead."""
+        if self._save is not None and not self._save.is_done:
+            try:
+                self._save.wait(0.0 if self.failed() else _CLOSE_S)
+            except MaskwrightError:
+                self._save.cancel()
 
     def take_stall_s(self) -> float:
         """Seconds for which checkpoints have held up training since this was last asked."""
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s
 
+    def _wait(self) -> int | None:
+        """Wait for this rank's part of the save under way; returns the free bytes of the storage, on rank 0."""
+        if self._save is not None:
+            self._save.wait(self._timeout_s)
+            self._save = None
+        return Checkpoints(self._run).free_bytes() if self._context.rank == 0 else None
+
+    def _take_snapshot(self, engine: Engine, state: TrainState) -> int:
+        """Copy what this rank has to save into the memory of the last save; returns its bytes."""
+        self._snapshot.clear()
+        engine.snapshot(self._snapshot)
+        logits = probe_of(engine)()
+        if self._context.rank == 0:
+            self._snapshot.add(PROBE_FILE, to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in logits.items()}))
+            self._snapshot.add_json(STATE_FILE, state.to_json())
+        return self._snapshot.num_bytes
+
+    def _circumstances(self) -> Circumstances:
+        return Circumstances.now(world_size=self._context.world_size, zero_stage=self._config.zero.stage, precision=self._config.precision)
+
     def _record_resume(self, found: Checkpoint) -> None:
         """The event `resumed` (R8): nothing is repeated or skipped in the surviving history; what a failure cost is counted apart."""
-        now = Circumstances.now(world_size=self._context.world_size, zero_stage=self._config.zero.stage, precision=self._config.precision)
         events = self._run.read_events()
         ended = next((event for event in reversed(events) if event["kind"] in ("stopped", "worker_failed", "failed")), {})
         committed = next((e for e in reversed(events) if e["kind"] == "checkpoint_committed" and e["step"] == found.step), {})
@@ -99,7 +180,7 @@ class Saver:
             steps_lost=steps_lost,
             seconds_lost=round(time.time() - lost_since, 3) if lost_since else 0.0,
             cause=ended.get("cause", "not recorded"),
-            not_bit_exact_because=why_not_exact(found.manifest, now, self._config),
+            not_bit_exact_because=why_not_exact(found.manifest, self._circumstances(), self._config),
         )
 
 
@@ -109,6 +190,19 @@ def steps_done(newest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -
     if resumed is not None and resumed["attempt"] > newest.get("attempt", 0):
         return resumed["step"]
     return newest["step"] + 1 if newest else 0
+
+
+def require_room(run: RunFolder, step: int, num_bytes: int, free_bytes: int | None) -> None:
+    """Refuse a save that does not fit.
+
+    Raises:
+        StorageError: there is less room than it takes.
+    """
+    if free_bytes is not None and num_bytes > free_bytes:
+        raise StorageError(
+            f"the checkpoint of step {step} takes {num_bytes:,} bytes, and {free_bytes:,} are free in {run.checkpoints}",
+            "Free space (`maskwright clean`), lower checkpoint.keep_last, or choose another --storage; then `maskwright resume` the run.",
+        )
 
 
 def require_same_data(saved: TrainState, now: TrainState) -> None:

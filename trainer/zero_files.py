@@ -1,13 +1,13 @@
-"""DeepSpeed's checkpoint files: written without stranding other ranks, read without running code (R9).
+"""DeepSpeed's checkpoint files: taken into memory, read without running code (R9).
 
-The second seam to DeepSpeed beside `trainer.engine`, which saves and loads through `save_engine` and `load_engine`. What the files mean, by
+The second seam to DeepSpeed beside `trainer.engine`, which saves and loads through `snapshot_engine` and `load_engine`. What the files mean, by
 parameter, is `trainer.zero_state`'s business.
 """
 
 import os
 import pickle
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from torch.utils.serialization import config as serialization_config
 
 from data_pipeline.errors import DataCorruptError
-from data_pipeline.storage import Location
+from trainer.snapshot import ZERO_FOLDER, Snapshot
 
 MODEL_CONFIG = "config.json"
 PARAM_NAMES = "maskwright_param_names"
@@ -28,24 +29,22 @@ _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 class SafeFiles(TorchCheckpointEngine):
-    """Writes and reads DeepSpeed's files. A failed write is kept for later instead of raised.
+    """Puts DeepSpeed's files into a snapshot in memory, and reads them from a folder.
 
-    DeepSpeed holds a barrier after its writes: a rank that raised before it would leave the others waiting for the whole time-out of
-    the process group. So every rank passes the barrier, and `save_engine` raises afterwards.
+    DeepSpeed holds collectives while it saves: nothing here touches a disk, so no rank is kept from them by a slow or a full one.
     """
 
     def __init__(self) -> None:
         super().__init__(None)
-        self.failure: Exception | None = None
+        self.snapshot = Snapshot()
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Folders come with the files, later."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """Write one file; `failure` keeps the first error."""
-        try:
-            # Given a path, torch reports a full disk as "unexpected pos"; given a file, the OSError is in the error's history.
-            with open(path, "wb") as file:
-                torch.save(state_dict, file)
-        except (OSError, RuntimeError) as error:
-            self.failure = self.failure or _root_cause(error)
+        """Put one file into the snapshot: what `torch.save` writes, shared storage once, GPU memory through pinned host memory."""
+        with _fast_saving():
+            torch.save(state_dict, self.snapshot.file(f"{ZERO_FOLDER}/{Path(path).name}"))  # pyright: ignore[reportArgumentType]
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file without running code from it."""
@@ -53,29 +52,21 @@ class SafeFiles(TorchCheckpointEngine):
 
 
 def use_safe_files(engine: DeepSpeedEngine) -> None:
-    """Make an initialised engine write and read its checkpoints through `SafeFiles`, and put no scripts into them."""
+    """Make an initialised engine save and read its checkpoints through `SafeFiles`, and put no scripts into them."""
     engine.checkpoint_engine = SafeFiles()
     engine._copy_recovery_script = _no_script  # pyright: ignore[reportPrivateUsage]
 
 
-def save_engine(engine: DeepSpeedEngine, folder: Path) -> None:
-    """Write this rank's files into `folder`, which exists; every rank calls it. The engine has had `use_safe_files`.
-
-    Raises:
-        OSError: this rank could not write; all ranks have left DeepSpeed's collectives by then.
-        StorageError: the same, of the model's config.
-    """
+def snapshot_engine(engine: DeepSpeedEngine, snapshot: Snapshot) -> None:
+    """Add this rank's files to `snapshot`; every rank calls it. The engine has had `use_safe_files`."""
     files = engine.checkpoint_engine
     assert isinstance(files, SafeFiles)
-    files.failure = None
-    names = {PARAM_NAMES: _param_names(engine)}
-    engine.save_checkpoint(str(folder.parent), tag=folder.name, client_state=names, save_latest=False)
-    if engine.global_rank == 0 and files.failure is None:
+    files.snapshot = snapshot
+    engine.save_checkpoint("snapshot", tag=ZERO_FOLDER, client_state={PARAM_NAMES: _param_names(engine)}, save_latest=False)
+    if engine.global_rank == 0:
         # So that weights can be exported without asking a hub again for the dimensions of `init_from`.
         model_config: Any = getattr(engine.module, "config", None)
-        Location.at(folder / MODEL_CONFIG).write_json(model_config.to_dict() if model_config is not None else {})
-    if files.failure is not None:
-        raise files.failure
+        snapshot.add_json(f"{ZERO_FOLDER}/{MODEL_CONFIG}", model_config.to_dict() if model_config is not None else {})
 
 
 def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
@@ -113,16 +104,6 @@ def _param_names(engine: DeepSpeedEngine) -> list[list[str]]:
     return [[by_id[id(parameter)] for parameter in group if id(parameter) in by_id] for group in groups]
 
 
-def _root_cause(error: Exception) -> Exception:
-    """The OSError behind torch's error, if there is one: it says what is wrong with the disk."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return error
-
-
 def refusal(path: Path, error: Exception) -> DataCorruptError:
     """What a file, or a folder of them, is refused with that does not hold what it should."""
     return DataCorruptError(f"{path} is not a plain checkpoint file: {str(error).splitlines()[0]}", "Do not use it; restore it from a trusted copy.")
@@ -130,6 +111,13 @@ def refusal(path: Path, error: Exception) -> DataCorruptError:
 
 def _no_script(save_path: str) -> None:
     """In place of DeepSpeed's copy of two Python scripts: a checkpoint holds no code, and a full disk must not raise there."""
+
+
+def _fast_saving() -> AbstractContextManager[None]:
+    """Without CRCs, of which nothing but unzip makes use: the manifest has a sha256 of each file, taken off the training thread."""
+    return serialization_config.patch(  # pyright: ignore[reportAttributeAccessIssue]  # installed when the module is imported
+        {"save.compute_crc32": False, "save.use_pinned_memory_for_d2h": True}
+    )
 
 
 @contextmanager

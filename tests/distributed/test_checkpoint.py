@@ -5,7 +5,7 @@ import resource
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,80 +105,16 @@ def require_probe_reproduced(checkpoint: Any, precision: str) -> None:
     assert float((mlm_logits - probe["mlm_logits"]).square().mean().sqrt() / probe["mlm_logits"].square().mean().sqrt()) <= PROBE_TOLERANCE[precision]
 
 
-def commit_killed(rank: int, world_size: int, root: str, point: str) -> None:
-    """Commit step 1, then die while committing step 2."""
-    from trainer import checkpoint
-    from trainer.state import TrainState
-
-    group = agreement_group(world_size)
-
-    def write(folder: Path) -> None:
-        folder.joinpath(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"x" * 1000)
-
-    def commit(step: int, write: Callable[[Path], None], probe: Callable[[], Any]) -> None:
-        arguments: dict[str, Any] = {"attempt": 1, "config": run_config(1), "rank": rank, "world_size": world_size, "group": group, "timeout_s": 20.0}
-        checkpoint.commit(run_folder(root), TrainState(step=step), write_rank_files=write, probe=probe, **arguments)
-
-    def probe() -> dict[str, torch.Tensor]:
-        return {"logits": torch.zeros(4)}
-
-    def dies(_: Any = None, *__: Any, **___: Any) -> Any:
-        os._exit(9)
-
-    def dies_after(action: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *arguments: (action(*arguments), dies())
-
-    commit(1, write, probe)
-    if point == "before writing" and rank == 1:
-        dies()
-    elif point == "half a file" and rank == 1:
-        write = dies_after(lambda folder: (folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"x"))
-    elif point == "after writing" and rank == 1:
-        write = dies_after(write)
-    elif point == "in the probe" and rank == 0:
-        probe = dies
-    elif point == "before the manifest" and rank == 0:
-        checkpoint.write_manifest = dies
-    elif point == "after the manifest" and rank == 0:
-        checkpoint.write_manifest = dies_after(checkpoint.write_manifest)
-    elif point == "before the rename" and rank == 0:
-        checkpoint._rename = dies
-    commit(2, write, probe)
-
-
-@pytest.mark.parametrize(
-    "point", ["before writing", "half a file", "after writing", "in the probe", "before the manifest", "after the manifest", "before the rename"]
-)
-def test_a_rank_killed_while_saving_leaves_the_checkpoint_before(tmp_path: Path, point: str) -> None:
-    started_at = time.monotonic()
-    with pytest.raises(DistributedFailure) as failure:
-        run_distributed(commit_killed, args=(str(tmp_path), point), timeout_s=45)
-    assert time.monotonic() - started_at < 40
-    (survivor,) = [error for error in failure.value.errors if error is not None]
-    assert isinstance(survivor, MaskwrightError)
-    assert "not all of them answered" in survivor.cause
-    assert [checkpoint.step for checkpoint in list_checkpoints(run_folder(tmp_path))] == [1]
-    found = newest_usable(run_folder(tmp_path), rank=0, world_size=1, attempt=2, group=None)
-    assert found is not None
-    assert found.step == 1
-    assert run_folder(tmp_path).checkpoints.children() == ["step-00000001"]
-
-
 def die_inside_deepspeed(rank: int, world_size: int, root: str, tokenizer: str) -> None:
-    """Commit step 1 with a real engine, then kill rank 1 in the middle of a file of step 2."""
+    """Commit step 1 with a real engine, then kill rank 1 in the middle of the snapshot of step 2."""
     from trainer import zero_files
 
     config, group = run_config(2), agreement_group(world_size)
     engine = build_engine(config, tokenizer)
     train_step(engine, rank, world_size, 0)
     save_checkpoint(root, engine, config, rank, world_size, 1, group)
-
-    def half_a_file(_: Any, state_dict: Any, path: str) -> None:
-        Path(path).write_bytes(b"half")
-        os._exit(9)
-
     if rank == 1:
-        zero_files.SafeFiles.save = half_a_file
+        zero_files.SafeFiles.save = lambda *_: os._exit(9)
     save_checkpoint(root, engine, config, rank, world_size, 2, group)
 
 
@@ -190,13 +126,23 @@ def test_a_rank_killed_inside_deepspeed_does_not_hold_up_the_other(tmp_path: Pat
     assert [checkpoint.step for checkpoint in list_checkpoints(run_folder(tmp_path))] == [1]
 
 
-def save_on_a_full_disk(rank: int, world_size: int, root: str, tokenizer: str, file_bytes: int | None) -> tuple[str, str, float]:
-    """Commit with a real engine where rank 1 may write no more than `file_bytes` in a file (None: the disk itself is small)."""
+def save_on_a_full_disk(
+    rank: int, world_size: int, root: str, tokenizer: str, file_bytes: int | None = None, ballast_bytes: int = 0
+) -> tuple[str, str, float]:
+    """Commit with a real engine where rank 1 may write no more than `file_bytes` in a file, or where others fill the disk during the save."""
     config, group = run_config(1, model={"num_layers": 2, "hidden_size": 64, "num_heads": 2, "max_positions": 64}), agreement_group(world_size)
     engine = build_engine(config, tokenizer)
     train_step(engine, rank, world_size, 0)
     if rank == 1 and file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    take_snapshot = engine.snapshot
+
+    def fill_the_disk(into: Any) -> None:  # after the look at what is free, before anything is written
+        take_snapshot(into)
+        if rank == 0:
+            Path(root, "ballast").write_bytes(b"x" * ballast_bytes)
+
+    engine.snapshot = fill_the_disk
     started_at = time.monotonic()
     try:
         save_checkpoint(root, engine, config, rank, world_size, 1, group)
@@ -222,21 +168,28 @@ def test_one_rank_that_cannot_write_fails_both_in_seconds(tmp_path: Path, tokeni
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of so many bytes."""
     if os.geteuid() != 0:
         pytest.skip("a small disk needs root to mount a tmpfs")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(disk)], capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_is_named_on_both_ranks(small_disk: Path, tokenizer: str) -> None:
-    outcomes = run_distributed(save_on_a_full_disk, args=(str(small_disk), tokenizer, None), timeout_s=60)
+@pytest.mark.parametrize("small_disk", ["1m"], indirect=True)
+def test_a_save_that_does_not_fit_is_not_begun(small_disk: Path, tokenizer: str) -> None:
+    outcomes = run_distributed(save_on_a_full_disk, args=(str(small_disk), tokenizer), timeout_s=60)
+    require_told_to_all(outcomes, run_folder(small_disk), "and 1,048,576 are free in")
+
+
+@pytest.mark.parametrize("small_disk", ["3m"], indirect=True)
+def test_a_disk_that_fills_up_during_a_save_is_named_on_both_ranks(small_disk: Path, tokenizer: str) -> None:
+    outcomes = run_distributed(save_on_a_full_disk, args=(str(small_disk), tokenizer, None, 2_500_000), timeout_s=60)
     require_told_to_all(outcomes, run_folder(small_disk), "no space left while writing")
 
 

@@ -10,6 +10,7 @@ from data_pipeline.errors import InterruptedRunError
 from data_pipeline.storage import Location
 from tests.distributed.test_pretrain import config_of
 from tests.support.batches import random_micro_batch, small_config, write_tokenizer
+from tests.support.checkpoints import write_engine
 from tests.support.contexts import StoppingContext
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
@@ -40,7 +41,7 @@ def save_each_stage(rank: int, world_size: int, tokenizer: str, root: str, preci
             engine.step(1e-3)
         folder = Path(root) / f"saved-{stage}"
         folder.mkdir(exist_ok=True)
-        engine.save(folder)
+        write_engine(engine, folder)
 
 
 def load_each_pair(rank: int, world_size: int, tokenizer: str, root: str, precision: str) -> dict[tuple[int, int], list[torch.Tensor]]:
@@ -53,7 +54,7 @@ def load_each_pair(rank: int, world_size: int, tokenizer: str, root: str, precis
             engine.load_from_other_layout(Path(root) / f"saved-{before}")
             folder = Path(root) / f"loaded-{before}-{after}-{world_size}"
             folder.mkdir(exist_ok=True)
-            engine.save(folder)
+            write_engine(engine, folder)
             found[before, after] = list(engine.logits(ids, torch.zeros_like(ids), torch.ones_like(ids)))
     return found
 

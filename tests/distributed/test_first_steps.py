@@ -11,6 +11,7 @@ from transformers import BertForPreTraining
 
 from data_pipeline.stream import MicroBatch
 from tests.support.batches import random_micro_batch, small_config, write_tokenizer
+from tests.support.checkpoints import write_engine
 from tests.support.distributed import run_distributed
 from trainer.batch import tensor_batches
 from trainer.config import RunConfig
@@ -104,7 +105,7 @@ def engine_loop(rank: int, world_size: int, tokenizer: str, folder: str, runs: l
             norms.append(norm)
         target = Path(folder) / f"{stage}-{precision}" / "zero"
         target.mkdir(parents=True, exist_ok=True)
-        engine.save(target)
+        write_engine(engine, target)
         results.append((losses, norms))
     return results
 

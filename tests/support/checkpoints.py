@@ -5,6 +5,7 @@
 
 import shutil
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 from data_pipeline.storage import Location
 from tests.support.batches import random_micro_batch, small_config
 from tests.support.distributed import run_distributed
+from trainer.background_save import SaveRequest
 from trainer.config import RunConfig
-from trainer.manifest import Manifest, read_manifest, write_manifest
+from trainer.manifest import Circumstances, Manifest, read_manifest, write_manifest
 from trainer.runlog import RunFolder
+from trainer.snapshot import Snapshot
 from trainer.state import TrainState
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "checkpoint-format-1"
@@ -55,22 +58,42 @@ def train_step(engine: Any, rank: int, world_size: int, step: int) -> tuple[floa
 
 
 def save_checkpoint(root: str, engine: Any, config: RunConfig, rank: int, world_size: int, step: int, group: Any, attempt: int = 1) -> float:
-    """Commit `engine` as the checkpoint of `step`."""
-    from trainer.checkpoint import commit
-    from trainer.saving import probe_of
+    """Commit `engine` as the checkpoint of `step`; returns the seconds for which training would have stood still."""
+    from trainer.context import LocalContext
+    from trainer.saving import Saver
 
-    return commit(
-        run_folder(root),
-        TrainState(step=step, micro_batches_consumed=step * world_size, corpus_fingerprint="c" * 64, tokenizer_digest="t" * 64),
-        attempt=attempt,
-        config=config,
-        rank=rank,
-        world_size=world_size,
-        write_rank_files=engine.save,
-        probe=probe_of(engine),
-        group=group,
-        timeout_s=20.0,
-    )
+    saver = Saver(run_folder(root), config, LocalContext(rank, world_size), attempt, group, timeout_s=10.0)
+    state = TrainState(step=step, micro_batches_consumed=step * world_size, corpus_fingerprint="c" * 64, tokenizer_digest="t" * 64)
+    with closing(saver):
+        saver.save(engine, state)
+        stall_s = saver.take_stall_s()
+        saver.finish()
+    return stall_s
+
+
+def write_engine(engine: Any, folder: Path) -> None:
+    """Write an engine's files into `folder`, as a checkpoint's ZeRO folder. Collective."""
+    snapshot = Snapshot()
+    engine.snapshot(snapshot)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in snapshot.sizes:
+        (folder / Path(name).name).write_bytes(b"".join(snapshot.pieces(name)))
+
+
+def save_request(run: RunFolder, step: int, rank: int = 0, world_size: int = 1, attempt: int = 1, **changes: Any) -> SaveRequest:
+    """A save of `step`, as a rank's background gets it."""
+    circumstances = Circumstances(world_size, 1, "bf16", 1, "cpu", {})
+    config = run_config(1, checkpoint=changes.pop("checkpoint", {}))
+    arguments: dict[str, Any] = {"attempt": attempt, "rank": rank, "require_current": lambda: None, "timeout_s": 10.0}
+    return SaveRequest(run, config, TrainState(step=step), circumstances, **(arguments | changes))
+
+
+def snapshot_of(files: dict[str, bytes]) -> Snapshot:
+    """A snapshot of given files."""
+    snapshot = Snapshot()
+    for name, data in files.items():
+        snapshot.add(name, data)
+    return snapshot
 
 
 def resign(folder: Path, **changes: Any) -> Manifest:

@@ -6,14 +6,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
-from data_pipeline.errors import ConfigError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError, StorageError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, NoCheckpointError, NotFoundError, StorageError
 from data_pipeline.storage import Location
-from tests.support.checkpoints import GOLDEN, golden_run, run_config, run_folder
-from trainer.checkpoint import Checkpoint, commit, has_same_layout, list_checkpoints, newest_usable, verify, why_not_exact
+from tests.support.checkpoints import GOLDEN, golden_run, run_config, run_folder, save_request, snapshot_of
+from trainer.background_save import Save
+from trainer.checkpoint import Checkpoint, has_same_layout, list_checkpoints, newest_usable, verify, why_not_exact
 from trainer.manifest import MANIFEST, Circumstances, FileDigest, Manifest, read_manifest
 from trainer.runlog import RunFolder
 from trainer.state import TrainState
@@ -35,26 +36,9 @@ def newest(run: RunFolder, attempt: int = 2) -> Checkpoint | None:
     return newest_usable(run, rank=0, world_size=1, attempt=attempt, group=None)
 
 
-def save(run: RunFolder, step: int, *, attempt: int = 1, content: bytes = b"weights", keep_last: int = 3) -> None:
-    def write(folder: Path) -> None:
-        (folder / "mp_rank_00_model_states.pt").write_bytes(content)
-
-    commit_with(run, step, write, attempt=attempt, keep_last=keep_last)
-
-
-def commit_with(run: RunFolder, step: int, write: Callable[[Path], None], *, attempt: int = 1, keep_last: int = 3) -> None:
-    seconds = commit(
-        run,
-        TrainState(step=step),
-        attempt=attempt,
-        config=run_config(1, checkpoint={"keep_last": keep_last}),
-        rank=0,
-        world_size=1,
-        write_rank_files=write,
-        probe=lambda: {"logits": torch.zeros(2)},
-        group=None,
-    )
-    assert seconds > 0
+def save(run: RunFolder, step: int, *, attempt: int = 1, content: bytes = b"weights", loss: float | None = None, **kept: Any) -> None:
+    files = {"zero/mp_rank_00_model_states.pt": content, "state.json": b"{}", "probe.safetensors": b""}
+    Save(save_request(run, step, attempt=attempt, validation_loss=loss, checkpoint=kept), snapshot_of(files)).start().wait(10.0)
 
 
 def names(run: RunFolder) -> list[str]:
@@ -122,7 +106,6 @@ def test_commit_then_resume(tmp_path: Path) -> None:
     assert found is not None
     assert found.state == TrainState(step=5)
     assert (found.zero_folder / "mp_rank_00_model_states.pt").read_bytes() == b"weights"
-    assert json.loads((found.folder / "state.json").read_text())["step"] == 5
     assert found.probe.exists()
     assert verify(found.folder) == []
     (event,) = run.read_events()
@@ -194,24 +177,6 @@ def test_leftovers_of_dead_attempts_go_and_a_later_attempt_is_left_alone(tmp_pat
     assert names(run) == ["step-00000001", "step-00000004.partial-3"]
 
 
-@pytest.mark.parametrize(
-    ("raised", "expected"),
-    [(OSError(28, "No space left on device"), StorageError), (OSError(5, "EIO"), StorageError), (ValueError("odd"), MaskwrightError)],
-)
-def test_a_failed_write_leaves_nothing(tmp_path: Path, raised: Exception, expected: type[MaskwrightError]) -> None:
-    run = run_folder(tmp_path)
-    save(run, 1)
-
-    def write(folder: Path) -> None:
-        (folder / "half").write_bytes(b"1")
-        raise raised
-
-    with pytest.raises(expected, match="rank 0 could not write its part of the checkpoint") as error:
-        commit_with(run, 2, write)
-    assert type(error.value) is expected
-    assert names(run) == ["step-00000001"]
-
-
 def test_verify_names_every_problem(tmp_path: Path) -> None:
     run = golden_run(tmp_path, 1)
     folder = run.checkpoints.path / "step-00000001"
@@ -247,8 +212,6 @@ def test_an_object_store_is_refused_for_now() -> None:
     run = RunFolder(Location.at("s3://bucket/run"))
     with pytest.raises(ConfigError, match="s3://bucket/run"):
         list_checkpoints(run)
-    with pytest.raises(ConfigError, match="s3://bucket/run"):
-        save(run, 1)
 
 
 def test_what_may_change_the_last_bits_is_said() -> None:

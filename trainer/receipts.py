@@ -1,0 +1,56 @@
+"""Receipts: what each rank's background leaves beside its files when it has written them, or cannot, so that rank 0 knows without a collective."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from data_pipeline import errors
+from data_pipeline.errors import MaskwrightError, NotFoundError
+from data_pipeline.storage import Location
+from trainer.manifest import FileDigest
+
+RECEIPTS = "receipts"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """How far a rank is: its files by path relative to the checkpoint, or the error that keeps it from writing them."""
+
+    rank: int
+    files: dict[str, FileDigest]
+    error: MaskwrightError | None = None
+    is_final: bool = True
+    """Whether nothing follows; a rank that will try again says so before."""
+
+    def leave(self, part: Location) -> None:
+        """Write it into the folder of the save; an earlier one of this rank is replaced."""
+        error = self.error and {"type": type(self.error).__name__, "cause": self.error.cause, "remedy": self.error.remedy}
+        files = {name: asdict(file) for name, file in self.files.items()}
+        value = {"rank": self.rank, "files": files, "error": error, "is_final": self.is_final}
+        (part / RECEIPTS / _name(self.rank)).write_json(value)
+
+    @classmethod
+    def read(cls, part: Location, rank: int) -> "Receipt":
+        """A rank's receipt.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        value: Any = (part / RECEIPTS / _name(rank)).read_json()
+        error = value["error"] and getattr(errors, value["error"]["type"])(value["error"]["cause"], value["error"]["remedy"])
+        return cls(value["rank"], {name: FileDigest(**file) for name, file in value["files"].items()}, error, value["is_final"])
+
+
+def new_receipts(part: Location, seen: set[int]) -> Iterator[Receipt]:
+    """The receipts of ranks that are not in `seen`: one listing, whatever the number of ranks."""
+    for name in (part / RECEIPTS).children():
+        rank = int(name.removeprefix("rank-").removesuffix(".json")) if name.startswith("rank-") else None
+        if rank is not None and rank not in seen:
+            try:
+                yield Receipt.read(part, rank)
+            except NotFoundError:
+                continue
+
+
+def _name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
