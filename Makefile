@@ -35,8 +35,11 @@ check: setup  ## Format, lint, types, layers
 	@$(BIN)/lint-imports --no-logo > .lint-imports.log 2>&1 || { cat .lint-imports.log; rm -f .lint-imports.log; exit 1; }
 	@rm -f .lint-imports.log
 
-unit distributed e2e chaos: setup  ## One part of the tests; chaos kills real runs
+unit distributed e2e: setup  ## One part of the tests
 	@$(BIN)/python -m pytest tests/$@ -m "not full and not gpu" -q
+
+chaos: setup  ## Faults into real runs on a real cluster (5 minutes), or FAULTS=50 of them
+	@MASKWRIGHT_FAULTS=$(or $(FAULTS),4) $(BIN)/python -m pytest tests/chaos/test_schedule.py -s
 
 test: check  ## Everything that must hold before a change lands (at most 15 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not full and not gpu" --durations=15

@@ -17,19 +17,20 @@ MARK = "MASKWRIGHT_TEST_SESSION"
 
 @dataclass
 class Command:
-    """One `maskwright` command; everything it starts carries its mark in the environment, Ray's processes included."""
+    """One `maskwright` command (or another `program`); all it starts carries its mark in the environment, Ray's processes included."""
 
     arguments: list[str]
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+    program: str = "launcher.cli"
 
     def start(self) -> "Command":
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKWRIGHT_"))}
         self.output = self.folder / f"output-{self.mark}.txt"
         with self.output.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "launcher.cli", *self.arguments],
+                [sys.executable, "-P", "-m", self.program, *self.arguments],
                 cwd=self.folder,
                 env={**clean, "OMP_NUM_THREADS": "1", **self.environment, MARK: self.mark},
                 stdout=out,
