@@ -77,6 +77,17 @@ class BlockCache:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
+    def held_bytes(self) -> int:
+        """Bytes of all copies."""
+        return sum(size for _, size, _ in self._copies())
+
+    def clear(self) -> None:
+        """Remove all copies; whoever reads one keeps what it has open."""
+        with self._locked() as file:
+            self._evict(0)
+            if file is not None:
+                os.ftruncate(file, 0)
+
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key
 
@@ -95,14 +106,7 @@ class BlockCache:
 
     def _evict(self, limit: int) -> int:
         """Remove the least recently used files until at most `limit` bytes are left; returns the bytes that are left."""
-        found: list[tuple[float, int, str]] = []
-        for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
-            if _NAME.fullmatch(path.name) is None:
-                continue
-            with suppress(FileNotFoundError):
-                status = path.stat()
-                is_stale = path.suffix == ".tmp" and status.st_mtime < time.time() - _STALE_S  # its writer was killed
-                found.append((0.0 if is_stale else status.st_mtime, status.st_size, str(path)))
+        found = self._copies()
         held = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if held <= limit:
@@ -111,6 +115,18 @@ class BlockCache:
                 os.unlink(path)
             held -= size
         return held
+
+    def _copies(self) -> list[tuple[float, int, str]]:
+        """(time of the last use, bytes, path) of every file."""
+        found: list[tuple[float, int, str]] = []
+        for path in self.folder.glob("[0-9a-f][0-9a-f]/*"):
+            if _NAME.fullmatch(path.name) is None:
+                continue
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                is_stale = path.suffix == ".tmp" and status.st_mtime < time.time() - _STALE_S  # its writer was killed
+                found.append((0.0 if is_stale else status.st_mtime, status.st_size, str(path)))
+        return found
 
     @contextmanager
     def _locked(self) -> Generator[int | None]:

@@ -33,6 +33,12 @@ def claimed(path: Location, what: str) -> Generator[None]:
             path.remove()
 
 
+def is_claimed(path: Location) -> bool:
+    """Whether somebody who may be alive holds the claim file `path`."""
+    holder = _read(path)
+    return holder is not None and not _is_dead(holder)
+
+
 def _set_aside_if_stale(path: Location) -> None:
     """Rename a dead process' claim away: of several callers that find it, the rename succeeds for one."""
     holder = _read(path)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import typer
 
 from data_pipeline.errors import ExitCode, MaskwrightError
-from launcher import verbs_data, verbs_model, verbs_run, verbs_verify
-from launcher.options import discard_output
+from launcher import verbs_clean, verbs_data, verbs_model, verbs_run, verbs_verify
+from launcher.options import completed, discard_output
 
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 """For the libraries that verbs import: the launcher says itself what happens."""
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _module in (verbs_data, verbs_run, verbs_model, verbs_verify):
+for _module in (verbs_data, verbs_run, verbs_model, verbs_verify, verbs_clean):
     for _verb in _module.VERBS:
         app.command(_verb.__name__.rstrip("_"))(_verb)
 
@@ -50,7 +50,7 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
     except MaskwrightError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error.cause}\n{error.remedy}", file=sys.stderr)
+        print(f"error: {error.cause}\n{completed(error.remedy, storage=_storage_of(arguments))}", file=sys.stderr)
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -64,6 +64,14 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
         first = next(iter(str(error).splitlines()), "")
         print(f"internal error: {type(error).__name__}: {first}\nThis is a bug; run again with --debug to see where.", file=sys.stderr)
         return int(ExitCode.INTERNAL)
+
+
+def _storage_of(arguments: Sequence[str]) -> str | None:
+    """What --storage was given."""
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        if option == "--storage" or option.startswith("--storage="):
+            return value if option == "--storage" else option.partition("=")[2]
+    return None
 
 
 def _nobody_reads() -> bool:

@@ -44,7 +44,7 @@ def run_job(
     run = RunFolder(Location.at(config.storage) / config.name)
     machine = this_machine()
     workers = resolve_workers(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
-    with Lease.acquire(run) as lease:
+    with Lease.acquire(run, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as lease:
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run, lease.state.token)
         record_lost_driver(run)

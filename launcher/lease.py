@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer.runlog import RunFolder
 
 HEARTBEAT_S = 2.0
 STALE_AFTER_S = 30.0
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,22 @@ class LeaseState:
     time: float
     stage: str = ""
     attempt: int = 0
+    machine: str = ""
+    """What process numbers mean something in: `this_machine`."""
+
+    def is_here(self) -> bool:
+        """Whether the holder is or was a process of this machine."""
+        return self.machine == this_machine()
 
     def is_live(self, now: float) -> bool:
-        """Whether the holder can still be at work: it was heard of lately, and is not known to be dead."""
-        if now - self.time > STALE_AFTER_S:
-            return False
-        return self.host != socket.gethostname() or process_start(self.pid) == self.pid_started
+        """Whether the holder seems to be at work: it was heard of lately, by the clocks of both machines, and is not known to be dead."""
+        return now - self.time <= STALE_AFTER_S and (not self.is_here() or process_start(self.pid) == self.pid_started)
+
+
+def this_machine() -> str:
+    """This machine since its last start, and within it this container: host names may be equal where these are not."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def process_start(pid: int) -> str:
@@ -56,9 +68,28 @@ def read_lease(run: RunFolder) -> LeaseState | None:
 
 
 def holder(run: RunFolder) -> LeaseState | None:
-    """The lease of the process that drives the run now; None when nobody does."""
+    """The lease of the process that seems to drive the run now; None when nobody does. Answers at once, for those who only look."""
     lease = read_lease(run)
     return lease if lease is not None and lease.is_live(time.time()) else None
+
+
+def proven_holder(run: RunFolder, say: Callable[[str], None]) -> LeaseState | None:
+    """The lease of the process that drives the run now, for those who want to take its place; None when nobody does.
+
+    Two machines' clocks may differ: a holder elsewhere lives when its lease changes under our eyes, and is dead when it has not for
+    STALE_AFTER_S seconds of our own.
+    """
+    lease = read_lease(run)
+    if lease is None or lease.is_here():
+        return holder(run)
+    say(f"run {run.root.name} was driven by process {lease.pid} on {lease.host}; looking whether it still is (up to {STALE_AFTER_S:.0f} s)")
+    deadline = time.monotonic() + STALE_AFTER_S
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        current = read_lease(run)
+        if current != lease:
+            return current
+    return None
 
 
 @dataclass
@@ -72,8 +103,8 @@ class Lease:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def acquire(cls, run: RunFolder) -> "Lease":
-        """Take the lease of a run that nobody drives.
+    def acquire(cls, run: RunFolder, say: Callable[[str], None] = lambda _: None) -> "Lease":
+        """Take the lease of a run that nobody drives; `say` is told when that takes a while.
 
         Each lease has a number that is claimed exactly once, so of two commands that find the same dead holder one wins.
 
@@ -82,14 +113,14 @@ class Lease:
         """
         # The number first: if somebody takes the run after the look at its holder, that number is gone.
         number = 1 + max((int(name) for name in (run.root / "leases").children() if name.isdigit()), default=0)
-        current = holder(run)
+        current = proven_holder(run, say)
         if current is not None:
             raise _taken(run, current)
         token = uuid.uuid4().hex
         if not (run.root / "leases" / f"{number:08d}").claim(token.encode()):
             raise ConflictError(f"run {run.root.name} was taken by another command just now", f"See `maskwright status {run.root.name}`.")
         now = time.time()
-        state = LeaseState(number, token, os.getpid(), process_start(os.getpid()), socket.gethostname(), now, now)
+        state = LeaseState(number, token, os.getpid(), process_start(os.getpid()), socket.gethostname(), now, now, machine=this_machine())
         lease = cls(run, state)
         lease.beat()
         return lease

@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
@@ -10,6 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+_NEEDS_RUN = {"status", "logs", "stop", "resume", "export", "report"}
+_COMMAND = re.compile(rf"`maskwright ({'|'.join(sorted(_NEEDS_RUN))}|list|finetune|evaluate|clean|run|prepare|inspect)\b((?: [^`]*)?)`")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a run YAML.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id (looked for in the storage), or the run's folder or URL.")]
@@ -64,6 +69,27 @@ def print_json(value: Any) -> None:
 def say(text: str) -> None:
     """A line for people."""
     console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def command(verb: str, *arguments: object, overrides: Iterable[str] | None = None, storage: str | None = None, cluster: str | None = None) -> str:
+    """A command that can be pasted into a shell, with the options that the present one was given."""
+    options = [("--set", override) for override in overrides or ()]
+    options += [(name, value) for name, value in (("--storage", storage), ("--cluster", cluster)) if value is not None]
+    return shlex.join(["maskwright", verb, *map(str, arguments), *(word for option in options for word in option)])
+
+
+def completed(remedy: str, *, run: str | None = None, storage: str | None = None) -> str:
+    """A remedy whose commands name the run, and the storage where the present command was given one."""
+
+    def complete(match: re.Match[str]) -> str:
+        verb, arguments = match[1], match[2]
+        if run is not None and not arguments and verb in _NEEDS_RUN:
+            arguments = f" {shlex.quote(run)}"
+        if storage is not None and "/" not in arguments and "--storage" not in arguments:
+            arguments += f" --storage {shlex.quote(storage)}"
+        return f"`maskwright {verb}{arguments}`"
+
+    return _COMMAND.sub(complete, remedy)
 
 
 def next_command(*commands: str) -> None:

@@ -189,5 +189,6 @@ def _is_death(error: Exception) -> bool:
 
 
 def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error).partition(" Some common causes include")[0]  # Ray's guesses, a paragraph of them
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else type(error).__name__

@@ -105,7 +105,7 @@ def _again(run: str, folder: RunFolder, storage: str | None) -> str:
 
 def _kill(lease: LeaseState) -> None:
     """End a driver that does not answer. Its Ray processes go with it."""
-    if lease.host != os.uname().nodename:
+    if not lease.is_here():
         raise ConflictError(
             f"the run's process {lease.pid} on {lease.host} does not answer", "End it there; the run is free when its heartbeat is 30 s old."
         )

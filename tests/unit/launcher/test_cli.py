@@ -17,6 +17,7 @@ from data_pipeline.storage import Location
 from launcher import cli, verbs_model, verbs_run
 from launcher.config import dump_yaml
 from launcher.lease import Lease
+from launcher.options import command, completed
 from trainer.config import RunConfig
 from trainer.manifest import Circumstances, FileDigest, Manifest
 from trainer.runlog import RunFolder
@@ -72,7 +73,7 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"Example: maskwright {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["status", "list", "logs", "inspect", "prepare", "verify", "evaluate", "report"])
+@pytest.mark.parametrize("verb", ["status", "list", "logs", "inspect", "prepare", "verify", "evaluate", "report", "clean"])
 def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     invoke(verb, "--help")
     assert "--json" in capsys.readouterr().out
@@ -104,6 +105,7 @@ def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> 
         (["evaluate", "nope"], ExitCode.NOT_FOUND),
         (["report", "nope"], ExitCode.NOT_FOUND),
         (["verify", "nope"], ExitCode.NOT_FOUND),
+        (["clean", "nope"], ExitCode.NOT_FOUND),
         (["stop", "made"], ExitCode.CONFLICT),
         (["logs", "made"], ExitCode.NOT_FOUND),
         (["export", "made"], ExitCode.NOT_FOUND),
@@ -124,6 +126,17 @@ def test_bad_input(arguments: list[str], code: ExitCode, made: RunFolder, capsys
         assert lines[0].startswith("error: ")
         assert len(lines) == 2, "one line of cause, one of remedy"
     assert not any("Traceback" in line for line in lines)
+
+
+def test_commands_that_are_named_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("status", "nope", "--storage", "my runs") == ExitCode.NOT_FOUND
+    assert command("run", "my configs/a.yaml", overrides=["finetune.tasks=[{name: a}]"], storage="my runs") == (
+        "maskwright run 'my configs/a.yaml' --set 'finetune.tasks=[{name: a}]' --storage 'my runs'"
+    )
+    assert completed("Look at it, then `maskwright resume`.", run="a b") == "Look at it, then `maskwright resume 'a b'`."
+    assert completed("Run `maskwright status demo`.", run="other", storage="my runs") == "Run `maskwright status demo --storage 'my runs'`."
+    assert completed("Run `maskwright status /runs/demo`.", storage="my runs") == "Run `maskwright status /runs/demo`."
+    assert completed("`maskwright schema` lists every key.", run="a", storage="b") == "`maskwright schema` lists every key."
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:

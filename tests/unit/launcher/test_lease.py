@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ import pytest
 from data_pipeline.errors import ConflictError
 from data_pipeline.storage import Location
 from launcher import lease as lease_module
-from launcher.lease import STALE_AFTER_S, Lease, LeaseState, holder, process_start, read_lease
+from launcher.lease import STALE_AFTER_S, Lease, LeaseState, holder, process_start, read_lease, this_machine
 from trainer.runlog import RunFolder
 
 
@@ -53,12 +54,12 @@ def test_of_many_commands_at_once_one_wins(run: RunFolder) -> None:
 def test_a_run_that_is_taken_between_two_looks_is_not_taken_again(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Lease] = []
 
-    def nobody_yet(run: RunFolder) -> None:
+    def nobody_yet(run: RunFolder, say: object) -> None:
         if not taken:
             taken.append(Lease(run, LeaseState(0, "", 0, "", "", 0.0, 0.0)))
             taken[0] = Lease.acquire(run)
 
-    monkeypatch.setattr(lease_module, "holder", nobody_yet)
+    monkeypatch.setattr(lease_module, "proven_holder", nobody_yet)
     with pytest.raises(ConflictError, match="just now"):
         Lease.acquire(run)
     taken[0].beat()
@@ -72,7 +73,7 @@ def dead_process() -> LeaseState:
     process.kill()
     process.wait()
     now = time.time()
-    return LeaseState(1, "token", process.pid, started, os.uname().nodename, now, now)
+    return LeaseState(1, "token", process.pid, started, os.uname().nodename, now, now, machine=this_machine())
 
 
 def test_dead_holder_is_taken_over_at_once(run: RunFolder) -> None:
@@ -90,10 +91,44 @@ def test_zombie_is_dead(run: RunFolder) -> None:
     process.wait()
 
 
-def test_other_hosts_are_judged_by_their_heartbeat(run: RunFolder) -> None:
-    far = replace(dead_process(), host="elsewhere")
+def elsewhere(skew_s: float = 0.0) -> LeaseState:
+    """A holder on another machine of the same name, whose clock is ahead by `skew_s`."""
+    return replace(dead_process(), machine="another", time=time.time() + skew_s)
+
+
+def test_who_only_looks_judges_another_machine_by_its_clock() -> None:
+    far = elsewhere()
     assert far.is_live(far.time + STALE_AFTER_S - 1)
     assert not far.is_live(far.time + STALE_AFTER_S + 1)
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 0.0, 3600.0])
+def test_a_dead_holder_elsewhere_is_taken_over_whatever_its_clock_said(run: RunFolder, skew_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "STALE_AFTER_S", 1.0)
+    run.lease.write_json(asdict(elsewhere(skew_s)))
+    said, started_at = list[str](), time.monotonic()
+    with Lease.acquire(run, said.append):
+        assert 1.0 <= time.monotonic() - started_at < 10
+    assert "looking whether it still is" in said[0]
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 0.0, 3600.0])
+def test_a_living_holder_elsewhere_is_left_alone_whatever_its_clock_says(run: RunFolder, skew_s: float) -> None:
+    far, done = elsewhere(skew_s), threading.Event()
+    run.lease.write_json(asdict(far))
+
+    def beat() -> None:
+        while not done.wait(0.3):
+            run.lease.write_json(asdict(replace(far, time=time.time() + skew_s)))
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(ConflictError, match="already running"):
+            Lease.acquire(run)
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_released_lease_is_never_written_again(run: RunFolder) -> None:

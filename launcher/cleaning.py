@@ -1,0 +1,178 @@
+"""What can be removed from a storage without losing anything that counts: finds it, and removes it (reads and removes files in storage)."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from data_pipeline.block_cache import BlockCache
+from data_pipeline.claims import claimed, is_claimed
+from data_pipeline.config import DataConfig
+from data_pipeline.errors import ConflictError, MaskwrightError
+from data_pipeline.index import MANIFEST
+from data_pipeline.mixture import MIXTURE
+from data_pipeline.partitions import WORK
+from data_pipeline.storage import Location, storage_errors
+from launcher.lease import Lease, holder
+from launcher.run_status import committed_steps
+from launcher.runs import read_config, run_ids
+from trainer.runlog import RunFolder
+
+_ASIDE = re.compile(r"(step-(\d+))\.(partial|damaged|rewound|replaced)-\d+")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_CACHE = ".cache"
+CLAIM = "claim.json"
+WHY = {
+    "partial": "a save that was not finished",
+    "damaged": "a checkpoint that was found damaged",
+    "rewound": "a checkpoint that training went back behind",
+    "replaced": "a checkpoint that was committed anew",
+    "temporary": "a file whose writer was killed",
+    "corpus": "a corpus that no run of this storage uses",
+    "unfinished-corpus": "a corpus whose preparation was ended",
+    "cache": "copies, which are made again when they are needed",
+}
+"""Kinds of leftovers, and what they are."""
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file or folder that may go."""
+
+    location: Location
+    kind: str
+    """One of `WHY`."""
+    bytes: int
+    run: RunFolder | None = None
+    """Whose it is: it goes only while nobody drives that run."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What may go, and what was not looked at."""
+
+    leftovers: list[Leftover]
+    passed_over: dict[str, str]
+    """Why, by name."""
+
+
+def find_in_run(run: RunFolder) -> list[Leftover]:
+    """Leftovers of a run that nobody drives. Committed checkpoints are none, nor, while there is no committed one, what was set aside."""
+    committed = set(committed_steps(run))
+    asides = [(name, match) for name in run.checkpoints.children() if (match := _ASIDE.fullmatch(name))]
+    folders = [
+        (run.checkpoints / name, match[3])
+        for name, match in asides
+        if match[3] == "partial" or (int(match[2]) in committed if match[3] == "replaced" else committed)
+    ]
+    folders += [(run.models / name, "partial") for name in run.models.children() if name.endswith(".partial")]
+    inside = {folder.url for folder, _ in folders}
+    files = [(file, "temporary") for file in _temporary(run.root) if not inside & {str(parent) for parent in file.path.parents}]
+    return [_leftover(location, kind, run) for location, kind in [*folders, *files] if _is_own(location, run.root.parent)]
+
+
+def find_in_storage(storage: Location) -> Found:
+    """Leftovers of every run in a storage, of its corpora, and the caches of this node. What runs is passed over."""
+    leftovers: list[Leftover] = []
+    passed_over: dict[str, str] = {}
+    runs = [RunFolder(storage / name) for name in run_ids(storage)]
+    for run in runs:
+        if holder(run) is None:
+            leftovers += find_in_run(run)
+        else:
+            passed_over[run.root.name] = "it runs"
+    shared = "corpora and caches"
+    if passed_over:
+        passed_over[shared] = "a run may use them just now"
+    elif not runs:
+        passed_over[shared] = "no run lies in this storage: those that use its corpora may lie in another"
+    else:
+        try:
+            leftovers += [*_corpora(storage, _used(storage)), *_caches(storage, runs)]
+        except MaskwrightError as error:
+            passed_over[shared] = f"not every run can be read: {error.cause}"
+    return Found(leftovers, passed_over)
+
+
+def corpora_of(run: RunFolder) -> set[str]:
+    """Names of the corpora that a run has trained on, those of a mixture included."""
+    events = run.read_events()
+    folders = [Location(event["corpus"]) for event in events if event["kind"] == "stage_finished" and event.get("corpus")]
+    parts = [part["corpus"] for folder in folders if (folder / MIXTURE).exists() for part in (folder / MIXTURE).read_json()["corpora"]]
+    return {*parts, *(folder.name for folder in folders)}
+
+
+def remove(leftover: Leftover, storage: Location) -> None:
+    """Remove one leftover, while nobody can begin to use it.
+
+    Raises:
+        ConflictError: somebody uses it by now. StorageError: it cannot be removed.
+    """
+    with storage_errors(str(leftover.location)), _held(leftover):
+        if leftover.kind == "corpus" and leftover.location.name in _used(storage):
+            raise ConflictError(f"a run uses {leftover.location} by now", "Nothing has to be done.")
+        if leftover.kind == "cache" and leftover.location.parent != storage / "corpora":
+            BlockCache(leftover.location.path, 0).clear()
+            return
+        for manifest in (MANIFEST, MIXTURE):  # first: what is killed here must not leave a corpus that looks whole
+            (leftover.location / manifest).remove()
+        leftover.location.remove()
+
+
+def _held(leftover: Leftover) -> AbstractContextManager[object]:
+    """The lease of its run, or the claim of the corpus."""
+    if leftover.run is not None:
+        return Lease.acquire(leftover.run)
+    if leftover.kind in {"corpus", "unfinished-corpus"}:
+        return claimed(leftover.location / CLAIM, f"corpus {leftover.location.name}")
+    return nullcontext()
+
+
+def _used(storage: Location) -> set[str]:
+    """Names of the corpora that the runs of a storage have trained on."""
+    return {name for run in run_ids(storage) for name in corpora_of(RunFolder(storage / run))}
+
+
+def _corpora(storage: Location, used: set[str]) -> Iterator[Leftover]:
+    for name in (storage / "corpora").children():
+        folder = storage / "corpora" / name
+        if name.startswith(".") or name in used or is_claimed(folder / CLAIM) or not _is_own(folder, storage):
+            continue
+        if (folder / MANIFEST).exists() or (folder / MIXTURE).exists():
+            yield _leftover(folder, "corpus")
+        elif (folder / CLAIM).exists() or (folder / WORK).exists():
+            yield _leftover(folder, "unfinished-corpus")
+
+
+def _caches(storage: Location, runs: list[RunFolder]) -> Iterator[Leftover]:
+    """Of the storage, and of this node: the default one and those that runs name."""
+    own = storage / "corpora" / _CACHE
+    if own.exists() and _is_own(own, storage):
+        yield _leftover(own, "cache")
+    for cache in sorted({BlockCache.of(settings).folder for settings in [DataConfig(), *(read_config(run).data for run in runs)]}):
+        if (held := BlockCache(cache, 0).held_bytes()) > 0:
+            yield Leftover(Location.at(cache), "cache", held)
+
+
+def _temporary(folder: Location) -> Iterator[Location]:
+    if not folder.is_local:
+        return
+    for root, _, files in os.walk(folder.path):
+        yield from (Location.at(Path(root) / name) for name in sorted(files) if _TEMPORARY.fullmatch(name))
+
+
+def _leftover(location: Location, kind: str, run: RunFolder | None = None) -> Leftover:
+    return Leftover(location, kind, _bytes(location), run)
+
+
+def _bytes(location: Location) -> int:
+    fs, path = location.filesystem()
+    return cast("int", fs.du(path, total=True))
+
+
+def _is_own(folder: Location, storage: Location) -> bool:
+    """Whether it lies in the storage, is no link and not behind one that leads out of it."""
+    return not folder.is_local or (not folder.path.is_symlink() and folder.path.resolve().is_relative_to(storage.path.resolve()))
