@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from data_pipeline.errors import ConfigError, NoCheckpointError, NotFoundError
 from trainer.agreement import Ranks
-from trainer.checkpoint_store import Checkpoints
+from trainer.checkpoint_store import Checkpoints, step_of
 from trainer.config import RunConfig
 from trainer.manifest import Circumstances, Manifest, Problem, check_files, read_manifest, shares
 from trainer.runlog import RunFolder
@@ -57,25 +57,36 @@ def newest_usable(
     attempt: int,
     group: dist.ProcessGroup | None,
     timeout_s: float = 600.0,
+    before_step: int | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint that is complete and intact, the same on every rank; None when the run has none yet.
 
     The files are re-hashed, each by one rank. A damaged checkpoint is renamed to `step-N.damaged-<attempt>` with an event that names the
     file and the cause, and the one before it is tried. Ask `has_same_layout` how to load it.
 
+    `before_step` goes back in history: to a checkpoint of at most that step. Those after it are renamed to `step-N.rewound-<attempt>`, once
+    there is one to go back to.
+
     Raises:
-        NoCheckpointError: there were checkpoints, and none is intact.
+        NoCheckpointError: there were checkpoints, and none (of at most `before_step`) is intact.
         EnvironmentMismatchError: the newest one was written by a newer release.
     """
     ranks, checkpoints = Ranks(rank, world_size, group, timeout_s), Checkpoints(run)
     names = ranks.rank_zero_does("list the checkpoints", lambda: _selectable(checkpoints, attempt))
-    for name in names:
+    later = [name for name in names if before_step is not None and step_of(name) > before_step]
+    for name in names[len(later) :]:
         folder = checkpoints.location(name).path
         manifest = ranks.rank_zero_does("read the manifest", lambda name=name: checkpoints.read(name))
         problems = _verify_together(ranks, folder, manifest) if isinstance(manifest, Manifest) else [manifest]
         if isinstance(manifest, Manifest) and not problems:
+            ranks.rank_zero_does("set the later checkpoints aside", lambda: [checkpoints.set_aside(each, "rewound", attempt) for each in later])
             return Checkpoint(folder, manifest)
         ranks.rank_zero_does("set the damaged checkpoint aside", lambda n=name, p=problems: _quarantine(run, n, p, attempt))
+    if later:
+        raise NoCheckpointError(
+            f"{run.checkpoints} has no intact checkpoint of step {before_step} or before to go back to; the oldest is {later[-1]}",
+            "Set numerics.policy to skip_batch or stop, keep more (checkpoint.keep_last), or start again under another `name`.",
+        )
     if ranks.rank_zero_does("look for damaged checkpoints", lambda: any(entry.kind == "damaged" for entry in checkpoints.entries())):
         raise NoCheckpointError(
             f"{run.checkpoints} has no intact checkpoint; the damaged ones are in its step-*.damaged-* folders, the causes in {run.events}",
@@ -154,7 +165,7 @@ def _quarantine(run: RunFolder, name: str, problems: list[Problem], attempt: int
     run.append_event(
         "checkpoint_damaged",
         attempt=attempt,
-        step=int(name.removeprefix("step-")),
+        step=step_of(name),
         file=first.file,
         cause=str(first),
         problems=[str(problem) for problem in problems],

@@ -34,6 +34,11 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(name: str) -> int:
+    """Of a committed checkpoint's name."""
+    return int(name.removeprefix("step-"))
+
+
 class Checkpoints:
     """The checkpoints folder of a run. Nothing here is collective: rank 0 calls it, or a process without ranks."""
 

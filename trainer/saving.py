@@ -1,8 +1,11 @@
 """One attempt's dealings with checkpoints: resume from the newest intact one, save new ones beside training (every method is collective but `error`,
 `failed` and `close`)."""
 
+import socket
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +13,8 @@ import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 
 from data_pipeline.config import Phase
-from data_pipeline.errors import ConfigError, MaskwrightError, StorageError
+from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, StorageError
+from data_pipeline.storage import Location
 from trainer.agreement import Ranks, agreement_group
 from trainer.background_save import COMMIT_TIMEOUT_S, Save, SaveRequest
 from trainer.checkpoint import PROBE_FILE, STATE_FILE, Checkpoint, has_same_layout, newest_usable, why_not_exact
@@ -24,6 +28,9 @@ from trainer.snapshot import Snapshot
 from trainer.state import TrainState
 
 PROBE_TOKENS = 16
+SHARED_S = 30.0
+"""How long a rank looks for what rank 0 has written: network file systems show it late."""
+_POLL_S = 0.1
 _CLOSE_S = 5.0
 _GRACE_S = 10.0
 """How much longer than for their own part ranks wait for each other's word."""
@@ -54,18 +61,26 @@ class Saver:
 
     @classmethod
     def open(cls, run: RunFolder, config: RunConfig, context: RunContext, attempt: int) -> "Saver":
-        """Make the process group on which ranks agree about checkpoints."""
-        return cls(run, config, context, attempt, agreement_group(context.world_size))
+        """Make the process group on which ranks agree about checkpoints, and see that they share the run folder (R11).
 
-    def resume(self, engine: Engine, fresh: TrainState) -> TrainState:
+        Raises:
+            StorageError: a rank does not see what rank 0 writes.
+        """
+        saver = cls(run, config, context, attempt, agreement_group(context.world_size))
+        require_shared(run.checkpoints, saver._ranks)
+        return saver
+
+    def resume(self, engine: Engine, fresh: TrainState, before_step: int | None = None) -> TrainState:
         """Load the newest intact checkpoint into `engine` and return its state, or `fresh` when the run has none.
+
+        `before_step` goes back in history, to a checkpoint of at most that step; later ones are set aside.
 
         Raises:
             ConfigError: the checkpoint belongs to other data, another precision or another data position than this attempt's.
             NoCheckpointError: there were checkpoints, and none is intact.
         """
         rank, world_size = self._context.rank, self._context.world_size
-        found = newest_usable(self._run, rank=rank, world_size=world_size, attempt=self._attempt, group=self._ranks.group)
+        found = newest_usable(self._run, rank=rank, world_size=world_size, attempt=self._attempt, group=self._ranks.group, before_step=before_step)
         if found is None:
             return fresh
         require_same_data(found.state, fresh)
@@ -190,6 +205,38 @@ def steps_done(newest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -
     if resumed is not None and resumed["attempt"] > newest.get("attempt", 0):
         return resumed["step"]
     return newest["step"] + 1 if newest else 0
+
+
+def require_shared(folder: Location, ranks: Ranks, timeout_s: float = SHARED_S) -> None:
+    """Rank 0 writes a word that nobody can know, every rank reads it back. Collective.
+
+    Raises:
+        StorageError: a rank does not see it within `timeout_s`; names the rank and its host.
+    """
+
+    def write() -> str:
+        word = uuid.uuid4().hex
+        (folder / f".shared.{word[:8]}.tmp").write_bytes(word.encode())
+        return word
+
+    word = ranks.rank_zero_does("write into the run folder", write)
+    file = folder / f".shared.{word[:8]}.tmp"
+
+    def read() -> None:
+        deadline, found = time.monotonic() + timeout_s, None
+        while found != word:
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    f"host {socket.gethostname()} does not see in {folder} what rank 0 wrote there: the storage is not shared",
+                    "Set `storage` to a path that all workers share, or to a URL.",
+                )
+            with suppress(NotFoundError):  # not yet: attributes of network file systems are cached for seconds
+                found = file.read_bytes().decode(errors="replace")
+            if found != word:
+                time.sleep(_POLL_S)
+
+    ranks.all_do("read the run folder", read)
+    ranks.rank_zero_does("write into the run folder", file.remove)
 
 
 def require_room(run: RunFolder, step: int, num_bytes: int, free_bytes: int | None) -> None:

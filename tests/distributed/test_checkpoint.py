@@ -3,6 +3,7 @@
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -242,6 +243,25 @@ def test_a_payload_does_not_run_when_an_engine_loads(tmp_path: Path, tokenizer: 
     assert len(files) == 3
     assert {file for file in files if any(f"/{file} is not a plain" in cause for refused in by_rank for cause in refused)} == files
     assert not (tmp_path / "witness").exists()
+
+
+def open_on_storage_of_its_own(rank: int, world_size: int, root: str, is_shared: bool) -> tuple[str, str, list[str]]:
+    from trainer.saving import require_shared
+
+    folder = run_folder(root if is_shared else f"{root}/{rank}").checkpoints
+    try:
+        require_shared(folder, Ranks(rank, world_size, agreement_group(world_size), timeout_s=20.0), timeout_s=1.0)
+    except MaskwrightError as error:
+        return type(error).__name__, error.cause, folder.children()
+    return "", "", folder.children()
+
+
+def test_storage_that_is_not_shared_is_refused_and_the_host_named(tmp_path: Path) -> None:
+    outcomes = run_distributed(open_on_storage_of_its_own, args=(str(tmp_path), False), timeout_s=45)
+    for kind, cause, _ in outcomes:
+        assert kind == StorageError.__name__
+        assert cause.startswith(f"rank 1 could not read the run folder: host {socket.gethostname()} does not see in")
+    assert run_distributed(open_on_storage_of_its_own, args=(str(tmp_path), True), timeout_s=45) == [("", "", [])] * 2
 
 
 def arrive_late(rank: int, world_size: int) -> tuple[str, float]:

@@ -167,6 +167,25 @@ def test_a_replacement_that_was_killed_half_way_is_undone(tmp_path: Path) -> Non
     assert names(run) == ["step-00000001"]
 
 
+def test_going_back_sets_the_later_checkpoints_aside(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1, 2, 3, 4)
+    flip(run.checkpoints.path / "step-00000003/state.json")
+    found = newest_usable(run, rank=0, world_size=1, attempt=2, group=None, before_step=3)
+    assert found is not None
+    assert found.step == 2
+    assert names(run) == ["step-00000001", "step-00000002", "step-00000003.damaged-2", "step-00000004.rewound-2"]
+    again = newest(run, attempt=3)
+    assert again is not None
+    assert again.step == 2
+
+
+def test_with_nothing_to_go_back_to_everything_stays(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 3, 4)
+    with pytest.raises(NoCheckpointError, match="of step 2 or before to go back to; the oldest is step-00000003"):
+        newest_usable(run, rank=0, world_size=1, attempt=2, group=None, before_step=2)
+    assert names(run) == ["step-00000003", "step-00000004"]
+
+
 def test_leftovers_of_dead_attempts_go_and_a_later_attempt_is_left_alone(tmp_path: Path) -> None:
     run = golden_run(tmp_path, 1)
     for name in ("step-00000002.partial-1", "step-00000003.partial-2", "step-00000004.partial-3"):
