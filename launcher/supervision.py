@@ -1,5 +1,6 @@
 """The main thread of a run: starts Ray when a stage wants it, shows progress, and obeys stop requests, signals and the lease."""
 
+import os
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from trainer.runlog import RunFolder
 T = TypeVar("T")
 
 POLL_S = 0.25
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CTRL_C_GRACE_S = 60.0
 
 
@@ -149,15 +151,31 @@ class Supervisor:
         def note(number: int, frame: FrameType | None) -> None:
             del frame
             self._signals.append(number)
+            if number == signal.SIGHUP:
+                _leave_terminal()
 
         before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+            wanted = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+            before = {number: signal.signal(number, note) for number in wanted}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """The terminal is gone or going, and what is written to it would fail; the run's own records stay."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (1, 2):
+        try:
+            gone = os.isatty(descriptor) or os.write(descriptor, b"") < 0
+        except OSError:
+            gone = True
+        if gone:
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _stopped(request: StopRequest) -> InterruptedRunError:

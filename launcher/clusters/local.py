@@ -150,22 +150,43 @@ def start_ray(ray: Any, config: ClusterConfig, workers: Workers, machine: Machin
     # Ray puts the current folder on its workers' import path, where a user's own `trainer` folder would hide ours.
     os.chdir(folder)
     try:
-        ray.init(
-            address="local",
-            num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
-            num_gpus=machine.num_gpus if workers.use_gpu else 0,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            configure_logging=False,
-            object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
-            _node_ip_address=_LOOPBACK,
-            _temp_dir=str(folder),
-        )
+        with _own_process_groups():
+            ray.init(
+                address="local",
+                num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
+                num_gpus=machine.num_gpus if workers.use_gpu else 0,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=str(folder),
+            )
     finally:
         os.chdir(home)
         if on_sigterm not in {signal.SIG_DFL, None}:  # Ray's ends the process on the spot; a run that is asked to stop saves first
             signal.signal(signal.SIGTERM, on_sigterm)
+
+
+@contextmanager
+def _own_process_groups() -> Generator[None]:
+    """Keep signals to this command's process group (a closed terminal, `kill -- -GROUP`, a batch system) from Ray: the command saves first.
+
+    Ray calls `set_kill_on_parent_death_linux` in each process that it starts, and has no other hook there.
+    """
+    utils: Any = importlib.import_module("ray._private.utils")
+    tie_to_parent = utils.set_kill_on_parent_death_linux
+
+    def tie_to_parent_apart() -> None:
+        os.setpgrp()
+        tie_to_parent()
+
+    utils.set_kill_on_parent_death_linux = tie_to_parent_apart
+    try:
+        yield
+    finally:
+        utils.set_kill_on_parent_death_linux = tie_to_parent
 
 
 def _silence_driver(ray: Any) -> None:

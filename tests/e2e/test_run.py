@@ -179,14 +179,25 @@ def test_pretraining_continues_from_an_export_on_a_mixture_of_corpora_in_packed_
 
 
 @pytest.mark.full
-def test_sigterm_saves(folder: Path) -> None:
-    run = folder / "storage/terminated"
-    settings = ["--set", "name=terminated", "--set", "finetune.tasks=[]", "--set", "checkpoint.every_steps=100000", "--set", "schedule.steps=100000"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_process_group_saves(number: signal.Signals, folder: Path) -> None:
+    run = folder / "storage" / number.name
+    settings = [
+        "--set",
+        f"name={number.name}",
+        "--set",
+        "finetune.tasks=[]",
+        "--set",
+        "checkpoint.every_steps=100000",
+        "--set",
+        "schedule.steps=100000",
+    ]
     command = Command(["run", "run.yaml", *ON_CLUSTER, *settings], folder).start()
     try:
         command.wait_until(lambda: steps_done(run) >= 3)
-        os.kill(command.process.pid, signal.SIGTERM)
+        os.killpg(command.process.pid, number)  # as batch systems and closed terminals do; Ray's processes are not meant
         assert command.wait(60) == 75, command.text()
+        command.wait_until_gone()
     finally:
         command.kill_everything()
     assert len([event for event in events(run) if event["kind"] == "checkpoint_committed"]) == 1

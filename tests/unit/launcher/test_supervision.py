@@ -1,6 +1,8 @@
 """The main thread over the stages: stop requests, lost leases, errors; the progress of training."""
 
 import io
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -200,3 +202,26 @@ def test_human(value: float | None, text: str) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (7.4, "0:07"), (80, "1:20"), (7390, "2:03:10")])
 def test_clock(seconds: float | None, text: str) -> None:
     assert clock(seconds) == text
+
+
+def test_a_closed_terminal_does_not_make_what_is_said_fail() -> None:
+    """SIGHUP comes with the terminal's end: what is printed from then on has nowhere to go."""
+    ours, theirs = os.openpty()
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.dup2(theirs, 1)
+        os.close(ours)
+        os.close(theirs)
+        signal.signal(signal.SIGHUP, lambda *_: supervision._leave_terminal())
+        time.sleep(0.5)
+        try:
+            os.write(1, b"said to nobody")
+        except OSError:
+            os._exit(1)
+        os._exit(0)
+    os.close(theirs)
+    os.close(ours)
+    time.sleep(0.1)
+    os.kill(child, signal.SIGHUP)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
