@@ -1,0 +1,94 @@
+"""A rank that is stopped is named, and the run goes on by itself to the same bits; a rank that is only slow is left alone."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.commands import Command, maskwright, worker_pid
+from tests.support.tiny_run import write_run
+
+STEPS = 80
+SLOW_S = 14
+"""Longer than a rank may be stopped."""
+SAME = ("step", "loss", "grad_norm", "lr", "batch_digest")
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of this module live; they share one corpus."""
+    path = tmp_path_factory.mktemp("detection")
+    write_run(path, schedule={"steps": STEPS, "warmup_steps": 5}, checkpoint={"every_steps": 10, "keep_last": 2})
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    """The folder of a run that nobody touches."""
+    code, output = maskwright("run", "run.yaml", "--cluster", "cluster.yaml", "--set", "name=undisturbed", folder=folder)
+    assert code == 0, output
+    return folder / "storage/undisturbed"
+
+
+def surviving(run: Path) -> list[list[Any]]:
+    """What is known of each step, from the last attempt that took it."""
+    lines = (run / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines() if (run / "metrics.jsonl").exists() else []
+    by_step = {record["step"]: [record[key] for key in SAME] for record in map(json.loads, lines)}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["kind"] in kinds]
+
+
+def process_of(run: Path, rank: int) -> int:
+    pid = worker_pid(run, attempt=1, rank=rank)
+    assert pid is not None
+    return pid
+
+
+def slow_down(pid: int, seconds: float) -> None:
+    """Four fifths of the time, the process stands still."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.25)
+
+
+def test_a_slow_rank_is_left_alone_and_a_stopped_one_is_named(folder: Path, undisturbed: Path) -> None:
+    run = folder / "storage/stopped"
+    command = Command(["run", "run.yaml", "--cluster", "cluster.yaml", "--set", "name=stopped"], folder).start()
+    try:
+        command.wait_until(lambda: len(surviving(run)) >= 2)
+        slow_down(process_of(run, 0), SLOW_S)
+        assert not events(run, "rank_unhealthy", "worker_failed"), "a slow rank is no failure"
+        assert len(surviving(run)) < STEPS - 5, "too quick to be stopped: more steps are needed"
+        victim, stopped_at = process_of(run, 1), time.time()
+        os.kill(victim, signal.SIGSTOP)
+        assert command.wait() == 0, command.text()
+    finally:
+        command.kill_everything()
+    (verdict,) = events(run, "rank_unhealthy")
+    assert (verdict["rank"], verdict["pid"], verdict["state"]) == (1, victim, "stopped")
+    assert verdict["time"] - stopped_at < 30
+    assert verdict["phase"] in {"data", "agree", "forward", "backward", "optimizer", "checkpoint", "validation"}
+    assert f"(process {victim}) has been stopped" in command.text()
+    stacks = Path(verdict["stacks"])
+    assert "trainer/pretrain.py" in (stacks / "rank-00000.txt").read_text(), "the rank that waits says where"
+    assert "T (stopped)" in (stacks / "rank-00001.txt").read_text()
+    (failed,) = events(run, "worker_failed")
+    assert (failed["rank"], failed["failure"], failed["attempt"]) == (1, "infrastructure", 1)
+    assert failed["time"] - verdict["time"] < 10, "the launcher ends the group itself"
+    (resumed,) = events(run, "resumed")
+    assert (resumed["repeated"], resumed["skipped"], resumed["attempt"]) == (0, 0, 2)
+    assert surviving(run) == surviving(undisturbed)
+    weights = "models/final/model.safetensors"
+    assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
