@@ -99,7 +99,7 @@ def main(options: Options) -> list[Claim]:
 def _measure(kind: type[Trainee], fault: Fault, folder: Path, limit_s: float) -> Outcome:
     """One fault into one job on a cluster of its own: what a job leaves behind on a cluster must not slow the next."""
     with Nodes(workers=2) as cluster:
-        trainee = kind(folder, cluster.address, {"min": 1 if fault.elastic else 2, "max": 2}).start()
+        trainee = kind(folder, cluster.address, min_workers=1 if fault.elastic else 2, num_workers=2).start()
         try:
             if not trainee.wait_for(lambda: len(trainee.steps) > _SETTLE_STEPS, _START_LIMIT_S):
                 raise RuntimeError(f"{kind.__name__} did not train:\n{trainee.command.text()[-2000:]}")

@@ -36,8 +36,8 @@ class Trainee(ABC):
 
     folder: Path
     address: str
-    workers: dict[str, int]
-    """`{"min": 1, "max": 2}`."""
+    min_workers: int
+    num_workers: int
     command: Command = field(init=False)
     steps: list[Step] = field(default_factory=list)
     _read: int = 0
@@ -117,7 +117,8 @@ class Ours(Trainee):
         if not (self.folder / "text.jsonl").exists():
             write_text(self.folder)
         (self.folder / "run.yaml").write_text(yaml.safe_dump(config))
-        cluster = {"kind": "ray", "address": self.address, "num_workers": self.workers, "threads_per_worker": 1, "use_gpu": False, "max_failures": 10}
+        cluster = {"kind": "ray", "address": self.address, "num_workers": self.num_workers, "threads_per_worker": 1, "use_gpu": False}
+        cluster |= {"min_workers": self.min_workers} if self.min_workers < self.num_workers else {}
         (self.folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
         self.command = Command(["run", "run.yaml", "--cluster", "cluster.yaml"], self.folder).start()
         return self
@@ -160,7 +161,7 @@ class Peer(Trainee):
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {
             "address": self.address,
-            "num_workers": [self.workers["min"], self.workers["max"]] if self.workers["min"] < self.workers["max"] else self.workers["max"],
+            "num_workers": [self.min_workers, self.num_workers] if self.min_workers < self.num_workers else self.num_workers,
             "folder": str(self.folder),
             "steps": STEPS,
             "every_steps": EVERY_STEPS,

@@ -22,7 +22,7 @@ NUM_FAULTS = int(os.environ.get("MASKWRIGHT_FAULTS", "4"))
 SEED = int(os.environ.get("MASKWRIGHT_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
 STEPS = 100 + 150 * NUM_FAULTS
 SAME = ("loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "grad_norm", "lr", "batch_digest")
-CLUSTER = {"kind": "ray", "num_workers": {"min": 1, "max": 2}, "threads_per_worker": 1, "use_gpu": False, "max_failures": 10 * NUM_FAULTS + 10}
+CLUSTER = {"kind": "ray", "num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "use_gpu": False, "max_failures": 10 * NUM_FAULTS + 10}
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600 + 240 * NUM_FAULTS)]
 
