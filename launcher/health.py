@@ -4,9 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-PHASES = ("set-up", "validation", "checkpoint", "data", "agree", "forward", "backward", "optimizer")
-"""In the order in which a rank comes through them; validation and checkpoint of step n come before its data."""
-
 DEADLINES_S: Mapping[str, float] = {
     "set-up": 900.0,
     "validation": 120.0,
@@ -73,6 +70,8 @@ class Beat:
     phase: str
     moves: int
     """How often it has said where it is: grows as long as it makes progress."""
+    place: int
+    """How often since the step began. Ranks say the same things in the same order, so that this tells who is ahead."""
     waits: bool
     """Whether it is inside a collective, so that another rank may be what it waits for."""
     longest_s: float
@@ -143,7 +142,7 @@ class Deadlines:
     def for_stage(cls, *, trains: bool, data_s: float, fresh_steps: Iterable[int], interval_s: float) -> "Deadlines":
         """Deadlines of pretraining, where reading may take `data_s` seconds; those of other stages, whose phases are coarser, are long."""
         if not trains:
-            return cls(dict.fromkeys(PHASES, FIRST_S), interval_s=interval_s)
+            return cls(dict.fromkeys(DEADLINES_S, FIRST_S), interval_s=interval_s)
         phases_s = {phase: seconds + data_s * (phase in {"data", "validation"}) for phase, seconds in DEADLINES_S.items()}
         return cls(phases_s, frozenset(fresh_steps), interval_s)
 
@@ -207,15 +206,13 @@ def _hung(health: Health, deadlines: Deadlines) -> Verdict | None:
 
 def _culprit(pulses: Mapping[int, Pulse]) -> int:
     """The rank that the others wait for: furthest behind, and not itself inside a collective. Where everybody waits, the one that began last."""
-    behind = min(map(position, (pulse.beat for pulse in pulses.values())))
-    furthest = [rank for rank, pulse in pulses.items() if position(pulse.beat) == behind]
+    behind = min(_position(pulse) for pulse in pulses.values())
+    furthest = [rank for rank, pulse in pulses.items() if _position(pulse) == behind]
     at_work = [rank for rank in furthest if not pulses[rank].beat.waits] or [rank for rank, pulse in pulses.items() if not pulse.beat.waits]
     if at_work:
         return max(at_work, key=lambda rank: (pulses[rank].still_s, -rank))
     return min(furthest, key=lambda rank: (pulses[rank].still_s, rank))
 
 
-def position(beat: Beat) -> tuple[int, int]:
-    """How far a rank has come: set-up is before the first step, whatever step it will resume from."""
-    order = PHASES.index(beat.phase) if beat.phase in PHASES else len(PHASES)
-    return (-1, 0) if order == 0 else (beat.step, order)
+def _position(pulse: Pulse) -> tuple[int, int]:
+    return pulse.beat.step, pulse.beat.place

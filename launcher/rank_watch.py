@@ -50,23 +50,23 @@ class Whereabouts:
     """Where a rank is: written by the thread that trains, several times a step, and read by the watch."""
 
     thread: int = field(default_factory=threading.get_ident)
-    _now: tuple[int, str, float, int] = field(default_factory=lambda: (0, "set-up", time.monotonic(), 0))
+    _now: tuple[int, str, float, int, int] = field(default_factory=lambda: (0, "set-up", time.monotonic(), 0, 0))
     _stays: dict[str, int] = field(default_factory=dict[str, int])
     _longest_s: dict[str, float] = field(default_factory=dict[str, float])
 
     def move(self, step: int, phase: str) -> None:
         """The rank is at `phase` of `step`; said again, it still makes progress there."""
         now = time.monotonic()
-        _, last, since, moves = self._now
+        before, last, since, moves, place = self._now
         stays = self._stays[last] = self._stays.get(last, 0) + 1
         if stays > 1:  # the first time is no measure for the next
             self._longest_s[last] = max(self._longest_s.get(last, 0.0), now - since)
-        self._now = (step, phase, now, moves + 1)
+        self._now = (step, phase, now, moves + 1, place + 1 if step == before else 0)
 
     def beat(self) -> Beat:
         """Where it is now."""
-        step, phase, _, moves = self._now
-        return Beat(step, phase, moves, in_collective(_frames().get(self.thread)), self._longest_s.get(phase, 0.0))
+        step, phase, _, moves, place = self._now
+        return Beat(step, phase, moves, place, in_collective(_frames().get(self.thread)), self._longest_s.get(phase, 0.0))
 
 
 def in_collective(frame: FrameType | None) -> bool:

@@ -27,7 +27,7 @@ class Ranks:
         if self.lost:
             raise BoardLostError("died")
         self.beats += 1
-        return {rank: (0 if rank in self.silent else self.beats, Beat(self.beats, "forward", self.beats, False, 1.0)) for rank in (0, 1)}
+        return {rank: (0 if rank in self.silent else self.beats, Beat(self.beats, "forward", self.beats, 2, False, 1.0)) for rank in (0, 1)}
 
     def see(self, ranks: list[int]) -> Mapping[int, tuple[Seen, str]]:
         return dict.fromkeys(ranks, (Seen.STOPPED, "State:\tT (stopped)"))

@@ -64,7 +64,7 @@ def test_what_a_rank_says_of_itself(make: Callable[[int], Rank]) -> None:
     rank.whereabouts.move(3, "forward")
     rank.watch.look()
     (beat, obeyed) = rank.driver.beats[0]
-    assert (beat.step, beat.phase, beat.moves, beat.waits, obeyed) == (3, "forward", 7, False, ())
+    assert (beat.step, beat.phase, beat.moves, beat.place, beat.waits, obeyed) == (3, "forward", 7, 0, False, ())
     assert 0.05 <= beat.longest_s < 0.2, "the first time, which compiles, does not count"
 
 
