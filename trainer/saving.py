@@ -124,6 +124,10 @@ class Saver:
         self._saved_step = state.step
         self._stall_s += time.monotonic() - started_at
 
+    def is_saving(self) -> bool:
+        """Whether this rank's part of a save is under way."""
+        return self._save is not None and not self._save.is_done
+
     def finish(self) -> None:
         """Wait, on all ranks, until the save under way is committed.
 
@@ -147,7 +151,7 @@ class Saver:
 
     def close(self) -> None:
         """Give a save that is under way a moment to end, then end it. Not collective: other ranks may be dead."""
-        if self._save is not None and not self._save.is_done:
+        if self._save is not None and self.is_saving():
             try:
                 self._save.wait(0.0 if self.failed() else _CLOSE_S)
             except MaskwrightError:

@@ -1,10 +1,12 @@
 """The contestants that run in our own environment measure what they say, on a small corpus: ours and stock webdataset."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.children import Contestant, run_child
 from benchmarks.contestants import batching, preparing, reading, resuming, scaling
 from benchmarks.contestants.documents import TOKENIZER, Documents
 from benchmarks.contestants.peers import load
@@ -91,3 +93,12 @@ def test_preparing_tells_the_steps_and_encoding_covers_the_same_documents(corpus
     encoded = preparing.encode_batch(str(tmp_path / "texts"), str(tmp_path / TOKENIZER))
     assert encoded["kept_documents"] == whole["kept_documents"]
     assert preparing.encode_batch_fast(str(tmp_path / "texts"), str(tmp_path / TOKENIZER))["tokens"] == encoded["tokens"]
+
+
+@pytest.mark.full
+def test_a_save_beside_training_is_measured() -> None:
+    arguments = {"repeats": 1, "layers": 1, "width": 64}
+    found = run_child(Contestant("ours", sys.executable, "benchmarks.contestants.saving:stalls", arguments, is_ours=True), timeout_s=110)
+    assert all(found[name] > 0 for name in ("stall_s", "first_stall_s", "synchronous_s", "deepspeed_s", "step_alone_s"))
+    assert found["num_bytes"] > 14 * found["num_parameters"]
+    assert found["counts"]["saves"] == 1
