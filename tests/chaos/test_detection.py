@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher.lease import STALE_AFTER_S, process_start
 from tests.support.commands import Command, maskwright, worker_pid
 from tests.support.tiny_run import write_run
 
@@ -92,3 +93,29 @@ def test_a_slow_rank_is_left_alone_and_a_stopped_one_is_named(folder: Path, undi
     assert surviving(run) == surviving(undisturbed)
     weights = "models/final/model.safetensors"
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
+
+
+@pytest.mark.full
+def test_ranks_of_a_driver_that_is_stopped_end_when_another_takes_over(folder: Path) -> None:
+    """The stopped driver cannot end them: they see for themselves that they are superseded; the driver, awake again, ends with 8."""
+    run = folder / "storage/superseded"
+    settings = ["--set", "name=superseded", "--set", "schedule.steps=100000", "--set", "checkpoint.every_steps=100000"]
+    command = Command(["run", "run.yaml", "--cluster", "cluster.yaml", *settings], folder).start()
+    second = Command(["resume", "superseded", "--storage", "storage"], folder)
+    try:
+        command.wait_until(lambda: len(surviving(run)) >= 2)
+        ranks = [process_of(run, rank) for rank in (0, 1)]
+        os.kill(command.process.pid, signal.SIGSTOP)
+        time.sleep(STALE_AFTER_S + 1)
+        second.start()
+        second.wait_until((run / "logs/attempt-0002/claim").exists)
+        deadline = time.monotonic() + 20
+        while any(process_start(pid) for pid in ranks):
+            assert time.monotonic() < deadline, "two attempts at once"
+            time.sleep(0.1)
+        os.kill(command.process.pid, signal.SIGCONT)
+        assert command.wait() == 8, command.text()
+        second.wait_until(lambda: worker_pid(run, attempt=2, rank=0) is not None)
+    finally:
+        command.kill_everything()
+        second.kill_everything()
