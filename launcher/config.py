@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from data_pipeline.config import Section
 from data_pipeline.errors import ConfigError, NotFoundError
@@ -22,12 +22,10 @@ STORAGE_VARIABLE = "MASKWRIGHT_STORAGE"
 
 
 class ClusterConfig(Section):
-    """The whole of a cluster YAML: *where* to train. Machines and budgets only; nothing here changes the model."""
+    """What every kind of cluster has: *where* to train. Machines and budgets only; nothing here changes the model."""
 
-    kind: Literal["local"] = "local"
-    """`local`: Ray started by the command itself, on this machine, for the length of the command."""
     num_workers: int | Literal["auto"] = Field(default="auto")
-    """Ranks. `auto`: one per GPU, or two on a CPU-only machine (one where there is a single CPU)."""
+    """Ranks. `auto`: one per GPU; without GPUs two on this machine (one where there is a single CPU), on a cluster one per node."""
     threads_per_worker: int | Literal["auto"] = Field(default="auto")
     """CPU threads of a rank. `auto`: CPUs divided by ranks. Part of what must not change for bit-exact resumes."""
     use_gpu: bool | Literal["auto"] = "auto"
@@ -36,8 +34,38 @@ class ClusterConfig(Section):
     """Infrastructure failures (a worker that is killed, lost, stopped or hung) that are retried before the run gives up with exit code 11."""
     max_preemptions: int = Field(default=50, ge=0)
     """Nodes taken away as announced (spot instances) that are followed by another attempt before the run saves and ends with exit code 75."""
+
+
+class LocalCluster(ClusterConfig):
+    """The whole of a cluster YAML of kind `local`."""
+
+    kind: Literal["local"] = "local"
+    """`local`: Ray started by the command itself, on this machine, for the length of the command."""
     object_store_bytes: int | None = Field(default=None, ge=80_000_000)
     """Shared memory for Ray's object store; null means 512 MB, which only `prepare` uses."""
+
+
+class RayCluster(ClusterConfig):
+    """The whole of a cluster YAML of kind `ray`."""
+
+    kind: Literal["ray"]
+    """`ray`: a Ray cluster that is there already; the command runs on one of its machines. It is never shut down."""
+    address: str = Field(default="auto", pattern=r"^(auto|[^\s:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+)$")
+    """`host:port` of the cluster's head, or `auto`: the cluster that runs on this machine."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic: with fewer than `num_workers` ranks the run goes on, down to so many, and grows again where it pays. Null: it waits for all."""
+    wait_s: float = Field(default=300.0, ge=0.0)
+    """Seconds that an attempt waits for nodes enough before it counts as an infrastructure failure."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.min_workers is not None and self.num_workers != "auto" and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds num_workers {self.num_workers}")
+        return self
+
+
+Cluster = LocalCluster | RayCluster
+_CLUSTERS: dict[str, type[Cluster]] = {"local": LocalCluster, "ray": RayCluster}
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -94,7 +122,7 @@ def override_run_config(config: RunConfig, overrides: Sequence[str]) -> RunConfi
     return validate(RunConfig, _apply_overrides(config.model_dump(mode="json"), overrides), "--set")
 
 
-def load_cluster_config(name: str) -> ClusterConfig:
+def load_cluster_config(name: str) -> Cluster:
     """The cluster of a YAML file, or a built-in one by name.
 
     Raises:
@@ -106,7 +134,22 @@ def load_cluster_config(name: str) -> ClusterConfig:
     elif not path.suffix and not path.exists():
         known = ", ".join(sorted(file.stem for file in built_in.glob("*.yaml")))
         raise NotFoundError(f"there is no built-in cluster {name!r}", f"Built-in clusters: {known}. Or give the path of a YAML file.")
-    return validate(ClusterConfig, _read_mapping(path), str(path))
+    return validate_cluster(_read_mapping(path), str(path))
+
+
+def validate_cluster(data: Mapping[str, Any], where: str) -> Cluster:
+    """The cluster that `data` describes; `kind` says which keys there are, and is `local` where it is not given.
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+    kind = data.get("kind", "local")
+    model = _CLUSTERS.get(kind) if isinstance(kind, str) else None
+    if model is None:
+        raise ConfigError(
+            f"{where}: kind: expected {' or '.join(map(repr, _CLUSTERS))}, found {_shown(kind)}", "Choose a kind of cluster that there is."
+        )
+    return validate(model, data, where)
 
 
 def example_configs() -> Path:
@@ -118,7 +161,8 @@ def example_configs() -> Path:
 
 def json_schema() -> dict[str, Any]:
     """JSON schemas of run.yaml and of cluster YAMLs."""
-    return {"run": RunConfig.model_json_schema(), "cluster": ClusterConfig.model_json_schema()}
+    cluster: dict[str, Any] = TypeAdapter(Annotated[Cluster, Field(discriminator="kind")]).json_schema()
+    return {"run": RunConfig.model_json_schema(), "cluster": cluster}
 
 
 def dump_yaml(config: Section) -> bytes:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data_pipeline.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Node:
@@ -41,6 +43,19 @@ def choose_size(num_places: int, minimum: int, maximum: int | None, work: Sequen
     useful = max((part.num_micro_batches for part in work), default=minimum)
     most = max(minimum, min(num_places, useful, maximum or num_places))
     return min(range(minimum, most + 1), key=lambda size: (rounds(work, size), size))
+
+
+def require_work(num_workers: int, num_micro_batches: int) -> None:
+    """Refuse a number of ranks that a person asks for and no step can use.
+
+    Raises:
+        ConfigError: a step has fewer micro-batches.
+    """
+    if num_workers > num_micro_batches:
+        raise ConfigError(
+            f"num_workers {num_workers} exceeds the {num_micro_batches} micro-batches of a step, so some ranks would never have work",
+            "Lower num_workers, or batch.micro_batch_size so that a step has more micro-batches.",
+        )
 
 
 def pays(current: int, other: int, work: Sequence[Work]) -> bool:

@@ -32,12 +32,9 @@ class Job:
     """By `resume`: the corpus of the run is taken as it is, sources are not looked at."""
     stage: str = ""
     attempt: int = 0
+    workers: Workers | None = None
+    """The worker group of the stage's newest attempt."""
     home: str = field(default_factory=os.getcwd)
-
-    @property
-    def workers(self) -> Workers:
-        """The worker group of every stage."""
-        return self.ray.workers
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""

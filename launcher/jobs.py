@@ -8,10 +8,12 @@ from rich.console import Console
 
 from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
-from launcher.clusters.local import resolve_workers, this_machine
-from launcher.config import ClusterConfig, dump_yaml
+from launcher.clusters.local import this_machine
+from launcher.clusters.opening import workers_of
+from launcher.config import Cluster, dump_yaml
 from launcher.continuation import resolve_diff
-from launcher.control import clear_stop
+from launcher.control import clear_stop, read_stop
+from launcher.elastic import Work
 from launcher.job import Job, Stage
 from launcher.lease import Lease
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock
@@ -25,7 +27,7 @@ from trainer.runlog import RunFolder
 
 def run_job(
     config: RunConfig,
-    cluster: ClusterConfig,
+    cluster: Cluster,
     console: Console,
     *,
     verb: str,
@@ -43,14 +45,15 @@ def run_job(
     config = _with_whole_paths(config)
     run = RunFolder(Location.at(config.storage) / config.name)
     machine = this_machine()
-    workers = resolve_workers(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
+    workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with Lease.acquire(run, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as lease:
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run, lease.state.token)
         record_lost_driver(run)
         progress = TrainingProgress(console, RecordsTail(run.metrics).skip_old(), config.schedule.steps)
         model = model or run.models / MODEL_NAME
-        job = Job(config, run, lease, RayOnDemand(cluster, workers, machine), console, progress, model, resumed=verb == "resume")
+        ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(run) is not None)
+        job = Job(config, run, lease, ray, console, progress, model, resumed=verb == "resume")
         run.append_event("command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host)
         notices = Notices(console, RecordsTail(run.events).skip_old())
         trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
@@ -70,13 +73,21 @@ def run_job(
     return run
 
 
+def work_left(config: RunConfig, run: RunFolder) -> list[Work]:
+    """What remains of pretraining, by batch shape; all of it when it is done, for the stages that follow."""
+    reached = max(committed_steps(run), default=0)
+    ends = [(phase, phase.first_step + phase.num_steps) for phase in config.phases]
+    left = [Work(end - max(reached, phase.first_step), phase.num_micro_batches) for phase, end in ends if end > reached]
+    return left or [Work(phase.num_steps, phase.num_micro_batches) for phase in config.phases]
+
+
 def _with_whole_paths(config: RunConfig) -> RunConfig:
     """The same for whoever continues the run from another folder."""
     data = config.data if config.data.storage is None else config.data.model_copy(update={"storage": Location.at(config.data.storage).url})
     return config.model_copy(update={"storage": Location.at(config.storage).url, "data": data})
 
 
-def _write_configs(run: RunFolder, config: RunConfig, cluster: ClusterConfig, *, deliberate: bool) -> None:
+def _write_configs(run: RunFolder, config: RunConfig, cluster: Cluster, *, deliberate: bool) -> None:
     if run.config.exists():
         for change in resolve_diff(read_config(run), config, deliberate=deliberate):
             run.append_event("config_changed", attempt=0, path=change.path, before=change.before, after=change.after)

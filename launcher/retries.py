@@ -7,6 +7,7 @@ from typing import Any
 from data_pipeline.errors import ExitCode, InterruptedRunError
 from launcher.attempts import claim_attempt
 from launcher.clusters.local import Workers
+from launcher.clusters.sizing import TooFewWorkersError
 from launcher.control import read_stop
 from launcher.group_watch import GroupWatch, SaveReason
 from launcher.health import Deadlines, beat_interval_s
@@ -21,6 +22,7 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
     Raises:
         MaskwrightError: the error that ended it, or RetriesSpentError.
     """
+    job.workers = None
     history, newest = History(), max(committed_steps(job.run), default=0)
     budgets = Budgets(job.ray.config.max_failures, job.ray.config.max_preemptions, job.config.numerics.budget)
     while True:
@@ -66,10 +68,14 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
     from launcher.ray_worker import run_attempt
     from launcher.worker_process import WorkerTask
 
+    try:
+        workers = job.ray.workers_now()
+    except TooFewWorkersError as error:
+        return Failure(FailureKind.INFRASTRUCTURE, error.cause, error.remedy, ExitCode.FAILED)
     job.lease.require_held()  # a newer attempt ends the workers of an older one: never those of a driver that has taken over
+    _record_size(job, workers)
     job.attempt = claim_attempt(job.run)
     job.lease.beat(attempt=job.attempt)
-    workers = job.workers
     job.run.append_event(
         "attempt_started",
         attempt=job.attempt,
@@ -83,6 +89,14 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
     return run_attempt(task, workers, scratch, _watch(job, workers))
 
 
+def _record_size(job: Job, workers: Workers) -> None:
+    """Say that the cluster gives this attempt more or fewer ranks than the one before."""
+    before, job.workers = job.workers, workers
+    if before is not None and before.num_workers != workers.num_workers:
+        job.run.append_event("resized", attempt=job.attempt, before=before.num_workers, after=workers.num_workers)
+        job.say(f"  {before.num_workers} ranks before, {workers.num_workers} now; the global batch stays the same")
+
+
 def _watch(job: Job, workers: Workers) -> GroupWatch:
     deadlines = Deadlines.for_stage(
         trains=job.stage == "pretrain",
@@ -90,9 +104,13 @@ def _watch(job: Job, workers: Workers) -> GroupWatch:
         fresh_steps=(phase.first_step for phase in job.config.phases),
         interval_s=beat_interval_s(workers.num_workers),
     )
-    return GroupWatch(job.run, job.attempt, workers.num_workers, deadlines, job.say, lambda: _why_save(job))
+    watch = GroupWatch(job.run, job.attempt, workers.num_workers, deadlines, job.say, lambda: _why_save(job, workers, len(watch.members)))
+    return watch
 
 
-def _why_save(job: Job) -> SaveReason | None:
+def _why_save(job: Job, workers: Workers, num_joined: int) -> SaveReason | None:
     request = read_stop(job.run)
-    return SaveReason.REQUEST if request is not None and request.save else None
+    if request is not None:
+        return SaveReason.REQUEST if request.save else None
+    grows = job.stage == "pretrain" and num_joined == workers.num_workers and job.ray.larger_workers(workers) is not None
+    return SaveReason.GROWTH if grows else None

@@ -3,10 +3,11 @@
 import difflib
 import os
 from dataclasses import dataclass
+from typing import Any, cast
 
 from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.storage import Location
-from launcher.config import STORAGE_VARIABLE, ClusterConfig, parse_yaml, validate
+from launcher.config import STORAGE_VARIABLE, Cluster, parse_yaml, validate, validate_cluster
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
@@ -57,10 +58,15 @@ def cluster_file(run: RunFolder) -> Location:
     return run.root / "cluster.yaml"
 
 
-def read_cluster(run: RunFolder) -> ClusterConfig | None:
+def read_cluster(run: RunFolder) -> Cluster | None:
     """The cluster that the run was last run on; None when it never was."""
     file = cluster_file(run)
-    return validate(ClusterConfig, parse_yaml(file.read_bytes().decode(), str(file)), str(file)) if file.exists() else None
+    if not file.exists():
+        return None
+    data = parse_yaml(file.read_bytes().decode(), str(file))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file} describes no cluster", "Give --cluster, or remove the file.")
+    return validate_cluster(cast(dict[str, Any], data), str(file))
 
 
 @dataclass(frozen=True)

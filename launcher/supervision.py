@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +12,11 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from data_pipeline.errors import ExitCode, InterruptedRunError, UnreachableError
-from launcher.clusters.local import Machine, Workers, local_cluster
-from launcher.config import ClusterConfig
+from launcher.clusters.local import Machine, Workers
+from launcher.clusters.opening import OpenCluster, open_cluster
+from launcher.config import Cluster
 from launcher.control import StopRequest, read_stop, request_stop
+from launcher.elastic import Work
 from launcher.lease import Lease
 from trainer.runlog import RunFolder
 
@@ -31,33 +33,68 @@ class CtrlCError(InterruptedRunError):
     exit_code = ExitCode.CTRL_C
 
 
+def nothing_left() -> Sequence[Work]:
+    """What remains of a run that is not known."""
+    return ()
+
+
+def never() -> bool:
+    """Nobody asks for a stop."""
+    return False
+
+
 @dataclass
 class RayOnDemand:
-    """Ray, started when a stage first asks. Stages ask on their own thread; it starts on the main one (see `local_cluster`)."""
+    """Ray, started or joined when a stage first asks. Stages ask on their own thread; it starts on the main one (see `local_cluster`)."""
 
-    config: ClusterConfig
-    workers: Workers
+    config: Cluster
+    workers: Workers | None
+    """Every worker group of a local cluster; None where each attempt is sized by what there is."""
     machine: Machine
+    work: Callable[[], Sequence[Work]] = nothing_left
+    """What remains of the run: decides how many ranks pay."""
+    stopped: Callable[[], bool] = never
+    """Whether somebody wants the run to end."""
     _wanted: threading.Event = field(default_factory=threading.Event)
     _answered: threading.Event = field(default_factory=threading.Event)
-    _folder: Path | None = None
+    _cluster: OpenCluster | None = None
     _error: BaseException | None = None
 
     def scratch(self) -> Path:
         """Wait for Ray and return its scratch folder; raises what starting it raised."""
+        return self._open().scratch
+
+    def workers_now(self) -> Workers:
+        """The worker group of the next attempt: on a cluster as many ranks as pay, after waiting for the minimum.
+
+        Raises:
+            TooFewWorkersError: the cluster has no room for the minimum. InterruptedRunError: the run was asked to stop meanwhile.
+        """
+        sizing = self._open().sizing if self.workers is None else None
+        if sizing is None:
+            assert self.workers is not None
+            return self.workers
+        return sizing.workers_now()
+
+    def larger_workers(self, current: Workers) -> Workers | None:
+        """The worker group worth an interruption of `current`, which is at work; None when there is none. Cheap."""
+        sizing = self._open().sizing if self.workers is None else None
+        return None if sizing is None else sizing.larger_workers(current)
+
+    def _open(self) -> OpenCluster:
         self._wanted.set()
         self._answered.wait()
         if self._error is not None:
             raise self._error
-        assert self._folder is not None
-        return self._folder
+        assert self._cluster is not None
+        return self._cluster
 
     def serve(self, stack: ExitStack) -> None:
         """Start Ray if somebody waits for it; `stack` ends it."""
         if not self._wanted.is_set() or self._answered.is_set():
             return
         try:
-            self._folder = stack.enter_context(local_cluster(self.config, self.workers, self.machine))
+            self._cluster = stack.enter_context(open_cluster(self.config, self.workers, self.machine, self.work, self.stopped))
         except Exception as error:  # noqa: BLE001  # the stage raises it
             self._error = error
         self._answered.set()

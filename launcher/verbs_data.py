@@ -100,12 +100,15 @@ def _show(prepared: "Prepared") -> None:
 
 
 def _prepare(config: RunConfig, cluster: Any, *, quiet: bool) -> "PreparedCorpora":
-    from launcher.clusters.local import local_cluster, resolve_workers, this_machine
+    from launcher.clusters.local import this_machine
+    from launcher.clusters.opening import open_cluster, workers_of
     from launcher.corpora import prepare_corpora
+    from launcher.supervision import never, nothing_left
 
     machine = this_machine()
     with ExitStack() as stack:
-        start_ray = functools.cache(lambda: stack.enter_context(local_cluster(cluster, resolve_workers(cluster, machine), machine)))
+        workers = workers_of(cluster, machine)
+        start_ray = functools.cache(lambda: stack.enter_context(open_cluster(cluster, workers, machine, nothing_left, never)).scratch)
         return prepare_corpora(config, start_ray, say=(lambda text: None) if quiet else say)
 
 

@@ -7,7 +7,7 @@ import typer
 
 from data_pipeline.errors import ConflictError, NotFoundError, UsageError
 from data_pipeline.storage import Location
-from launcher.config import ClusterConfig, load_cluster_config, override_run_config
+from launcher.config import LocalCluster, load_cluster_config, override_run_config
 from launcher.lease import holder
 from launcher.options import Cluster, Json, RunArgument, Set, Storage, console, next_command, print_json, print_table, say
 from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read_config, resolve_storage
@@ -50,7 +50,7 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
 
     target = find_run_or_model(model, storage)
     if isinstance(target, Model):
-        config, folder, where = _config_for(target, overrides, storage), target.folder, ClusterConfig()
+        config, folder, where = _config_for(target, overrides, storage), target.folder, LocalCluster()
         stages = (FINETUNE_STAGE,)
     else:
         config, folder, where = override_run_config(read_config(target), overrides or ()), target.models / MODEL_NAME, read_cluster(target)
@@ -60,7 +60,7 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
     if not (folder / "config.json").exists():
         raise NotFoundError(f"there is no model in {folder}", f"Run `maskwright export {model}` first.")
     run = run_job(
-        config, load_cluster_config(cluster) if cluster else where or ClusterConfig(), console(), verb="finetune", stages=stages, model=folder
+        config, load_cluster_config(cluster) if cluster else where or LocalCluster(), console(), verb="finetune", stages=stages, model=folder
     )
     next_command(f"maskwright evaluate {run.root}")
 

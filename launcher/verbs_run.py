@@ -11,7 +11,7 @@ import typer
 from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError, UsageError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt
-from launcher.config import ClusterConfig, load_cluster_config, load_run_config, override_run_config
+from launcher.config import LocalCluster, load_cluster_config, load_run_config, override_run_config
 from launcher.control import request_stop
 from launcher.lease import LeaseState, holder, process_start
 from launcher.options import (
@@ -60,7 +60,7 @@ def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, clu
     if begun.get("verb") == "finetune":
         raise UsageError(f"run {folder.root.name} only fine-tunes a model, it has nothing to pretrain", "Give the same `maskwright finetune` again.")
     config = override_run_config(read_config(folder), overrides or ())
-    where = load_cluster_config(cluster) if cluster else read_cluster(folder) or ClusterConfig()
+    where = load_cluster_config(cluster) if cluster else read_cluster(folder) or LocalCluster()
     _say_finished(run_job(config, where, console(), verb="resume", deliberate=bool(overrides)))
 
 

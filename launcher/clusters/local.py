@@ -9,14 +9,15 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
-from launcher.config import ClusterConfig
+from launcher.config import ClusterConfig, LocalCluster
+from launcher.elastic import require_work
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _LONGEST_SOCKET_FOLDER = 40
@@ -27,12 +28,12 @@ _FOLDER_PREFIX = "maskwright-ray-"
 _LOOPBACK = "127.0.0.2"
 """Ray replaces 127.0.0.1 by an address that other machines can reach; the rest of the loopback network it leaves alone."""
 
-_RAY_ENVIRONMENT = {
+RAY_ENVIRONMENT = {
     # Found by Ray when it starts its processes. A dead worker is noticed at the next poll; a finished group likewise.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains a node of one's own machine; saves a process per attempt
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for drained nodes itself; saves a process per attempt
     # Ranks write their own log into the run folder; Ray's copies of the same lines only cost time.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
@@ -86,11 +87,8 @@ def resolve_workers(config: ClusterConfig, machine: Machine, num_micro_batches: 
     by_device = machine.num_gpus if use_gpu else min(2, machine.num_cpus)
     most = by_device if num_micro_batches is None else min(by_device, num_micro_batches)
     num_workers = most if config.num_workers == "auto" else config.num_workers
-    if num_micro_batches is not None and num_workers > num_micro_batches:
-        raise ConfigError(
-            f"num_workers {num_workers} exceeds the {num_micro_batches} micro-batches of a step, so some ranks would never have work",
-            "Lower num_workers, or batch.micro_batch_size so that a step has more micro-batches.",
-        )
+    if num_micro_batches is not None:
+        require_work(num_workers, num_micro_batches)
     if use_gpu and (num_workers > machine.num_gpus or num_workers < 1):
         raise ConfigError(
             f"{max(1, num_workers)} ranks need a GPU each, this machine has {machine.num_gpus}", "Lower num_workers or set use_gpu: false."
@@ -105,7 +103,7 @@ def resolve_workers(config: ClusterConfig, machine: Machine, num_micro_batches: 
 
 
 @contextmanager
-def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> Generator[Path]:
+def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> Generator[Path]:
     """Start Ray, yield a scratch folder that lives as long as it, and end what was started.
 
     Call it on the main thread: Linux ends Ray's processes when the *thread* that started them dies, which is what
@@ -116,53 +114,68 @@ def local_cluster(config: ClusterConfig, workers: Workers, machine: Machine) -> 
     """
     remove_abandoned_folders()
     folder, lock = open_session_folder()
-    environment = {name: value for name, value in {**_RAY_ENVIRONMENT, **_new_token(folder)}.items() if name not in os.environ}
-    os.environ.update(environment)
-    import ray
+    with environment({**RAY_ENVIRONMENT, **_new_token(folder)}):
+        import ray
 
-    _read_token_again()
+        read_token_again()
+        try:
+            for tries_left in (1, 0):
+                try:
+                    start_ray(ray, config, workers, machine, folder / f"ray{tries_left}")
+                    break
+                except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
+                    ray.shutdown()
+                    if not tries_left:
+                        raise EnvironmentMismatchError(
+                            f"Ray did not start: {error}", "Is the disk or the memory full, or the machine overloaded?"
+                        ) from error
+            silence_driver(ray)
+            yield folder
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+@contextmanager
+def environment(values: Mapping[str, str]) -> Generator[None]:
+    """Environment variables for the length of the block; what the user has set stays as it is."""
+    ours = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(ours)
     try:
-        for tries_left in (1, 0):
-            try:
-                start_ray(ray, config, workers, machine, folder / f"ray{tries_left}")
-                break
-            except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
-                ray.shutdown()
-                if not tries_left:
-                    raise EnvironmentMismatchError(
-                        f"Ray did not start: {error}", "Is the disk or the memory full, or the machine overloaded?"
-                    ) from error
-        _silence_driver(ray)
-        yield folder
+        yield
     finally:
-        ray.shutdown()
-        for name in environment:
+        for name in ours:
             os.environ.pop(name, None)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
-def start_ray(ray: Any, config: ClusterConfig, workers: Workers, machine: Machine, folder: Path) -> None:
-    """Call `ray.init`, and undo what else it does to this process."""
+def start_ray(ray: Any, config: LocalCluster, workers: Workers, machine: Machine, folder: Path) -> None:
+    """Start Ray on this machine, with its files in `folder`."""
     folder.mkdir()
+    with undisturbed(folder), _own_process_groups():
+        ray.init(
+            address="local",
+            num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
+            num_gpus=machine.num_gpus if workers.use_gpu else 0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
+            _node_ip_address=_LOOPBACK,
+            _temp_dir=str(folder),
+        )
+
+
+@contextmanager
+def undisturbed(folder: Path) -> Generator[None]:
+    """Undo what else `ray.init` does to this process."""
     home = os.getcwd()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     # Ray puts the current folder on its workers' import path, where a user's own `trainer` folder would hide ours.
     os.chdir(folder)
     try:
-        with _own_process_groups():
-            ray.init(
-                address="local",
-                num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
-                num_gpus=machine.num_gpus if workers.use_gpu else 0,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-                object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
-                _node_ip_address=_LOOPBACK,
-                _temp_dir=str(folder),
-            )
+        yield
     finally:
         os.chdir(home)
         if on_sigterm not in {signal.SIG_DFL, None}:  # Ray's ends the process on the spot; a run that is asked to stop saves first
@@ -189,7 +202,7 @@ def _own_process_groups() -> Generator[None]:
         utils.set_kill_on_parent_death_linux = tie_to_parent
 
 
-def _silence_driver(ray: Any) -> None:
+def silence_driver(ray: Any) -> None:
     """Keep Ray from printing a paragraph on stdout when a worker dies: the launcher says it in a line, and records it."""
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
@@ -217,7 +230,7 @@ def _new_token(folder: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
-def _read_token_again() -> None:
+def read_token_again() -> None:
     """Ray reads the mode at import and the token once; a process that imported it earlier, or starts a second cluster, has the wrong ones."""
     raylet: Any = importlib.import_module("ray._raylet")
     with suppress(AttributeError):  # releases of Ray before token authentication have neither

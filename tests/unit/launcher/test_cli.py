@@ -335,7 +335,7 @@ def test_schema_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("schema") == 0
     found = json.loads(capsys.readouterr().out)
     assert "schedule" in found["run"]["properties"]
-    assert "max_failures" in found["cluster"]["properties"]
+    assert "max_failures" in found["cluster"]["$defs"]["RayCluster"]["properties"]
     assert found["run"]["properties"]["seed"]["description"]
 
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ExitCode, NotFoundError
 from launcher.config import (
-    ClusterConfig,
+    LocalCluster,
+    RayCluster,
     dotted_names,
     dump_yaml,
     example_configs,
@@ -144,23 +145,53 @@ def test_a_letter_too_many_finds_the_key(dotted: str, position: int) -> None:
 
 
 def test_clusters(tmp_path: Path) -> None:
-    assert load_cluster_config("local") == ClusterConfig()
+    assert load_cluster_config("local") == LocalCluster()
     path = tmp_path / "mine.yaml"
     path.write_text("kind: local\nnum_workers: 3\n")
     assert load_cluster_config(str(path)).num_workers == 3
-    path.write_text("kind: mainframe\nnum_worker: 3\n")
-    with pytest.raises(ConfigError) as caught:
+    path.write_text("num_worker: 3\n")
+    with pytest.raises(ConfigError, match="num_worker: unknown key; nearest: num_workers"):
         load_cluster_config(str(path))
-    assert "num_worker: unknown key; nearest: num_workers" in caught.value.cause
     with pytest.raises(NotFoundError) as missing:
         load_cluster_config("nowhere")
     assert "local" in missing.value.remedy
 
 
+def test_a_cluster_that_is_there_already(tmp_path: Path) -> None:
+    built_in = load_cluster_config("ray")
+    assert isinstance(built_in, RayCluster)
+    assert built_in.address == "auto"
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: ray\naddress: 10.0.0.1:6379\nnum_workers: 4\nmin_workers: 2\n")
+    assert load_cluster_config(str(path)) == RayCluster(kind="ray", address="10.0.0.1:6379", num_workers=4, min_workers=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind: mainframe", "kind: expected 'local' or 'ray', found 'mainframe' (text)"),
+        ("kind: [ray]", "kind: expected 'local' or 'ray', found ['ray'] (list)"),
+        ("address: auto", "address: unknown key"),  # of another kind
+        ("kind: ray\nobject_store_bytes: 100000000", "object_store_bytes: unknown key"),
+        ("kind: ray\nmin_worker: 1", "min_worker: unknown key; nearest: min_workers"),
+        ("kind: ray\nmin_workers: 0", "min_workers: expected greater than or equal to 1, found 0 (whole number)"),
+        ("kind: ray\nnum_workers: 2\nmin_workers: 3", "min_workers 3 exceeds num_workers 2"),
+        ("kind: ray\naddress: http://10.0.0.1:8265", "address: "),
+        ("kind: ray\naddress: 10.0.0.1", "address: "),
+    ],
+)
+def test_cluster_files_that_cannot_be_honoured(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text + "\n")
+    with pytest.raises(ConfigError) as caught:
+        load_cluster_config(str(path))
+    assert said in caught.value.cause
+
+
 def test_what_lies_in_the_current_folder_does_not_hide_a_built_in_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local").mkdir()
-    assert load_cluster_config("local") == ClusterConfig()
+    assert load_cluster_config("local") == LocalCluster()
     (tmp_path / "mine").write_text("num_workers: 3\n")
     assert load_cluster_config("mine").num_workers == 3
 

@@ -17,7 +17,7 @@ from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import claim_attempt, read_failure
 from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
-from launcher.config import ClusterConfig
+from launcher.config import ClusterConfig, LocalCluster
 from launcher.health import Beat
 from launcher.policy import FailureKind
 from launcher.rank_watch import SAVE
@@ -73,7 +73,7 @@ def test_ray_leaves_our_handler_of_sigterm_alone(tmp_path: Path) -> None:
     ray = SimpleNamespace(init=lambda **_: signal.signal(signal.SIGTERM, theirs))
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        start_ray(ray, ClusterConfig(), Workers(1, 1, False), Machine(1, 0), tmp_path / "ray")
+        start_ray(ray, LocalCluster(), Workers(1, 1, False), Machine(1, 0), tmp_path / "ray")
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)

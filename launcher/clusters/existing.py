@@ -1,0 +1,155 @@
+"""A Ray cluster that is there already: joins it as a driver, sees its nodes, and leaves it as it was (talks to Ray)."""
+
+import ipaddress
+import os
+import shutil
+import socket
+from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UnreachableError
+from launcher.clusters.local import (
+    RAY_ENVIRONMENT,
+    environment,
+    open_session_folder,
+    read_token_again,
+    remove_abandoned_folders,
+    silence_driver,
+    undisturbed,
+)
+from launcher.config import RayCluster
+from launcher.elastic import Node
+
+_ANSWER_S = 1.0
+_WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""What processes on the cluster's nodes need and do not inherit from us. Anybody can read it there: never a secret."""
+
+
+@contextmanager
+def existing_cluster(config: RayCluster) -> Generator[Path]:
+    """Join the cluster, yield a scratch folder on this machine, and leave.
+
+    What was put on the cluster belongs to this driver's Ray job and goes with it, also when this process is killed. The cluster stays.
+
+    Raises:
+        UnreachableError: there is no such cluster, this machine is not one of its nodes, or it would be talked to without a token.
+    """
+    remove_abandoned_folders()
+    folder, lock = open_session_folder()
+    token = {"RAY_AUTH_MODE": "token"} if has_token() else {}
+    try:
+        with environment({**RAY_ENVIRONMENT, **token}):
+            import ray
+
+            read_token_again()
+            require_token(find_address(config.address), has_token=bool(token))
+            try:
+                _join(ray, config.address, folder)
+                silence_driver(ray)
+                yield folder
+            finally:
+                ray.shutdown()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _join(ray: Any, address: str, folder: Path) -> None:
+    import logging
+
+    try:
+        with undisturbed(folder):
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                configure_logging=False,
+                runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+            )
+    except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        remedy = "Start the command on a machine of the cluster, with the cluster's token, the same Python and the same Ray (`ray status` shows it)."
+        raise UnreachableError(f"could not join the Ray cluster at {address}: {first}", remedy) from error
+
+
+def find_address(address: str) -> str:
+    """`host:port` of the cluster; `auto` is what Ray itself would take (RAY_ADDRESS, else the cluster on this machine).
+
+    Raises:
+        UnreachableError: there is none.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError, OSError) as error:
+        raise UnreachableError(f"there is no Ray cluster at {address}: {error}", "Start one with `ray start --head`, or correct address.") from error
+    if found is None:
+        raise UnreachableError("there is no Ray cluster on this machine", "Start one with `ray start --head`, or set address.")
+    return found
+
+
+def has_token() -> bool:
+    """Whether the user has a Ray token where Ray looks for it."""
+    if os.environ.get("RAY_AUTH_TOKEN"):
+        return True
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").exists()
+
+
+def require_token(address: str, *, has_token: bool) -> None:
+    """Whoever reaches a Ray cluster without a token runs code on its machines, with our storage and our secrets.
+
+    Raises:
+        UnreachableError: the cluster can be reached from other machines, and there is no token.
+    """
+    host = address.rpartition(":")[0].strip("[]")
+    if not has_token and not _is_loopback(host):
+        raise UnreachableError(
+            f"the Ray cluster at {address} can be reached from other machines, and there is no token for it",
+            "Start every node with RAY_AUTH_MODE=token and one token (`ray get-auth-token --generate`), kept in ~/.ray/auth_token (mode 0600).",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+    except (OSError, ValueError):
+        return False
+
+
+def live_nodes(sure: bool) -> list[Node]:
+    """The nodes that take work now: alive, not about to be taken away, and (`sure`) answering, which one that has just died does not."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    leaving, free = draining_nodes(), available_resources_per_node()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving and node["NodeID"] in free]
+    if sure:
+        with ThreadPoolExecutor(max_workers=32) as threads:
+            answers = list(threads.map(_answers, nodes))
+        nodes = [node for node, answer in zip(nodes, answers, strict=True) if answer]
+    return [_as_node(node, free[node["NodeID"]]) for node in nodes]
+
+
+def draining_nodes() -> dict[str, int]:
+    """Ids of the nodes that are about to be taken away, with the instant (Unix milliseconds; 0 where nobody knows)."""
+    from ray._private.state import state
+
+    return state.get_draining_nodes()
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether something listens at the node's port. Ray itself may take half a minute to learn that a node has gone."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_ANSWER_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _as_node(node: dict[str, Any], free: dict[str, float]) -> Node:
+    total: dict[str, float] = node["Resources"]
+    return Node(node["NodeManagerAddress"], total.get("CPU", 0), total.get("GPU", 0), free.get("CPU", 0), free.get("GPU", 0))

@@ -1,0 +1,153 @@
+"""Ray clusters of several nodes on this machine: each node a `ray start` of its own, ended by its mark, never by name."""
+
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import yaml
+
+from tests.support.commands import Command
+
+LOOPBACK = "127.0.0.2"
+START_S = 90.0
+
+
+def free_port(address: str) -> int:
+    """A port that nobody listens at now."""
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class RayNode(Command):
+    """A node: `ray start --block` and all that it starts, its ranks included."""
+
+    inside: Sequence[str] = ()
+    """Words before the command, such as `ip netns exec NAME`."""
+
+    def start(self) -> Self:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKWRIGHT_"))}
+        self.output = self.folder / f"node-{self.mark}.txt"
+        with self.output.open("wb") as out:
+            self.process = subprocess.Popen(
+                [*self.inside, sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", *self.arguments],
+                cwd=self.folder,
+                env={**clean, "OMP_NUM_THREADS": "1", **self.environment, "MASKWRIGHT_TEST_SESSION": self.mark},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        return self
+
+    def raylet(self) -> int:
+        """Process of its raylet."""
+        found = [pid for pid in self.processes() if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].endswith(b"/raylet")]
+        assert len(found) == 1, f"{len(found)} raylets\n{self.text()}"
+        return found[0]
+
+
+@dataclass
+class RayCluster:
+    """A head without CPUs, where the command runs, and nodes that come and go. Use as a context manager."""
+
+    folder: Path
+    """Of the nodes' output; what they share."""
+    environment: dict[str, str] = field(default_factory=dict)
+    address: str = LOOPBACK
+    inside: Sequence[str] = ()
+    nodes: list[RayNode] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
+        token = self.folder / "token"
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        self.environment = {**_QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **self.environment}
+        self.port = free_port("127.0.0.1")
+        head = [
+            "--head",
+            f"--port={self.port}",
+            f"--temp-dir={self._temporary}",
+            "--include-dashboard=false",
+            "--disable-usage-stats",
+            "--num-cpus=0",
+        ]
+        self.head = self._start(head, self.address, self.inside)
+        try:
+            self._wait_for(1)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for node in [*self.nodes, self.head]:
+            node.kill_everything()
+        subprocess.run(["rm", "-rf", self._temporary], check=True)
+
+    def add_node(self, num_cpus: int = 1, address: str | None = None, inside: Sequence[str] = ()) -> RayNode:
+        """Start a node and wait until it has joined."""
+        node = self._start([f"--address={self.address}:{self.port}", f"--num-cpus={num_cpus}"], address or self.address, inside)
+        self.nodes.append(node)
+        self._wait_for(1 + len(self.nodes))
+        return node
+
+    def kill_node(self, node: RayNode) -> None:
+        """Take a machine away: every process of the node at once."""
+        self.nodes.remove(node)
+        node.kill_everything()
+
+    def write_config(self, path: Path, **settings: object) -> Path:
+        """A cluster YAML for it."""
+        config = {"kind": "ray", "address": f"{self.address}:{self.port}", "threads_per_worker": 1, "use_gpu": False, **settings}
+        path.write_text(yaml.safe_dump(config))
+        return path
+
+    def ask(self, program: str) -> str:
+        """What a Python program prints that has joined the cluster."""
+        lines = f"import ray; ray.init(address='{self.address}:{self.port}', logging_level='ERROR', log_to_driver=False)\n{program}"
+        environment = {**os.environ, **self.environment}
+        done = subprocess.run(
+            [*self.inside, sys.executable, "-c", lines], env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def _start(self, arguments: Sequence[str], address: str, inside: Sequence[str]) -> RayNode:
+        own = ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
+        return RayNode([*arguments, f"--node-ip-address={address}", *own], self.folder, self.environment, inside=inside).start()
+
+    def _wait_for(self, count: int) -> None:
+        node = (self.nodes or [self.head])[-1]
+        node.wait_until(lambda: "Ray runtime started" in node.text(), START_S)
+
+
+_QUIET = {
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+@contextmanager
+def cluster_of(folder: Path, num_nodes: int) -> Generator[RayCluster]:
+    """A cluster with so many nodes of one CPU."""
+    with RayCluster(folder) as cluster:
+        for _ in range(num_nodes):
+            cluster.add_node()
+        yield cluster

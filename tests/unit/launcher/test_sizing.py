@@ -1,0 +1,166 @@
+"""Sizes of attempts as nodes come and go; whom we talk to without a token; what a cluster file that cannot be honoured says."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConfigError, InterruptedRunError, UnreachableError
+from launcher.clusters import sizing
+from launcher.clusters.existing import has_token, require_token
+from launcher.clusters.local import Machine, Workers
+from launcher.clusters.opening import workers_of
+from launcher.clusters.sizing import Sizing, TooFewWorkersError
+from launcher.config import LocalCluster, RayCluster
+from launcher.elastic import Node, Work
+
+WORK = [Work(100, 8)]
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "_LOOK_S", 0.01)
+    monkeypatch.setattr(sizing, "_SETTLE_S", 0.2)
+
+
+def node(cpus: float = 1, free: float | None = None, gpus: float = 0) -> Node:
+    return Node("10.0.0.1", cpus, gpus, cpus if free is None else free, gpus)
+
+
+def never() -> bool:
+    return False
+
+
+def sizing_of(nodes: Callable[[bool], Sequence[Node]], stopped: Callable[[], bool] = never, **config: object) -> Sizing:
+    settings = RayCluster.model_validate({"kind": "ray", "threads_per_worker": 1, "wait_s": 0.3, **config})
+    return Sizing(settings, nodes, lambda: WORK, stopped)
+
+
+class Cluster:
+    """Nodes that come and go."""
+
+    def __init__(self, *nodes: Node) -> None:
+        self.nodes = nodes
+        self.just_died: tuple[Node, ...] = ()
+
+    def __call__(self, sure: bool) -> Sequence[Node]:
+        return self.nodes if sure else (*self.nodes, *self.just_died)
+
+
+def test_a_lost_node_shrinks_the_run_and_a_returned_one_grows_it() -> None:
+    cluster = Cluster(node(), node())
+    sizes = sizing_of(cluster, num_workers=2, min_workers=1)
+    two, one = Workers(2, 1, False), Workers(1, 1, False)
+    assert sizes.workers_now() == two
+    cluster.nodes = (node(free=0), node(free=0))  # at work
+    assert sizes.larger_workers(two) is None
+    cluster.nodes = (node(),)
+    assert sizes.workers_now() == one
+    cluster.nodes = (node(free=0),)
+    assert sizes.larger_workers(one) is None
+    cluster.just_died = (node(),)  # Ray has not noticed yet
+    assert sizes.larger_workers(one) is None
+    cluster.nodes = (node(free=0), node())
+    assert sizes.larger_workers(one) == two
+    cluster.nodes = (node(free=0), node(), node())
+    assert sizes.larger_workers(one) == two  # num_workers is the most
+
+
+def test_a_group_that_is_not_placed_yet_is_not_counted_twice() -> None:
+    sizes = sizing_of(Cluster(node(), node()), min_workers=1)
+    assert sizes.larger_workers(sizes.workers_now()) is None
+
+
+def test_growth_only_where_it_pays() -> None:
+    cluster = Cluster(*[node()] * 4)
+    sizes = sizing_of(cluster, min_workers=1)
+    assert sizes.workers_now() == Workers(4, 1, False)
+    cluster.nodes = (*[node(free=0)] * 4, node(), node(), node())
+    assert sizes.larger_workers(Workers(4, 1, False)) is None  # 5, 6 or 7 ranks take the two rounds that 4 take
+    cluster.nodes = (*cluster.nodes, node())
+    assert sizes.larger_workers(Workers(4, 1, False)) == Workers(8, 1, False)
+
+
+def test_without_a_minimum_the_number_stays() -> None:
+    cluster = Cluster(node(), node())
+    sizes = sizing_of(cluster)
+    assert sizes.workers_now() == Workers(2, 1, False)
+    cluster.nodes = (node(free=0), node(free=0), node(), node())
+    assert sizes.larger_workers(Workers(2, 1, False)) is None
+    cluster.nodes = (node(),)
+    with pytest.raises(TooFewWorkersError, match="room for 1 ranks of 1 CPU each, 2 are needed"):
+        sizes.workers_now()
+
+
+def test_what_a_lost_group_had_is_waited_for_but_not_for_ever() -> None:
+    looks = 0
+
+    def nodes(sure: bool) -> Sequence[Node]:
+        nonlocal looks
+        looks += 1
+        return [node(), node(free=0 if looks < 5 else 1)]
+
+    assert sizing_of(nodes, min_workers=1).workers_now().num_workers == 2
+    began = time.monotonic()
+    assert sizing_of(Cluster(node(), node(free=0)), min_workers=1).workers_now().num_workers == 1  # the rest is somebody else's
+    assert 0.2 <= time.monotonic() - began < 2
+
+
+def test_too_few_nodes_say_what_there_is_and_what_is_needed() -> None:
+    began = time.monotonic()
+    with pytest.raises(TooFewWorkersError) as caught:
+        sizing_of(Cluster(node(4, free=3)), num_workers=2, threads_per_worker=2).workers_now()
+    assert time.monotonic() - began >= 0.3
+    assert "1 live nodes with 3 of 4 CPUs free: room for 1 ranks of 2 CPUs each, 2 are needed" in caught.value.cause
+    with pytest.raises(TooFewWorkersError, match="0 live nodes"):
+        sizing_of(Cluster(), min_workers=1).workers_now()
+
+
+def test_a_stop_ends_the_wait() -> None:
+    with pytest.raises(InterruptedRunError):
+        sizing_of(Cluster(), stopped=lambda: True, wait_s=600).workers_now()
+
+
+def test_threads_and_device_are_settled_by_the_first_attempt() -> None:
+    cluster = Cluster(node(8), node(8))
+    sizes = sizing_of(cluster, threads_per_worker="auto", min_workers=1)
+    assert sizes.workers_now() == Workers(2, 8, False)
+    cluster.nodes = (node(8), node(16, gpus=2))
+    assert sizes.workers_now() == Workers(3, 8, False)
+    with_gpus = sizing_of(Cluster(node(8, gpus=2), node(8, gpus=2), node(4)), threads_per_worker="auto")
+    assert with_gpus.workers_now() == Workers(4, 4, True)
+
+
+@pytest.mark.parametrize("address", ["10.1.2.3:6379", "8.8.8.8:6379", "nowhere.invalid:1", "[fe80::1]:6379"])
+def test_no_cluster_is_talked_to_without_a_token(address: str) -> None:
+    with pytest.raises(UnreachableError, match="no token"):
+        require_token(address, has_token=False)
+    require_token(address, has_token=True)
+
+
+def test_loopback_needs_none() -> None:
+    require_token("127.0.0.1:6379", has_token=False)
+    require_token("127.0.0.2:6379", has_token=False)
+
+
+def test_a_token_is_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert not has_token()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("secret")
+    assert has_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
+    assert not has_token()
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert has_token()
+
+
+def test_what_is_known_before_there_is_a_cluster() -> None:
+    assert workers_of(LocalCluster(), Machine(2, 0), 8) == Workers(2, 1, False)
+    assert workers_of(RayCluster(kind="ray"), Machine(2, 0), 8) is None
+    with pytest.raises(ConfigError, match="exceeds the 8 micro-batches"):
+        workers_of(RayCluster(kind="ray", num_workers=9), Machine(2, 0), 8)
+    assert workers_of(RayCluster(kind="ray", num_workers=9, min_workers=1), Machine(2, 0), 8) is None
