@@ -9,8 +9,11 @@ from typing import Any, cast
 from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig
 
-FREE = ("storage", "data", "zero", "batch.split", "batch.loader_workers", "checkpoint", "validation", "finetune", "model.activation_checkpointing")
-"""Change what a run costs or keeps, never what it computes (beyond summation order)."""
+FREE = (
+    *("storage", "data", "zero", "batch.split", "batch.loader_workers", "checkpoint", "validation", "numerics", "finetune"),
+    "model.activation_checkpointing",
+)
+"""Change what a run costs or keeps, never what it computes (beyond summation order, and but for steps in numeric trouble)."""
 DELIBERATE = ("optimizer", "schedule")
 """Change the rest of the run: only by `resume --set`, and recorded."""
 

@@ -1,5 +1,6 @@
 """Passes over micro-batches: a step's forward and backward, and validation (every function is collective)."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +26,18 @@ if TYPE_CHECKING:
 _DROPOUT = 0xD509  # keeps dropout's seeds apart from those of other uses of `mix64`
 
 
-def forward_backward(engine: Engine, part: StepPart, counts: StepCounts, empty: "MicroBatch", config: RunConfig, world_size: int) -> Tensor:
+def forward_backward(
+    engine: Engine,
+    part: StepPart,
+    counts: StepCounts,
+    empty: "MicroBatch",
+    config: RunConfig,
+    world_size: int,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Tensor:
     """Accumulate the gradients of this rank's part of a step; returns its sums as `LossSums.detached` does, still on the device.
+
+    `enter` hears each time whether `forward` or `backward` begins.
 
     Dropout is seeded before every piece by (seed, micro-batch number, piece): it depends neither on the rank nor on restarts, and no
     random state needs saving. Ranks with fewer micro-batches run empty ones, whose loss has weight zero.
@@ -38,7 +49,7 @@ def forward_backward(engine: Engine, part: StepPart, counts: StepCounts, empty: 
         for piece_number, piece in enumerate(tensor_batches(batch, config.batch.split)):
             torch.manual_seed(dropout_seed(config.seed, batch.number, piece_number))
             last = place + 1 == len(batches) and piece_number + 1 == config.batch.split
-            sums += engine.accumulate(piece.to(engine.device), weights, last=last).detached()
+            sums += engine.accumulate(piece.to(engine.device), weights, last=last, enter=enter).detached()
     return sums
 
 
@@ -61,7 +72,6 @@ class Validation:
         that were left out and that `state` does not know yet.
 
         Raises:
-            DivergedError: a loss is not finite.
             MaskwrightError: a rank could not read its part.
         """
         stream = self._stream(phase)
@@ -72,7 +82,7 @@ class Validation:
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
         for batch in _padded(part, empty_micro_batch(self._corpora.vocabulary)):
             sums += engine.evaluate(tensor_batches(batch)[0].to(engine.device)).detached()
-        losses = StepLosses.total(sums, counts, engine.device, where=f"validation at step {state.step}")
+        losses = StepLosses.total(sums, counts, engine.device)
         return losses, newly_skipped(part.batches, counts, state)
 
     def _stream(self, phase: Phase) -> MicroBatchStream:

@@ -1,14 +1,14 @@
 """Pretraining: the loop, which runs on every rank and reads top to bottom."""
 
-import math
 import os
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from data_pipeline.config import Phase
-from data_pipeline.errors import DataCorruptError, DivergedError, InterruptedRunError
+from data_pipeline.errors import DataCorruptError, InterruptedRunError
 from data_pipeline.index import MANIFEST
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
@@ -19,12 +19,14 @@ from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome, training_device
 from trainer.metrics import StepLog
 from trainer.model import build_model
+from trainer.numerics import with_loss
 from trainer.passes import Validation, forward_backward
 from trainer.reading import read_steps
 from trainer.runlog import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
 from trainer.skips import newly_skipped, with_skipped
+from trainer.soundness import Soundness
 from trainer.state import TrainState
 from trainer.totals import StepCounts, StepLosses, raise_together
 
@@ -39,7 +41,8 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
 
     Raises:
         InterruptedRunError: a stop was requested; a checkpoint has been committed (before the first step there is nothing to commit).
-        DivergedError: a loss or the gradients are not finite.
+        NumericTroubleError: a loss or gradients are unsound; the next attempt resumes from an earlier checkpoint.
+        DivergedError: they are, and by policy or budget that ends the run.
         ConfigError: the configuration or the run folder does not fit the corpus.
         MaskwrightError: a rank could not read its data; the same error on every rank.
     """
@@ -48,12 +51,22 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     folder, corpora = RunFolder(Location.at(run)), Mixture.open(Location.at(corpus), config.data)
     engine = build_engine(config, corpora)
     saver = Saver.open(folder, config, context, attempt)
+    soundness = Soundness.open(folder, config, saver, attempt)
     state = saver.resume(engine, TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest))
     with closing(saver), closing(StepLog(folder, engine, context, attempt, first_step=state.step)) as log:
-        train(config, corpora, engine, saver, log, context, state)
+        train(config, corpora, engine, saver, soundness, log, context, state)
 
 
-def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log: StepLog, context: RunContext, state: TrainState) -> None:
+def train(
+    config: RunConfig,
+    corpora: Mixture,
+    engine: Engine,
+    saver: Saver,
+    soundness: Soundness,
+    log: StepLog,
+    context: RunContext,
+    state: TrainState,
+) -> None:
     """The loop: read, agree, forward and backward, agree, step, record, validate, save. See `pretrain`."""
     stream = MicroBatchStream(corpora, config.objective, config.phases, config.seed, packing=config.batch.row_packing)
     validation, empty = Validation(corpora, config, context.rank, context.world_size), empty_micro_batch(corpora.vocabulary)
@@ -66,6 +79,7 @@ def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log
         log.start_step()
         part = next(parts)
         own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None or saver.failed())
+        context.heartbeat(state.step, "agree")
         counts = own.total(engine.device)
         if counts.failures:
             raise_together(part.error or saver.error, f"read the data of step {state.step}" if part.error else "save a checkpoint")
@@ -78,22 +92,21 @@ def train(config: RunConfig, corpora: Mixture, engine: Engine, saver: Saver, log
             log.skipped(state, skipped)
             state = with_skipped(state, skipped, config.data.skip_budget)
 
-        context.heartbeat(state.step, "forward")
-        sums = forward_backward(engine, part, counts, empty, config, context.world_size)
-        losses = StepLosses.total(sums, counts, engine.device, where=f"step {state.step}")
+        sums = forward_backward(engine, part, counts, empty, config, context.world_size, enter=partial(context.heartbeat, state.step))
+        losses = StepLosses.total(sums, counts, engine.device)
 
         context.heartbeat(state.step, "optimizer")
         lr = learning_rate(config.optimizer.lr, config.schedule, state.step)
-        outcome = engine.step(lr)
-        require_sound(outcome, config.precision, state.step)
+        outcome = soundness.step(engine, lr, losses, state, part.num_micro_batches)
         log.step(state, counts, losses, outcome, lr, wait_s=part.wait_s, stall_s=saver.take_stall_s())
-        state = advanced(state, outcome, counts, part.num_micro_batches)
+        state = advanced(state, outcome, counts, part.num_micro_batches, with_loss(state.recent_losses, losses.loss, config.numerics))
 
         if is_due(state.step, config.validation.every_steps, config):
             context.heartbeat(state.step, "validation")
             held_out, skipped = validation.measure(engine, phase_of(config.phases, state.step - 1), state)
             log.skipped(state, skipped)
             log.validated(state, held_out, corpora.unigram_entropy)
+            soundness.require_finite(held_out, state)
             state, validation_loss = with_skipped(state, skipped, config.data.skip_budget), held_out.loss
         if is_due(state.step, config.checkpoint.every_steps, config):
             saver.save(engine, state, validation_loss)
@@ -133,24 +146,11 @@ def require_own_tokenizer(corpora: Mixture) -> None:
         )
 
 
-def require_sound(outcome: StepOutcome, precision: str, step: int) -> None:
-    """Refuse gradients that are not finite, except in fp16, where the loss scale is lowered and the step skipped.
-
-    Raises:
-        DivergedError: they are not finite, on all ranks: the norm is global.
-    """
-    if precision != "fp16" and not (outcome.applied and math.isfinite(outcome.grad_norm)):
-        raise DivergedError(
-            f"the gradients of step {step} are not finite (norm {outcome.grad_norm}) although its loss is",
-            "Lower optimizer.lr or lengthen the warm-up, then resume from an earlier checkpoint.",
-        )
-
-
-def advanced(state: TrainState, outcome: StepOutcome, counts: StepCounts, num_micro_batches: int) -> TrainState:
-    """The state after a step. A step that overflowed in fp16 counts, and its data is consumed; that it was skipped is kept."""
+def advanced(state: TrainState, outcome: StepOutcome, counts: StepCounts, num_micro_batches: int, recent_losses: tuple[float, ...]) -> TrainState:
+    """The state after a step. One without an update counts, and its data is consumed; that it was skipped is kept, its loss is not."""
     after = state.advance(micro_batches=num_micro_batches, tokens=counts.tokens)
     if outcome.applied:
-        return after
+        return replace(after, recent_losses=recent_losses)
     return replace(after, skipped_steps=(*state.skipped_steps, state.step)[-MAX_SKIPPED_STEPS:])
 
 

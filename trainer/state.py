@@ -17,6 +17,8 @@ class TrainState:
     skipped_steps: tuple[int, ...] = ()
     skipped_blocks: tuple[str, ...] = ()
     """Damaged blocks that were left out, see `SkippedBlock.name`; never more than `data.skip_budget`."""
+    recent_losses: tuple[float, ...] = ()
+    """Losses of the newest updates, that a spike is measured against; see `numerics.with_loss`."""
     corpus_fingerprint: str = ""
     tokenizer_digest: str = ""
 
@@ -31,10 +33,10 @@ class TrainState:
 
     def to_json(self) -> dict[str, Any]:
         """JSON object; `from_json` reads it back."""
-        return {**asdict(self), "skipped_steps": list(self.skipped_steps), "skipped_blocks": list(self.skipped_blocks)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "TrainState":
         """The state written by `to_json`, of this release or an older one."""
-        fields: dict[str, Any] = {**value, "skipped_steps": tuple(value["skipped_steps"]), "skipped_blocks": tuple(value.get("skipped_blocks", ()))}
+        fields: dict[str, Any] = {name: tuple(field) if isinstance(field, list) else field for name, field in value.items()}
         return cls(**fields)

@@ -3,18 +3,21 @@
 Both are one small all-reduce of float64, in which counts and 16-bit limbs add up exactly.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import DivergedError, MaskwrightError
+from data_pipeline.errors import MaskwrightError
 
 if TYPE_CHECKING:
     from data_pipeline.stream import MicroBatch
+
+T = TypeVar("T")
 
 _LIMBS = 4
 _LIMB_BITS = 16
@@ -64,7 +67,7 @@ _COUNTS = [field.name for field in fields(StepCounts) if field.name != "digest"]
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Mean losses and accuracies of a global batch; NaN where the batch has nothing to predict."""
+    """Mean losses and accuracies of a global batch; NaN where the batch has nothing to predict, infinite where a loss is not finite."""
 
     mlm_loss: float
     nsp_loss: float
@@ -74,23 +77,33 @@ class StepLosses:
     @property
     def loss(self) -> float:
         """What is minimised; a term without labels does not count."""
-        return self.mlm_loss + (self.nsp_loss if self.nsp_loss == self.nsp_loss else 0.0)
+        return sum(term for term in (self.mlm_loss, self.nsp_loss) if not math.isnan(term))
 
     @classmethod
-    def total(cls, sums: Tensor, counts: StepCounts, device: torch.device, *, where: str) -> "StepLosses":
-        """Add the ranks' vectors of `LossSums.detached` and divide by the global counts. Collective; waits for the device.
-
-        Raises:
-            DivergedError: a loss is not finite, on all ranks.
-        """
+    def total(cls, sums: Tensor, counts: StepCounts, device: torch.device) -> "StepLosses":
+        """Add the ranks' vectors of `LossSums.detached` and divide by the global counts. Collective; waits for the device."""
         mlm_loss, nsp_loss, mlm_correct, nsp_correct = _summed(sums, device)
-        if not torch.isfinite(torch.tensor([mlm_loss, nsp_loss])).all():
-            raise DivergedError(
-                f"the loss of {where} is not finite (MLM {mlm_loss}, NSP {nsp_loss}, summed over the batch)",
-                "Lower optimizer.lr or lengthen the warm-up, then resume from an earlier checkpoint; `maskwright inspect` shows the batch.",
-            )
-        masked, pairs = counts.masked or float("nan"), counts.pairs or float("nan")
+        masked, pairs = counts.masked or math.nan, counts.pairs or math.nan
+        mlm_loss, nsp_loss = (loss if math.isfinite(loss) else math.inf for loss in (mlm_loss, nsp_loss))
         return cls(mlm_loss / masked, nsp_loss / pairs, mlm_correct / masked, nsp_correct / pairs)
+
+
+def on_rank_zero(what: str, action: Callable[[], T]) -> T:
+    """The result of `action`, which rank 0 runs, on every rank; its failure is raised on every rank. Collective.
+
+    Raises:
+        MaskwrightError: it failed; with the type, cause and remedy of the original where it had them.
+    """
+    result: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            result[0] = action()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for word of it
+            result[1] = _portable(error, f"rank 0 could not {what}")
+    dist.broadcast_object_list(result)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 def raise_together(error: Exception | None, what: str) -> None:

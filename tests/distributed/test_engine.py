@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import DataCorruptError, DivergedError, MaskwrightError
+from data_pipeline.errors import DataCorruptError, MaskwrightError, StorageError
 from tests.support.batches import EMPTY, random_micro_batch, small_config, write_tokenizer
 from tests.support.distributed import run_distributed
 from trainer.config import RunConfig
@@ -13,7 +13,7 @@ from trainer.engine import Engine
 from trainer.model import build_model
 from trainer.passes import forward_backward
 from trainer.reading import StepPart, share_of
-from trainer.totals import StepCounts, StepLosses, raise_together
+from trainer.totals import StepCounts, StepLosses, on_rank_zero, raise_together
 
 MICRO_BATCHES = 4
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def two_steps(rank: int, world_size: int, tokenizer: str, configs: list[RunConfi
             part = part_of(rank, world_size, first)
             counts = StepCounts.of(part.batches, part.first_position, stop=False, failed=False).total(CPU)
             sums = forward_backward(engine, part, counts, EMPTY, config, world_size)
-            losses = StepLosses.total(sums, counts, CPU, where="a test")
+            losses = StepLosses.total(sums, counts, CPU)
             steps["digests"].append(counts.digest)
             steps["losses"].append(losses.loss)
             steps["norms"].append(engine.step(1e-3).grad_norm)
@@ -87,10 +87,13 @@ def agreements(rank: int, world_size: int) -> dict[str, Any]:
     heard: dict[str, Any] = {}
     counts = StepCounts(masked=10, pairs=4, digest=2**64 - 1 - rank, stops=rank).total(CPU)
     heard["counts"] = (counts.masked, counts.digest, counts.stops)
+    sums = torch.tensor([float("nan") if rank == 1 else 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    heard["loss"] = StepLosses.total(sums, counts, CPU).loss
+    heard["told"] = on_rank_zero("think", lambda: 10 + rank)
     try:
-        StepLosses.total(torch.tensor([float("nan") if rank == 1 else 1.0, 1.0, 0.0, 0.0], dtype=torch.float64), counts, CPU, where="step 7")
-    except DivergedError as error:
-        heard["diverged"] = error
+        on_rank_zero("write", refused)
+    except MaskwrightError as error:
+        heard["refused"] = error
     reason: Exception | None = DataCorruptError("shard 3 is damaged", "Restore it.") if rank == 1 else None
     try:
         raise_together(reason, "read the data of step 7")
@@ -103,10 +106,17 @@ def agreements(rank: int, world_size: int) -> dict[str, Any]:
     return heard
 
 
+def refused() -> None:
+    raise StorageError("the disk is full", "Make room.")
+
+
 def test_trouble_on_one_rank_is_heard_by_all() -> None:
     for heard in run_distributed(agreements, 2, timeout_s=30):
         assert heard["counts"] == (20, (2**64 - 1 + 2**64 - 2) % 2**64, 1)
-        assert "step 7 is not finite" in heard["diverged"].cause
+        assert heard["loss"] == float("inf")
+        assert heard["told"] == 10
+        assert isinstance(heard["refused"], StorageError)
+        assert heard["refused"].cause == "rank 0 could not write: the disk is full"
         assert isinstance(heard["data"], DataCorruptError)
         assert heard["data"].cause == "rank 1 could not read the data of step 7: shard 3 is damaged"
         assert heard["data"].remedy == "Restore it."
@@ -120,4 +130,4 @@ def test_nothing_to_predict_is_no_loss() -> None:
 
 
 def losses_without_pairs(rank: int, world_size: int) -> StepLosses:
-    return StepLosses.total(torch.tensor([5.0, 0.0, 1.0, 0.0], dtype=torch.float64), StepCounts(masked=10), CPU, where="a test")
+    return StepLosses.total(torch.tensor([5.0, 0.0, 1.0, 0.0], dtype=torch.float64), StepCounts(masked=10), CPU)

@@ -188,7 +188,7 @@ def troubles(rank: int, world_size: int, corpus: str, damaged: str, other: str, 
     context = LocalContext(rank, world_size)
     config = config_of(1, "bf16")
     skipping, strict = (config_of(1, "bf16", data={"on_damage": "skip", "skip_budget": budget}) for budget in (99, 0))
-    wild = config_of(1, "fp32", optimizer={"lr": 1e30, "clip_norm": 1e30}, schedule={"steps": STEPS, "warmup_steps": 0})
+    wild = config_of(1, "fp32", optimizer={"lr": 1e30, "clip_norm": 1e30}, schedule={"steps": STEPS, "warmup_steps": 0}, numerics={"policy": "stop"})
     pretrain(config, corpus, f"{root}/good", context, 1)
     return {
         "data": caught(lambda: pretrain(config, damaged if rank == 1 else corpus, f"{root}/data", context, 1)),

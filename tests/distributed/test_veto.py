@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.support.batches import EMPTY, random_micro_batch, small_config, write_tokenizer
-from tests.support.checkpoints import run_config
+from tests.support.checkpoints import run_config, write_engine
 from tests.support.distributed import run_distributed
 from trainer.config import RunConfig
 from trainer.engine import Engine, StepOutcome
@@ -63,11 +63,7 @@ def traces(rank: int, world_size: int, tokenizer: str, folder: str, configs: lis
                 if step not in REFUSED or name == "refused":
                     outcome = stepped(engine, config, rank, world_size, step, REFUSED.get(step, "plain"))
                     trace.append((outcome.grad_norm, outcome.applied))
-            target = Path(folder) / f"{number}-{name}"
-            if rank == 0:
-                target.mkdir()
-            torch.distributed.barrier()
-            engine.save(target)
+            write_engine(engine, Path(folder) / f"{number}-{name}")
             found[-1][name] = trace
     return found
 

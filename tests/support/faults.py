@@ -1,0 +1,89 @@
+"""Numeric faults for tests: a NaN into a gradient, a batch without a finite loss, a spike; once, or each time the batch comes.
+
+A test's own processes call `install`. Worker processes of a real command have `tests/support/plugin` on their PYTHONPATH (see
+`environment_of`), whose `sitecustomize` installs the fault as soon as the trainer is imported: the product knows nothing of it.
+"""
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+VARIABLE = "MASKWRIGHT_TEST_FAULT"
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class NumericFault:
+    """What goes wrong on the rank that computes a micro-batch, when it does."""
+
+    kind: Literal["gradient", "batch", "spike"]
+    """`gradient`: one NaN in one gradient; `batch`: neither loss nor gradients are finite; `spike`: a loss a hundred times as high."""
+    micro_batch: int
+    once: str | None = None
+    """A file that says that it has happened, in whatever attempt; None: it happens each time."""
+
+    def strikes(self, numbers: list[int]) -> bool:
+        """Whether it happens while these micro-batches are computed."""
+        if self.micro_batch not in numbers:
+            return False
+        if self.once is None:
+            return True
+        try:
+            Path(self.once).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+
+def environment_of(fault: NumericFault) -> dict[str, str]:
+    """Environment of a command whose worker processes shall have the fault."""
+    return {VARIABLE: json.dumps(asdict(fault)), "PYTHONPATH": f"{ROOT / 'tests/support/plugin'}:{ROOT}"}
+
+
+def install_from_environment() -> None:
+    """Called by the plugin once `trainer.pretrain` is imported."""
+    install(NumericFault(**json.loads(os.environ[VARIABLE])))
+
+
+def install(fault: NumericFault) -> None:
+    """Put the fault into this process, in place of one that is there."""
+    import torch
+
+    from trainer import passes, pretrain
+    from trainer.engine import Engine
+    from trainer.objectives import LossSums, LossWeights
+
+    def faulty(engine: Engine, part: Any, *arguments: Any, **named: Any) -> torch.Tensor:
+        if not fault.strikes([batch.number for batch in part.batches]):
+            return passes.forward_backward(engine, part, *arguments, **named)
+        parameter = engine.model.get_parameter("bert.encoder.layer.0.output.dense.weight")
+        removal = parameter.register_hook(_with_nan) if fault.kind == "gradient" else None
+        if fault.kind != "gradient":
+            engine.accumulate = accumulate_wrongly(engine)
+        try:
+            return passes.forward_backward(engine, part, *arguments, **named)
+        finally:
+            if removal is not None:
+                removal.remove()
+            else:
+                del engine.accumulate
+
+    def accumulate_wrongly(engine: Engine) -> Any:
+        right, factor = engine.accumulate, math.nan if fault.kind == "batch" else 100.0
+
+        def accumulate(batch: Any, weights: LossWeights, **named: Any) -> LossSums:
+            sums = right(batch, LossWeights(weights.mlm * factor, weights.nsp * factor), **named)
+            return LossSums(sums.mlm_loss * factor, sums.nsp_loss * factor, sums.mlm_correct, sums.nsp_correct)
+
+        return accumulate
+
+    pretrain.forward_backward = faulty
+
+
+def _with_nan(gradient: Any) -> Any:
+    spoiled = gradient.clone()
+    spoiled.view(-1)[3] = math.nan
+    return spoiled
