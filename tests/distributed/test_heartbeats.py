@@ -1,0 +1,99 @@
+"""The board on a real Ray cluster of several nodes: beats and commands, what is seen of processes elsewhere, drains, and how a group is ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+import pytest
+
+from launcher.group_watch import BoardLostError
+from launcher.health import Beat, Seen
+from launcher.heartbeats import BoardLine, RayGroup
+from launcher.lease import process_start
+from launcher.rank_watch import SAVE, STACKS
+from tests.support.cluster import Nodes
+
+pytestmark = pytest.mark.timeout(180)
+
+
+class Rank:
+    """A rank that says where it is when it is told to."""
+
+    def __init__(self, board: Any, rank: int) -> None:
+        self._line = BoardLine(board, rank)
+        self._line.join()
+
+    def beat(self, step: int, obeyed: tuple[str, ...] = ()) -> tuple[str, ...] | None:
+        return self._line.beat(Beat(step, "forward", step, 0, False, 0.0), obeyed)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Generator[Nodes]:
+    import ray
+
+    with Nodes(workers=2) as nodes:
+        ray.init(nodes.address, logging_level="ERROR", log_to_driver=False)
+        try:
+            yield nodes
+        finally:
+            ray.shutdown()
+
+
+def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    return found
+
+
+def test_a_group_of_two_nodes(cluster: Nodes) -> None:
+    import ray
+
+    group = RayGroup.open()
+    ranks = [ray.remote(num_cpus=1)(Rank).remote(group.board, rank) for rank in (0, 1)]
+    assert ray.get([rank.beat.remote(1) for rank in ranks], timeout=60) == [(), ()]
+    group.tell(STACKS)
+    group.tell(SAVE)
+    assert ray.get([rank.beat.remote(2, (STACKS,)) for rank in ranks], timeout=60) == [(STACKS, SAVE)] * 2
+    assert (group.obeyed(STACKS), group.obeyed(SAVE)) == (2, 0)
+    sightings = group.look()
+    assert sightings is not None
+    assert {rank: (count, beat.step) for rank, (count, beat) in sightings.items()} == {0: (2, 2), 1: (2, 2)}
+    assert len({member.node for member in group.members.values()} | {group.node}) == 3
+
+    stopped = group.members[1]
+    os.kill(stopped.pid, signal.SIGSTOP)
+    until(lambda: [group.see([0, 1]).get(rank, (None, ""))[0] for rank in (0, 1)] == [Seen.ALIVE, Seen.STOPPED])
+    assert "T (stopped)" in group.see([0, 1])[1][1]
+
+    assert not group.draining()
+    drain(cluster, stopped.node)
+    assert list(until(group.draining)) == [stopped.node]
+
+    started_at = time.monotonic()
+    group.end()
+    until(lambda: not any(process_start(member.pid) == member.started for member in group.members.values()), 20)
+    assert time.monotonic() - started_at < 15, "a stopped process on another node is Ray's to kill"
+    until(lambda: group.see([0]).get(0, (None, ""))[0] is Seen.GONE)
+    group.close()
+    until(lambda: is_lost(group))
+
+
+def is_lost(group: RayGroup) -> bool:
+    try:
+        group.look()
+    except BoardLostError:
+        return True
+    return False
+
+
+def drain(cluster: Nodes, node: str) -> None:
+    """As a cloud does that takes a machine back."""
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "600"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", node, *reason]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
