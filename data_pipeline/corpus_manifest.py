@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.blocks import load_tables
-from data_pipeline.errors import ConfigError
+from data_pipeline.errors import too_few_documents
 from data_pipeline.index import FORMAT_VERSION, INDEX, record_dtype
 from data_pipeline.masking import Vocabulary
 from data_pipeline.partitions import Job, Receipt
@@ -36,7 +36,7 @@ def write_index(job: Job, encoded: Sequence[Receipt], vocabulary: Vocabulary) ->
             if split == "train":
                 token_counts[: len(counts)] += counts
     if not num_blocks["train"]:
-        raise ConfigError("the corpus has fewer than 2 distinct documents: none is left to train on", "Use more text.")
+        raise too_few_documents()
     data = np.concatenate(tables).astype(record_dtype(len(job.sequence_lengths))).tobytes()
     (job.folder / INDEX).write_bytes(data)
     return {

@@ -55,6 +55,14 @@ class ConfigError(MaskwrightError):
     exit_code = ExitCode.CONFIG
 
 
+def too_few_documents() -> ConfigError:
+    """What a corpus is refused with of which nothing is left when a document is held out for validation."""
+    return ConfigError(
+        "the corpus has fewer than 2 distinct documents: none is left to train on",
+        "Use more text. A .txt of up to 1 MB is one document: cut it into a file a document, or make it .jsonl, a line a document.",
+    )
+
+
 class UnreachableError(MaskwrightError):
     """A service that does not answer, or refuses us."""
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.config import Phase
@@ -28,6 +29,53 @@ def inspect_steps(
             "num_samples": sum(batch.num_samples for _, batch in parts),
             "num_tokens": sum(batch.num_tokens for _, batch in parts),
         }
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """One sample as people read it."""
+
+    text: str
+    """Its tokens; a masked one as `[what the model sees -> what it has to say]`."""
+    sentences: str
+    """What the second segment is to the first."""
+
+
+def sample_texts(stream: MicroBatchStream, phases: tuple[Phase, ...], step: int, count: int) -> Iterator[SampleText]:
+    """The first samples of a step's global batch."""
+    from data_pipeline.tokenizer import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(stream.mixture.tokenizer_folder)
+    for number in micro_batches_of_step(phases, step):
+        for text in _texts(stream[number], tokenizer, stream.objective.sentence_objective):
+            if count <= 0:
+                return
+            count -= 1
+            yield text
+
+
+def _texts(batch: MicroBatch, tokenizer: Any, objective: str) -> Iterator[SampleText]:
+    samples = batch.samples
+    labels = dict(zip(samples.mlm_positions.tolist(), tokenizer.convert_ids_to_tokens(samples.mlm_labels.tolist()), strict=True))
+    tokens: list[str] = tokenizer.convert_ids_to_tokens(samples.token_ids.tolist())
+    start = 0
+    for length, label in zip(samples.lengths.tolist(), samples.nsp_labels.tolist(), strict=True):
+        words: list[str] = []
+        for place, token in enumerate(tokens[start : start + length], start):
+            if place in labels:
+                words.append(f"[{token} -> {labels[place]}]")
+            elif token.startswith("##") and not words[-1].endswith("]"):
+                words[-1] += token[2:]
+            else:
+                words.append(token)
+        yield SampleText(" ".join(words), _RELATIONS.get(label, {}).get(objective, "a single segment"))
+        start += length
+
+
+_RELATIONS = {
+    0: {"nsp": "the second segment follows the first", "sop": "the segments are in order"},
+    1: {"nsp": "the second segment is from another document", "sop": "the segments have changed places"},
+}
 
 
 def _read_part(stream: MicroBatchStream, numbers: Sequence[int], rank: int, world_size: int) -> list[tuple[int, MicroBatch]]:

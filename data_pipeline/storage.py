@@ -24,6 +24,7 @@ from data_pipeline.remote_file import open_remote
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 _PARTS_AT_ONCE = 64
 _STARTED_NS = time.time_ns() - time.monotonic_ns()
 
@@ -42,6 +43,8 @@ def storage_errors(path: str) -> Generator[None]:
             raise StorageError(f"no space left while writing {path}", "Free space (`maskwright clean`) or choose another --storage.") from error
         if error.errno in _UNWRITABLE:
             raise StorageError(f"cannot write {path}: {error.strerror}", "Check the permissions or choose another --storage.") from error
+        if error.errno in _NO_FOLDER and not os.path.isdir(error.filename or ""):
+            raise StorageError(f"cannot write {path}: a file is where a folder has to be", "Choose another --storage.") from error
         raise
 
 

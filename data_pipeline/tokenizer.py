@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError
+from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, too_few_documents
 from data_pipeline.masking import Vocabulary
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def train_tokenizer(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     shape = _untrained(models.WordPiece(unk_token="[UNK]"), config)
     initial, inner = _alphabet(texts, shape)
     if not initial:
-        raise ConfigError("the corpus has fewer than 2 distinct documents: none is left to train on", "Use more text.")
+        raise too_few_documents()
     fixed = [*SPECIAL_TOKENS, *initial, *(f"##{character}" for character in inner)]
     if len(fixed) >= config.vocab_size:
         raise ConfigError(

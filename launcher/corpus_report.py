@@ -8,6 +8,7 @@ from typing import Any
 from data_pipeline.contamination import reported_tasks
 from data_pipeline.corpus_statistics import CorpusStatistics, Distribution, RowStatistics, corpus_statistics
 from data_pipeline.index import CorpusIndex
+from data_pipeline.mixture import MIXTURE
 from data_pipeline.storage import Location
 from launcher.preparation_table import contamination_rows, split_rows
 from launcher.report_figures import bars_figure, histogram_figure
@@ -163,6 +164,12 @@ def find_corpus(name: str, storage: Location) -> Location | None:
     """The corpus of a folder, a URL, or a name below `corpora/` of a storage; None when it is none."""
     candidates = [Location.at(name), *([] if "/" in name else [storage / "corpora" / name])]
     return next((candidate for candidate in candidates if (candidate / "corpus.json").exists()), None)
+
+
+def find_mixture(name: str, storage: Location) -> Location | None:
+    """The mixture of a folder, a URL, or a name below `corpora/` of a storage; None when it is none."""
+    candidates = [Location.at(name), *([] if "/" in name else [storage / "corpora" / name])]
+    return next((candidate for candidate in candidates if (candidate / MIXTURE).exists()), None)
 
 
 def _preparation_rows(counts: dict[str, Any]) -> Iterator[tuple[str, ...]]:

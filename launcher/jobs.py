@@ -11,14 +11,16 @@ from data_pipeline.storage import Location
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
 from launcher.config import Cluster, dump_yaml
-from launcher.continuation import resolve_diff
+from launcher.continuation import changes, resolve_diff
 from launcher.control import clear_stop, read_stop
 from launcher.elastic import Work
 from launcher.job import Job, Stage
 from launcher.lease import Lease
+from launcher.options import completed
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock
-from launcher.run_status import committed_steps, record_lost_driver
-from launcher.runs import cluster_file, read_config
+from launcher.redaction import redacted
+from launcher.run_status import committed_steps, has_trained, record_lost_driver
+from launcher.runs import cluster_file, read_config, reference
 from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.config import RunConfig
@@ -47,13 +49,14 @@ def run_job(
     machine = this_machine()
     workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with Lease.acquire(run, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as lease:
+        as_recorded = verb == "resume" and (has_trained(run) or not deliberate)
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run, lease.state.token)
         record_lost_driver(run)
         progress = TrainingProgress(console, RecordsTail(run.metrics).skip_old(), config.schedule.steps)
         model = model or run.models / MODEL_NAME
         ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(run) is not None)
-        job = Job(config, run, lease, ray, console, progress, model, resumed=verb == "resume")
+        job = Job(config, run, lease, ray, console, progress, model, resumed=as_recorded)
         run.append_event("command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host)
         notices = Notices(console, RecordsTail(run.events).skip_old())
         trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
@@ -66,6 +69,8 @@ def run_job(
         try:
             supervisor.supervise(lambda: _run_stages(job, stages))
         except BaseException as error:
+            if isinstance(error, MaskwrightError):
+                error.remedy = completed(error.remedy, run=reference(run))
             record_end(job, error)
             raise
         finally:
@@ -89,7 +94,8 @@ def _with_whole_paths(config: RunConfig) -> RunConfig:
 
 def _write_configs(run: RunFolder, config: RunConfig, cluster: Cluster, *, deliberate: bool) -> None:
     if run.config.exists():
-        for change in resolve_diff(read_config(run), config, deliberate=deliberate):
+        before = read_config(run)
+        for change in resolve_diff(before, config, deliberate=deliberate) if has_trained(run) else changes(before, config):
             run.append_event("config_changed", attempt=0, path=change.path, before=change.before, after=change.after)
     run.config.write_bytes(dump_yaml(config))
     cluster_file(run).write_bytes(dump_yaml(cluster))
@@ -106,7 +112,7 @@ def record_end(job: Job, error: BaseException) -> None:
         job.lease.beat()
         if not job.lease.lost.is_set():
             job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy)
-        driver_log(job.run).append_line("".join(traceback.format_exception(error)))
+        driver_log(job.run).append_line(redacted("".join(traceback.format_exception(error))))
     except (MaskwrightError, OSError):
         job.say(f"could not record the end of the run in {job.run.root}")
 

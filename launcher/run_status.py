@@ -8,7 +8,8 @@ from typing import Any, Literal
 from data_pipeline.errors import ExitCode
 from launcher.attempts import last_attempt
 from launcher.lease import LeaseState, holder
-from launcher.runs import read_config
+from launcher.options import completed
+from launcher.runs import read_config, reference
 from trainer.manifest import MANIFEST
 from trainer.runlog import RunFolder
 
@@ -30,6 +31,8 @@ class RunStatus:
     stages: dict[str, float]
     """Seconds of each finished stage."""
     attempt: int
+    pretrain_attempts: int
+    """Starts of the workers for pretraining."""
     step: int
     """Optimizer steps done."""
     steps: int
@@ -43,6 +46,10 @@ class RunStatus:
     recoveries: int
     """Times that training resumed from a checkpoint."""
     steps_lost: int
+    blocks_skipped: int
+    """Damaged blocks that pretraining went on without."""
+    batches_skipped: int
+    """Steps whose batch was left out for numeric trouble."""
     cause: str
     remedy: str
     pid: int | None
@@ -70,6 +77,7 @@ def read_status(run: RunFolder) -> RunStatus:
         stage=lease.stage if lease else "",
         stages={event["stage"]: event["elapsed_s"] for event in events if event["kind"] == "stage_finished"},
         attempt=last_attempt(run),
+        pretrain_attempts=len([event for event in events if event["kind"] == "attempt_started" and event.get("stage") == "pretrain"]),
         step=step,
         steps=config.schedule.steps,
         loss=newest.get("loss"),
@@ -80,8 +88,10 @@ def read_status(run: RunFolder) -> RunStatus:
         last_checkpoint=max(committed_steps(run), default=None),
         recoveries=len(resumed),
         steps_lost=sum(int(event.get("steps_lost") or 0) for event in resumed),
+        blocks_skipped=len({(e["corpus"], e["shard"], e["block"]) for e in events if e["kind"] == "data_skipped"}),
+        batches_skipped=len({event["step"] for event in events if event["kind"] == "batch_skipped"}),
         cause=str(last.get("cause", "")),
-        remedy=str(last.get("remedy", "")),
+        remedy=completed(str(last.get("remedy", "")), run=reference(run)),
         pid=lease.pid if lease else None,
         host=lease.host if lease else "",
         started_at=min(times, default=None),
@@ -114,6 +124,11 @@ def record_lost_driver(run: RunFolder) -> None:
     if state == "interrupted":
         seen_at = max([run.newest_metrics().get("time", 0.0), *(event["time"] for event in events)])
         run.append_event("worker_failed", attempt=last_attempt(run), failure="infrastructure", rank=None, cause=told["cause"], seen_at=seen_at)
+
+
+def has_trained(run: RunFolder) -> bool:
+    """Whether a step was taken; until then everything about a run may still be changed."""
+    return bool(run.newest_metrics() or committed_steps(run))
 
 
 def committed_steps(run: RunFolder) -> list[int]:

@@ -41,6 +41,11 @@ def find_run(run: str, storage: str | None) -> RunFolder:
     raise NotFoundError(f"there is no run {run!r} in {root}", remedy)
 
 
+def reference(run: RunFolder) -> str:
+    """What names a run on the command line here: its id, or its folder where the id alone would be looked for elsewhere."""
+    return run.root.name if run.root.parent == resolve_storage(None) else run.root.url
+
+
 def read_config(run: RunFolder) -> RunConfig:
     """The run's resolved configuration, with the storage it was found in.
 

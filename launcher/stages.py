@@ -6,6 +6,7 @@ from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.storage import Location
 from launcher.corpora import is_prepared, prepare_corpora
 from launcher.job import Job, Outcome, Stage
+from launcher.progress import human
 from launcher.retries import run_with_retries
 from launcher.run_status import committed_steps
 from trainer.runlog import RunFolder
@@ -51,9 +52,27 @@ def _pretrain(job: Job) -> Outcome:
     steps = job.config.schedule.steps
     if max(committed_steps(job.run), default=0) >= steps:
         return Outcome(f"{steps} steps, {job.run.checkpoints}", worked=False)
+    say_extent(job)
     arguments = {"config": job.config, "corpus": require_corpus(job.run).url, "run": job.run.root.url}
     run_with_retries(job, PRETRAIN, arguments, done=lambda: max(committed_steps(job.run), default=0) >= steps)
     return Outcome(f"{steps} steps, {job.run.checkpoints}", worked=True)
+
+
+MANY_EPOCHS = 40.0
+"""Of BERT's own training (Devlin et al. 2018, appendix A.2)."""
+
+
+def say_extent(job: Job) -> None:
+    """How much there is to train, and how often the model will see each text."""
+    from data_pipeline.mixture import Mixture
+    from data_pipeline.volume import epochs, tokens
+
+    mixture, phases = Mixture.open(require_corpus(job.run), job.config.data), job.config.phases
+    rounds = epochs(mixture, phases)
+    text = ", ".join(f"{each:,.1f} epochs of {index.folder.name}" for each, index in zip(rounds, mixture.indexes, strict=True))
+    job.say(f"  {job.config.schedule.steps:,} steps, about {human(tokens(mixture, rounds))} tokens, {text}")
+    if max(rounds) > MANY_EPOCHS:
+        job.say(f"  warning: the model will see each text {max(rounds):,.0f} times; more text, or fewer schedule.steps, may serve better")
 
 
 def _export(job: Job) -> Outcome:

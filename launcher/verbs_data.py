@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 from data_pipeline.errors import ConflictError, UsageError
 from data_pipeline.storage import Location
 from launcher.config import example_configs, json_schema, load_cluster_config, load_run_config
-from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, next_command, print_json, print_table, say
+from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, command, next_command, print_json, print_table, say
 from trainer.config import RunConfig
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def init(
         shutil.copyfile(path, copy)
         say(str(copy))
     runs = sorted((target / "runs").glob("*.yaml"), key=lambda path: path.stem != "demo")
-    next_command(f"maskwright run {runs[0]}" if runs else "maskwright schema")
+    next_command(command("run", runs[0]) if runs else "maskwright schema")
 
 
 def schema(
@@ -74,7 +75,8 @@ def prepare(config: ConfigArgument, overrides: Set = None, storage: Storage = No
         _show(part)
     if len(prepared.parts) > 1:
         say(f"\n{prepared.folder}")
-    next_command(f"maskwright inspect {config} --step 0", f"maskwright run {config}")
+    given: Any = {"overrides": overrides, "storage": storage}
+    next_command(command("inspect", config, "--step", 0, **given), command("run", config, **given, cluster=cluster))
 
 
 def _summary(prepared: "PreparedCorpora") -> dict[str, Any]:
@@ -118,6 +120,9 @@ def inspect(
     steps: Annotated[int, typer.Option("--steps", min=1, help="How many steps.")] = 1,
     world_size: Annotated[int, typer.Option("--world-size", "-W", min=1, help="Assemble the batch from the streams of this many ranks.")] = 1,
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="Only this rank's part.")] = None,
+    text: Annotated[
+        int | None, typer.Option("--text", min=0, metavar="N", help="Decode the first N samples of each step.", show_default="1, with --json 0")
+    ] = None,
     overrides: Set = None,
     storage: Storage = None,
     as_json: Json = False,
@@ -126,20 +131,26 @@ def inspect(
 
     Example: maskwright inspect my.yaml --step 1000 --world-size 8 --json
     """
-    from data_pipeline.inspection import inspect_steps
+    from data_pipeline.inspection import inspect_steps, sample_texts
     from data_pipeline.stream import MicroBatchStream
     from launcher.corpora import open_corpora
 
     run_config = load_run_config(config, overrides or (), storage)
     _check_range(run_config, step, steps, world_size, rank)
     stream = MicroBatchStream(open_corpora(run_config), run_config.objective, run_config.phases, run_config.seed, packing=run_config.batch.packing)
+    num_texts = (0 if as_json else 1) if text is None else text
     found = inspect_steps(stream, run_config.phases, step, steps, world_size, rank)
     if as_json:
         for batch in found:
-            print_json(batch)
+            texts = {"text": [asdict(each) for each in sample_texts(stream, run_config.phases, batch["step"], num_texts)]} if num_texts else {}
+            print_json({**batch, **texts})
         return
     print_table(("step", "digest", "samples", "tokens"), ((b["step"], b["digest"], b["num_samples"], b["num_tokens"]) for b in found))
-    next_command(f"maskwright run {config}")
+    for each in range(step, step + steps) if num_texts else ():
+        for nth, sample in enumerate(sample_texts(stream, run_config.phases, each, num_texts), 1):
+            say(f"\nstep {each}, sample {nth} ({sample.sentences}; [seen -> to be predicted]):\n{sample.text}")
+    say("")
+    next_command(command("run", config, overrides=overrides, storage=storage))
 
 
 def _check_range(config: RunConfig, step: int, steps: int, world_size: int, rank: int | None) -> None:

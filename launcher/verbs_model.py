@@ -1,6 +1,7 @@
 """Verbs about models: export, finetune, evaluate, report."""
 
 import re
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -9,12 +10,15 @@ from data_pipeline.errors import ConflictError, NotFoundError, UsageError
 from data_pipeline.storage import Location
 from launcher.config import LocalCluster, load_cluster_config, override_run_config
 from launcher.lease import holder
-from launcher.options import Cluster, Json, RunArgument, Set, Storage, console, next_command, print_json, print_table, say
+from launcher.options import Cluster, Json, RunArgument, Set, Storage, command, console, next_command, print_json, print_table, say
 from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read_config, resolve_storage
 from trainer.config import RunConfig, TaskConfig
 from trainer.runlog import RunFolder
 
 RunOrModel = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run id, run folder or URL; or the folder of an exported model.")]
+
+
+_A_TASK = "finetune.tasks=[{name: mytask, path: DIR}]"
 
 
 def export(
@@ -30,6 +34,8 @@ def export(
     from launcher.stages import MODEL_NAME, require_corpus
     from trainer.export import export as export_model
 
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise UsageError(f"--name {name!r} is not the name of a folder", "Use letters, digits, dots, - and _.")
     folder = find_run(run, storage)
     lease = holder(folder)
     if lease is not None and lease.stage == "export":
@@ -37,7 +43,7 @@ def export(
     target = name or (MODEL_NAME if step is None else f"step-{step:08d}")
     model = export_model(folder, read_config(folder), require_corpus(folder), step=step, name=target)
     say(str(model))
-    next_command(f"maskwright finetune {model} --set 'finetune.tasks=[{{name: mytask, path: DIR}}]'")
+    next_command(command("finetune", model, overrides=[_A_TASK]))
 
 
 def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
@@ -62,7 +68,7 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
     run = run_job(
         config, load_cluster_config(cluster) if cluster else where or LocalCluster(), console(), verb="finetune", stages=stages, model=folder
     )
-    next_command(f"maskwright evaluate {run.root}")
+    next_command(command("evaluate", run.root))
 
 
 def run_name_for(model: Location) -> str:
@@ -101,7 +107,7 @@ def evaluate(
     print_table(
         ("task", "rows", "accuracy", "macro F1"), ((s["task"], s["num_rows"], f"{s['accuracy']:.4f}", f"{s['macro_f1']:.4f}") for s in scores)
     )
-    next_command(f"maskwright report {model}" if isinstance(target, RunFolder) else f"maskwright finetune {model}")
+    next_command(command("report" if isinstance(target, RunFolder) else "finetune", model, storage=storage))
 
 
 def _classifiers(target: RunFolder | Model, overrides: list[str] | None, storage: str | None) -> list[tuple[Location, TaskConfig]]:
@@ -141,7 +147,7 @@ def _fill_mask(target: RunFolder | Model, text: str, *, as_json: bool) -> None:
         return
     for number, place in enumerate(places, 1):
         say(f"[MASK] {number}: " + "  ".join(f"{token} {probability:.3f}" for token, probability in place))
-    next_command(f"maskwright finetune {folder}")
+    next_command(command("finetune", folder, overrides=[_A_TASK]))
 
 
 def report(
@@ -157,11 +163,15 @@ def report(
 
     Example: maskwright report demo
     """
-    from launcher.corpus_report import find_corpus
+    from launcher.corpus_report import find_corpus, find_mixture
 
     corpus = find_corpus(run, resolve_storage(storage))
     if corpus is not None:
         _report_corpus(corpus, output, as_json=as_json)
+        return
+    mixture = find_mixture(run, resolve_storage(storage))
+    if mixture is not None:
+        _report_mixture(mixture, output, as_json=as_json)
         return
     from launcher.report import write_report
 
@@ -174,7 +184,22 @@ def report(
     for text in found.summary():
         say(text)
     say(str(page))
-    next_command(f"open {page}")
+    next_command(shlex.join(["open", str(page)]))
+
+
+def _report_mixture(folder: Location, output: str | None, *, as_json: bool) -> None:
+    """A page for each of its corpora, in their folders."""
+    from data_pipeline.mixture import MIXTURE
+
+    if output is not None:
+        raise UsageError(f"--output: {folder.name} is a mixture, which has a page for each of its corpora", "Give one of its corpora.")
+    parts: list[dict[str, Any]] = (folder / MIXTURE).read_json()["corpora"]
+    whole = sum(part["weight"] for part in parts)
+    if not as_json:
+        print_table(("corpus of the mixture", "weight", "share"), ((p["corpus"], f"{p['weight']:g}", f"{p['weight'] / whole:.1%}") for p in parts))
+        say("")
+    for part in parts:
+        _report_corpus(folder.parent / part["corpus"], None, as_json=as_json)
 
 
 def _report_corpus(folder: Location, output: str | None, *, as_json: bool) -> None:
@@ -194,7 +219,7 @@ def _report_corpus(folder: Location, output: str | None, *, as_json: bool) -> No
         if table.note:
             say(table.note)
     say(f"\n{page}")
-    next_command(f"open {page}", f"maskwright verify {folder}")
+    next_command(shlex.join(["open", str(page)]), command("verify", folder))
 
 
 VERBS = (export, finetune, evaluate, report)

@@ -1,6 +1,7 @@
 """Verbs about runs: run, resume, stop, list, status, logs."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from launcher.options import (
     RunArgument,
     Set,
     Storage,
+    command,
     console,
     next_command,
     print_fields,
@@ -30,7 +32,7 @@ from launcher.options import (
 )
 from launcher.progress import clock, human
 from launcher.run_status import RunStatus, read_status
-from launcher.runs import find_run, read_cluster, read_config, resolve_storage, run_ids
+from launcher.runs import find_run, read_cluster, read_config, reference, resolve_storage, run_ids
 from trainer.runlog import RunFolder
 
 KILL_AFTER_S = 15.0
@@ -65,10 +67,8 @@ def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, clu
 
 
 def _say_finished(run: RunFolder) -> None:
-    commands = [f"maskwright status {run.root}"]
-    if run.report.exists():
-        commands.insert(0, f"open {run.report}")
-    next_command(*commands)
+    report = [shlex.join(["open", str(run.report)])] if run.report.exists() else []
+    next_command(*report, command("status", reference(run)))
 
 
 def stop(
@@ -95,12 +95,7 @@ def stop(
     status = read_status(folder)
     saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
     say(f"run {folder.root.name} {status.state}; {saved}")
-    next_command(f"maskwright resume {_again(run, folder, storage)}")
-
-
-def _again(run: str, folder: RunFolder, storage: str | None) -> str:
-    """The run's name for the next command, which may not be given the same --storage."""
-    return run if storage is None else str(folder.root)
+    next_command(command("resume", run, storage=storage))
 
 
 def _kill(lease: LeaseState) -> None:
@@ -132,11 +127,11 @@ def list_(storage: Storage = None, as_json: Json = False) -> None:
         return
     if not statuses:
         say(f"no runs in {root}")
-        next_command("maskwright run CONFIG")
+        next_command(f"{command('run', 'CONFIG', storage=storage)}")
         return
     rows = ((s.id, s.state, f"{s.step}/{s.steps}", _rounded(s.mlm_loss), human(s.tokens_per_s), s.recoveries, _ago(s.updated_at)) for s in statuses)
     print_table(("run", "state", "step", "mlm loss", "tokens/s", "recoveries", "updated"), rows)
-    next_command(f"maskwright status {statuses[-1].id if storage is None else statuses[-1].folder}")
+    next_command(command("status", statuses[-1].id, storage=storage))
 
 
 def status(
@@ -155,7 +150,7 @@ def status(
         print_json(found.to_json())
     else:
         print_fields(_status_fields(found))
-        next_command(_after_status(found, _again(run, folder, storage)))
+        next_command(_after_status(found, run, storage))
     if exit_code:
         raise typer.Exit(found.exit_code)
 
@@ -174,18 +169,30 @@ def _status_fields(status: RunStatus) -> dict[str, Any]:
         "tokens/s": human(status.tokens_per_s),
         "time left": clock(status.seconds_left) if status.seconds_left else None,
         "checkpoint": None if status.last_checkpoint is None else f"step {status.last_checkpoint}",
-        "attempts": f"{status.attempt}, {status.recoveries} resumed, {status.steps_lost} steps lost" if status.attempt else None,
+        "attempts": _attempts(status),
+        "left out": _left_out(status),
         "process": f"{status.pid} on {status.host}" if status.pid else None,
         "updated": _ago(status.updated_at),
     }
 
 
-def _after_status(status: RunStatus, run: str) -> str:
-    return {
-        "running": f"maskwright logs {run} -f",
-        "finished": f"maskwright report {run}",
-        "failed": f"maskwright logs {run}",
-    }.get(status.state, f"maskwright resume {run}")
+def _attempts(status: RunStatus) -> str:
+    if not status.pretrain_attempts:
+        return ""
+    return f"{status.pretrain_attempts} of pretraining, {status.recoveries} resumed, {status.steps_lost} steps lost"
+
+
+def _left_out(status: RunStatus) -> str:
+    """What the model did not see, on purpose."""
+    parts = ((status.blocks_skipped, "damaged blocks"), (status.batches_skipped, "batches in numeric trouble"))
+    return ", ".join(f"{number} {what}" for number, what in parts if number)
+
+
+def _after_status(status: RunStatus, run: str, storage: str | None) -> str:
+    if status.state == "failed" and not status.attempt:  # no rank has a log; the cause is above
+        return command("resume", run, storage=storage)
+    verb = {"running": "logs", "finished": "report", "failed": "logs"}.get(status.state, "resume")
+    return command(verb, run, *(["-f"] if status.state == "running" else []), storage=storage)
 
 
 def logs(

@@ -1,5 +1,6 @@
 """What each optimizer step is measured by, and rank 0's records of it: metrics.jsonl and TensorBoard."""
 
+import logging
 import math
 import resource
 import time
@@ -12,10 +13,14 @@ import torch
 from data_pipeline.micro_batch import SkippedBlock
 from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome
+from trainer.numerics import continuity
 from trainer.runlog import RunFolder
 from trainer.state import TrainState
 from trainer.totals import StepCounts, StepLosses
 
+SAY_EVERY_S = 10.0
+_SAID = ("loss", "mlm_loss", "nsp_loss", "grad_norm", "lr", "tokens_per_s", "data_wait_s", "checkpoint_stall_s")
+_log = logging.getLogger(__name__)
 _PEAK_SECONDS = 0.2
 _PEAK_SIZE = 1024
 
@@ -64,6 +69,7 @@ class StepLog:
         self._peak_flops = measured_peak(engine.device, engine.dtype) * context.world_size if self._writes else 0.0
         self._tensorboard: Any = None
         self._started_at = time.monotonic()
+        self._said_at = -math.inf
 
     def start_step(self) -> None:
         """Start the clock of a step."""
@@ -93,8 +99,17 @@ class StepLog:
             batch_digest=f"{counts.digest:016x}",
         )
         values = finite(asdict(record))
+        if state.step == self._first_step > 0:
+            self._continued(state, values["loss"])
         self._run.append_metrics(values)
+        self._say(values)
         self._draw("train", state.step, values)
+
+    def _continued(self, state: TrainState, loss: float | None) -> None:
+        """Record how the first loss after a resume goes on from what was there before."""
+        same_step = self._run.metrics_of(state.step).get("loss")
+        before = state.recent_losses[-1] if state.recent_losses else None
+        self._run.append_event("continued", attempt=self._attempt, step=state.step, **continuity(loss, same_step, before))
 
     def validated(self, state: TrainState, losses: StepLosses, unigram_entropy: float) -> None:
         """Record held-out losses after `state.step` steps, beside what a model that knows only token frequencies would reach."""
@@ -118,6 +133,13 @@ class StepLog:
         """Flush TensorBoard's file."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _say(self, values: dict[str, Any]) -> None:
+        """A line in the log now and then: who reads it sees that the run moves."""
+        if time.monotonic() - self._said_at >= SAY_EVERY_S:
+            self._said_at = time.monotonic()
+            shown = {name: "-" if values[name] is None else f"{values[name]:.4g}" for name in _SAID}
+            _log.info("step %d: %s", values["step"], ", ".join(f"{name} {value}" for name, value in shown.items()))
 
     def _draw(self, group: str, step: int, values: dict[str, Any]) -> None:
         if self._tensorboard is None:

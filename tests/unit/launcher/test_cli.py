@@ -119,6 +119,7 @@ def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> 
 )
 def test_bad_input(arguments: list[str], code: ExitCode, made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     write_config()
+    made.append_metrics({"step": 0, "attempt": 1})
     assert invoke(*arguments) == code
     lines = error_of(capsys)
     assert lines
@@ -137,6 +138,58 @@ def test_commands_that_are_named_can_be_pasted(capsys: pytest.CaptureFixture[str
     assert completed("Run `maskwright status demo`.", run="other", storage="my runs") == "Run `maskwright status demo --storage 'my runs'`."
     assert completed("Run `maskwright status /runs/demo`.", storage="my runs") == "Run `maskwright status /runs/demo`."
     assert completed("`maskwright schema` lists every key.", run="a", storage="b") == "`maskwright schema` lists every key."
+
+
+def test_a_first_run_that_failed_can_be_corrected_until_something_was_trained(capsys: pytest.CaptureFixture[str]) -> None:
+    write_config()
+    typo = ("run", "c.yaml", "--set", "corpus.source=artcles.txt", "--storage", "runs")
+    assert invoke(*typo) == ExitCode.NOT_FOUND
+    assert invoke(*typo[:-3], "corpus.source=articles.txt", "--set", "seed=7", *typo[-2:]) == ExitCode.NOT_FOUND
+    assert "articles.txt" in error_of(capsys)[-2], "the change is taken, and the next thing that is wrong is told"
+    run = RunFolder(Location.at("runs/a"))
+    assert [(e["path"], e["after"]) for e in run.read_events() if e["kind"] == "config_changed"] == [
+        ("corpus.source", "articles.txt"),
+        ("seed", 7),
+    ]
+    run.append_metrics({"step": 0, "attempt": 1})
+    assert invoke(*typo) == ExitCode.CONFIG
+    assert "cannot continue with corpus.source" in error_of(capsys)[0]
+
+
+@pytest.mark.parametrize("storage", ["file.txt", "file.txt/below"])
+def test_a_storage_that_is_a_file_is_an_error_of_storage(storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config()
+    Path("file.txt").write_text("not a folder")
+    assert invoke("run", "c.yaml", "--storage", storage) == ExitCode.STORAGE
+    assert "a file is where a folder has to be" in error_of(capsys)[0]
+
+
+def test_export_stays_in_the_models_folder(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("..", "a/b", "", ".hidden"):
+        assert invoke("export", "made", "--name", name) == ExitCode.USAGE
+    assert len(error_of(capsys)) == 8
+
+
+def test_status_counts_attempts_of_pretraining_and_what_was_left_out(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    made.append_event("attempt_started", attempt=1, stage="pretrain")
+    for step in (3, 4):
+        made.append_event("data_skipped", attempt=1, step=step, corpus="c", shard="train-000000.tar", block=2, samples=9, cause="damaged")
+    made.append_event("batch_skipped", attempt=1, step=5)
+    made.append_event("attempt_started", attempt=2, stage="finetune")
+    assert invoke("status", "made", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["attempt"], found["pretrain_attempts"], found["blocks_skipped"], found["batches_skipped"]) == (0, 1, 1, 1)
+    assert invoke("status", "made") == 0
+    out = capsys.readouterr().out
+    assert "1 of pretraining, 0 resumed, 0 steps lost" in out
+    assert "1 damaged blocks, 1 batches in numeric trouble" in out
+
+
+def test_a_byte_that_is_no_text_does_not_end_status(made: RunFolder) -> None:
+    made.append_event("command_started", attempt=0, verb="run")
+    with made.events.path.open("ab") as file:
+        file.write(b'{"kind": "\xff\xfe\n')
+    assert invoke("status", "made") == 0
 
 
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +226,7 @@ def test_export_leaves_a_run_alone_that_is_exporting(made: RunFolder, capsys: py
 
 def test_run_refuses_a_configuration_that_would_make_another_model(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(name="made", schedule={"steps": 10, "warmup_steps": 1}, seed=3)
+    made.append_metrics({"step": 0, "attempt": 1})
     assert invoke("run", config) == ExitCode.CONFIG
     assert "seed: 0 -> 3" in error_of(capsys)[0]
     assert "lease.json" not in made.root.children(), "the refused command left its lease"
@@ -269,8 +323,8 @@ def test_run_is_found_by_id_folder_and_storage(
     for verb in (["status", "made"], ["list"]):
         capsys.readouterr()
         assert invoke(*verb, "--storage", str(here / "runs")) == 0
-        command = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
-        assert command[2] == str(made.root), "the next command must find the run, too"
+        following = shlex.split(capsys.readouterr().out.rpartition("next: ")[2])
+        assert following[3:] == ["--storage", str(here / "runs")], "the next command must find the run, too"
     monkeypatch.setenv("MASKWRIGHT_STORAGE", str(here / "runs"))
     assert invoke("status", "made") == 0
 

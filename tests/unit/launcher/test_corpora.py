@@ -53,6 +53,26 @@ def test_a_mixture_is_prepared_once_and_found_again(config: RunConfig, capsys: p
     assert not again.created
     assert again.folder == made.folder
 
+    assert run(["inspect", "run.yaml", "--step", "3", "--json", "--text", "5"], debug=False) == 0
+    (batch,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert len(batch["text"]) == 5
+    assert all(sample["text"].startswith("[CLS] ") and sample["text"].endswith(" [SEP]") for sample in batch["text"])
+    assert any(" -> " in sample["text"] for sample in batch["text"])
+    assert run(["inspect", "run.yaml", "--step", "3", "--set", "seed=4", "--storage", "runs"], debug=False) == 0
+    shown = capsys.readouterr().out
+    assert "step 3, sample 1 (" in shown
+    assert "sample 2" not in shown
+    assert shown.endswith("next: maskwright run run.yaml --set seed=4 --storage runs\n")
+
+    assert run(["report", made.folder.url], debug=False) == 0
+    shown = capsys.readouterr().out
+    assert "75.0%" in shown
+    assert all((index.folder / "report.html").exists() for index in opened.indexes)
+    assert run(["report", made.folder.name, "--storage", "runs", "--json"], debug=False) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert run(["report", made.folder.url, "--output", "page.html"], debug=False) == 2
+    capsys.readouterr()
+
     assert run(["prepare", "run.yaml", "--json"], debug=False) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["folder"] == made.folder.url

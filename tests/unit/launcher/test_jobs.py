@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data_pipeline.errors import ConflictError, ExitCode, StorageError
+from data_pipeline.errors import ConflictError, ExitCode, MaskwrightError, StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import last_attempt
 from launcher.clusters.local import Machine, Workers
@@ -46,6 +46,13 @@ def taken(job: Job) -> Job:
     job.run.lease.write_json(asdict(replace(job.lease.state, time=time.time() - 2 * STALE_AFTER_S)))
     Lease.acquire(job.run)
     return job
+
+
+def test_the_log_of_commands_holds_no_secrets(job: Job) -> None:
+    record_end(job, MaskwrightError("cannot read s3://key:hidden@bucket/text", "Look at it."))
+    log = driver_log(job.run).read_bytes().decode()
+    assert "s3://(redacted)@bucket/text" in log
+    assert "hidden" not in log
 
 
 def never() -> bool:
