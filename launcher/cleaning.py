@@ -19,9 +19,9 @@ from data_pipeline.storage import Location, storage_errors
 from launcher.lease import Lease, holder
 from launcher.run_status import committed_steps
 from launcher.runs import read_config, run_ids
+from trainer.checkpoint_store import Checkpoints
 from trainer.runlog import RunFolder
 
-_ASIDE = re.compile(r"(step-(\d+))\.(partial|damaged|rewound|replaced)-\d+")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _CACHE = ".cache"
 CLAIM = "claim.json"
@@ -62,11 +62,11 @@ class Found:
 def find_in_run(run: RunFolder) -> list[Leftover]:
     """Leftovers of a run that nobody drives. Committed checkpoints are none, nor, while there is no committed one, what was set aside."""
     committed = set(committed_steps(run))
-    asides = [(name, match) for name in run.checkpoints.children() if (match := _ASIDE.fullmatch(name))]
+    asides = [entry for entry in Checkpoints(run).entries() if entry.kind] if run.checkpoints.exists() else []
     folders = [
-        (run.checkpoints / name, match[3])
-        for name, match in asides
-        if match[3] == "partial" or (int(match[2]) in committed if match[3] == "replaced" else committed)
+        (run.checkpoints / entry.name, entry.kind)
+        for entry in asides
+        if entry.kind == "partial" or (entry.step in committed if entry.kind == "replaced" else committed)
     ]
     folders += [(run.models / name, "partial") for name in run.models.children() if name.endswith(".partial")]
     inside = {folder.url for folder, _ in folders}

@@ -65,9 +65,12 @@ def _worker_failed(event: Event) -> str:
 
 def _numeric_trouble(event: Event) -> str:
     value = event.get("value")
+    target = event.get("rewind_to")
     return (
         f"{str(event.get('trouble', 'numeric trouble')).replace('_', ' ')} at step {event['step']}{'' if value is None else f' ({_number(value)})'}, "
         f"micro-batches {_range(event.get('micro_batches'))}; policy: {event.get('policy')}"
+        + (f"; answer: {event['response']}" if event.get("response") else "")
+        + (f" to step {target}" if target is not None else "")
     )
 
 
@@ -85,6 +88,11 @@ def _checkpoint_committed(event: Event) -> str:
     return f"checkpoint of step {event['step']}: {(event.get('bytes') or 0) / 1e6:,.1f} MB" + "".join(
         f", {what} {seconds:.2f} s" for what, seconds in (("training stood still", stall), ("written in", write)) if seconds is not None
     )
+
+
+def _checkpoint_failed(event: Event) -> str:
+    rank = f" on rank {event['rank']}" if event.get("rank") is not None else ""
+    return f"the checkpoint of step {event['step']} failed{rank}{', it is tried again' if event.get('retried') else ''}{_because(event)}"
 
 
 def _because(event: Event) -> str:
@@ -108,9 +116,9 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "batch_skipped": _batch_skipped,
     "data_skipped": _data_skipped,
     "checkpoint_committed": _checkpoint_committed,
-    "checkpoint_failed": lambda event: f"the checkpoint of step {event['step']} failed{_because(event)}",
+    "checkpoint_failed": _checkpoint_failed,
     "checkpoint_damaged": lambda event: f"the checkpoint of step {event['step']} is damaged{_because(event)}; set aside as {event.get('moved_to')}",
     "resized": lambda event: f"from {event.get('before')} ranks to {event.get('after')}{_because(event)}",
-    "preempted": lambda event: f"the machines are to go: saved, and started again elsewhere{_because(event)}",
+    "preempted": lambda event: f"{', '.join(event.get('nodes') or ['machines'])} will be taken away: saving a checkpoint{_because(event)}",
     "config_changed": lambda event: f"{event.get('path')}: {event.get('before')} -> {event.get('after')}",
 }

@@ -120,7 +120,7 @@ def _validation(events: Events, previous: Seconds, begins: Seconds) -> Seconds:
 def _spend_end(seconds: dict[str, float], attempt: Attempt, events: Events, last: float) -> float:
     """From the last step on: a failure is noticed, or the run validates and saves, and its workers end."""
     end = last if attempt.ended_at is None else max(last, attempt.ended_at)
-    if attempt.ended == "failed":
+    if attempt.ended in {"failed", "rewound"}:
         seconds["down"] += end - last
         return end
     if attempt.grew:

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from trainer.runlog import RunFolder
 
 VALUES = ("mlm_loss", "nsp_loss", "tokens_per_s", "lr", "grad_norm", "time", "step_s", "data_wait_s", "checkpoint_stall_s")
-_ENDS = {"worker_failed": "failed", "failed": "failed", "stopped": "stopped", "preempted": "preempted", "resized": "resized"}
-_MORE_PRECISE = {"preempted", "resized"}
-"""What a rank that was asked to stop records as `stopped` is one of these by the launcher's knowledge."""
+_FAILURES = {"preemption": "preempted", "numeric": "rewound"}
+"""Ends that are told as `worker_failed` and have a name of their own."""
 
 Events = Sequence[Mapping[str, Any]]
 
@@ -102,7 +101,7 @@ class Attempt:
     ended_at: float | None
     """None while it runs."""
     ended: str
-    """`finished`, `failed`, `stopped`, `preempted`, `resized`, or `running`."""
+    """`finished`, `failed`, `stopped`, `preempted`, `rewound` (numeric trouble), `resized`, or `running`."""
     cause: str
     resumed_at: int | None
     """The step of the checkpoint that it continued from."""
@@ -121,8 +120,7 @@ def attempts_of(events: Events, history: History) -> list[Attempt]:
     for place, stop in pairwise([*starts, len(events)]):
         event = events[place]
         ends = [end for end in map(_end_of, events[place + 1 : stop]) if end is not None]
-        first = ends[0] if ends else {}
-        told = first if first.get("ended") == "finished" else next((end for end in ends if end["ended"] in _MORE_PRECISE), first)
+        first, told = (ends[0], _most_precise(ends)) if ends else ({}, {})
         own = history.step[history.attempt == event["attempt"]]
         found.append(
             Attempt(
@@ -131,7 +129,7 @@ def attempts_of(events: Events, history: History) -> list[Attempt]:
                 zero_stage=event.get("zero_stage"),
                 device=event.get("device", ""),
                 started_at=event["time"],
-                ended_at=first.get("seen_at", first.get("time")),
+                ended_at=first.get("time"),
                 ended=told.get("ended", "running"),
                 cause=told.get("cause", ""),
                 resumed_at=resumed.get(event["attempt"]),
@@ -145,15 +143,22 @@ def attempts_of(events: Events, history: History) -> list[Attempt]:
 
 def _end_of(event: Mapping[str, Any]) -> dict[str, Any] | None:
     """What an event says about the end of the attempt that runs; None when nothing."""
-    if event["kind"] == "stage_finished" and event["stage"] == "pretrain":
-        return {"ended": "finished", "time": event["time"]}
-    if event["kind"] not in _ENDS:
-        return None
-    end = {"ended": _ENDS[event["kind"]], "time": event["time"], "cause": str(event.get("cause") or "")}
-    if event["kind"] == "resized":
+    kind, end = event["kind"], {"time": event.get("seen_at", event["time"]), "cause": str(event.get("cause") or "")}
+    if kind == "stage_finished" and event["stage"] == "pretrain":
+        return {**end, "ended": "finished"}
+    if kind == "worker_failed":
+        return {**end, "ended": _FAILURES.get(event.get("failure", ""), "failed")}
+    if kind == "resized":
         before, after = event.get("before"), event.get("after")
-        end |= {"cause": f"{before} ranks, then {after}", "grew": _is_more(after, before)}
-    return end | ({"seen_at": event["seen_at"]} if event.get("seen_at") else {})
+        return {**end, "ended": "resized", "cause": f"{before} ranks, then {after}", "grew": _is_more(after, before)}
+    return {**end, "ended": kind} if kind in {"failed", "stopped"} else None
+
+
+def _most_precise(ends: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A rank that was asked to save and end says `stopped`; what the launcher says afterwards is why."""
+    if ends[0]["ended"] != "stopped":
+        return ends[0]
+    return next((end for end in ends if end["ended"] in {"preempted", "resized"}), ends[-1] if ends[-1]["ended"] == "stopped" else ends[0])
 
 
 def _is_more(after: Any, before: Any) -> bool:

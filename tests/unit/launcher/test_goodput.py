@@ -55,7 +55,8 @@ def test_a_run_with_a_loss_a_stop_and_growth_accounts_for_every_second() -> None
     told.start(1001.0, 3)
     told.event(1002.0, "resumed", 3, 4)
     told.step(1003.0, 3, 4)
-    told.event(1003.5, "resized", 3, before=2, after=3)
+    told.event(1003.5, "stopped", 3, 5, cause="requested")
+    told.event(1003.75, "resized", 3, before=2, after=3)
     told.start(1004.0, 4, world_size=3)
     told.event(1004.5, "resumed", 4, 5)
     told.step(1006.0, 4, 5)
@@ -90,6 +91,27 @@ def test_a_run_with_a_loss_a_stop_and_growth_accounts_for_every_second() -> None
     assert attempts[0].cause == "killed"
     kept = history.surviving()
     assert list(zip(kept.step.tolist(), kept.attempt.tolist(), strict=True)) == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 3), (5, 4)]
+
+
+@pytest.mark.parametrize(
+    ("failure", "ended"), [("infrastructure", "failed"), ("preemption", "preempted"), ("numeric", "rewound"), ("known", "failed")]
+)
+def test_an_attempt_ends_as_the_launcher_says_and_fewer_ranks_after_a_loss_are_no_growth(failure: str, ended: str) -> None:
+    told = Told()
+    told.start(0.0, 1)
+    told.event(3.0, "preempted", 1, nodes=["a"])  # the announcement, not the end
+    told.step(4.0, 1, 0, 4.0)
+    if failure == "preemption":
+        told.event(5.0, "stopped", 1, 1, cause="requested")
+    told.event(5.0, "worker_failed", 1, failure=failure, cause="why")
+    told.event(5.0, "resized", 1, before=2, after=1)
+    told.start(6.0, 2, world_size=1)
+    told.event(6.0, "resumed", 2, 1)
+    told.step(8.0, 2, 1)
+    (first, _), found, _ = told.read()
+    assert (first.ended, first.ended_at, first.cause, first.grew) == (ended, 5.0, "why", False)
+    lost = {"shut_down": 1.0, "down": 1.0} if failure == "preemption" else {"down": 2.0}
+    assert spent(found) == {"useful": 5.0, "start_up": 1.0, **lost}
 
 
 def test_a_run_that_is_at_work_ends_with_its_last_step() -> None:

@@ -237,6 +237,10 @@ def test_events_of_every_kind_are_told_in_words() -> None:
     )
     trouble = {"kind": "numeric_trouble", "step": 4, "trouble": "loss_spike", "value": 11.0, "policy": "rewind:1", "micro_batches": [16, 19]}
     assert tell(trouble) == "loss spike at step 4 (11), micro-batches 16 to 19; policy: rewind:1"
+    assert tell({**trouble, "response": "rewind", "rewind_to": 2}).endswith("; answer: rewind to step 2")
+    failed = {"kind": "checkpoint_failed", "step": 4, "rank": 1, "retried": True, "cause": "no space"}
+    assert tell(failed) == "the checkpoint of step 4 failed on rank 1, it is tried again: no space"
+    assert tell({"kind": "preempted", "step": None, "nodes": ["a", "b"]}) == "a, b will be taken away: saving a checkpoint"
     assert tell({"kind": "something_new", "time": 1.0, "step": 1, "attempt": 1, "size": 3, "url": "s3://key:hidden@bucket"}) == (
         "size 3; url s3://(redacted)@bucket"
     )
