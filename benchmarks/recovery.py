@@ -12,7 +12,7 @@ from benchmarks.claims import Claim, Goal, make_claim
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.machine import installed_version
 from benchmarks.trainees import EVERY_STEPS, Ours, Peer, Trainee
-from tests.support.cluster import Nodes
+from tests.support.ray_nodes import RayCluster, cluster_of
 
 NAME = "recovery"
 TITLE = "Faults: seconds until the next optimizer step, beyond the start-up of a group of workers"
@@ -27,7 +27,7 @@ class Fault:
     """One thing that goes wrong."""
 
     name: str
-    inject: Callable[[Trainee, Nodes], None]
+    inject: Callable[[Trainee, RayCluster], None]
     elastic: bool = False
     goal_s: float | None = None
     """What it may cost at most beyond the start-up of a group."""
@@ -44,24 +44,25 @@ class Outcome:
     text: str = ""
 
 
-def kill_rank(trainee: Trainee, cluster: Nodes) -> None:
+def kill_rank(trainee: Trainee, cluster: RayCluster) -> None:
     """SIGKILL, as the kernel's out-of-memory killer sends it."""
     del cluster
     trainee.signal_rank(1, signal.SIGKILL)
 
 
-def stop_rank(trainee: Trainee, cluster: Nodes) -> None:
+def stop_rank(trainee: Trainee, cluster: RayCluster) -> None:
     """SIGSTOP: the process is there and does nothing, as with a hung driver or file system."""
     del cluster
     trainee.signal_rank(1, signal.SIGSTOP)
 
 
-def kill_node(trainee: Trainee, cluster: Nodes) -> None:
+def kill_node(trainee: Trainee, cluster: RayCluster) -> None:
     """The node of rank 1 goes."""
-    cluster.kill_node(cluster.node_of(trainee.pid(1)))
+    pid = trainee.pid(1)
+    cluster.kill_node(next(node for node in cluster.nodes if pid in node.processes()))
 
 
-def damage_checkpoint(trainee: Trainee, cluster: Nodes) -> None:
+def damage_checkpoint(trainee: Trainee, cluster: RayCluster) -> None:
     """Half of the optimizer's newest file is lost, and a rank dies."""
     checkpoint = trainee.newest_checkpoint()
     assert checkpoint is not None
@@ -98,8 +99,8 @@ def main(options: Options) -> list[Claim]:
 
 def _measure(kind: type[Trainee], fault: Fault, folder: Path, limit_s: float) -> Outcome:
     """One fault into one job on a cluster of its own: what a job leaves behind on a cluster must not slow the next."""
-    with Nodes(workers=2) as cluster:
-        trainee = kind(folder, cluster.address, min_workers=1 if fault.elastic else 2, num_workers=2).start()
+    with cluster_of(folder / "nodes", 2) as cluster:
+        trainee = kind(folder, cluster, min_workers=1 if fault.elastic else 2, num_workers=2).start()
         try:
             if not trainee.wait_for(lambda: len(trainee.steps) > _SETTLE_STEPS, _START_LIMIT_S):
                 raise RuntimeError(f"{kind.__name__} did not train:\n{trainee.command.text()[-2000:]}")
@@ -108,7 +109,7 @@ def _measure(kind: type[Trainee], fault: Fault, folder: Path, limit_s: float) ->
             trainee.end()
 
 
-def _strike(trainee: Trainee, fault: Fault, cluster: Nodes, limit_s: float) -> Outcome:
+def _strike(trainee: Trainee, fault: Fault, cluster: RayCluster, limit_s: float) -> Outcome:
     group, begun = trainee.steps[-1].group, time.time()
     fault.inject(trainee, cluster)
     step = trainee.wait_for_step_after(group, limit_s)

@@ -12,6 +12,7 @@ import yaml
 
 from benchmarks.children import ROOT
 from tests.support.commands import Command, worker_pid
+from tests.support.ray_nodes import RayCluster
 from tests.support.tiny_run import tiny_config, write_text
 
 STEPS, EVERY_STEPS, WIDTH = 100_000, 20, 64
@@ -32,10 +33,10 @@ class Step:
 
 @dataclass
 class Trainee(ABC):
-    """A job on a Ray cluster at `address`, in a folder of its own."""
+    """A job on a Ray cluster, in a folder of its own."""
 
     folder: Path
-    address: str
+    cluster: RayCluster
     min_workers: int
     num_workers: int
     command: Command = field(init=False)
@@ -117,10 +118,9 @@ class Ours(Trainee):
         if not (self.folder / "text.jsonl").exists():
             write_text(self.folder)
         (self.folder / "run.yaml").write_text(yaml.safe_dump(config))
-        cluster = {"kind": "ray", "address": self.address, "num_workers": self.num_workers, "threads_per_worker": 1, "use_gpu": False}
-        cluster |= {"min_workers": self.min_workers} if self.min_workers < self.num_workers else {}
-        (self.folder / "cluster.yaml").write_text(yaml.safe_dump(cluster))
-        self.command = Command(["run", "run.yaml", "--cluster", "cluster.yaml"], self.folder).start()
+        elastic = {"min_workers": self.min_workers} if self.min_workers < self.num_workers else {}
+        self.cluster.write_config(self.folder / "cluster.yaml", num_workers=self.num_workers, **elastic)
+        self.command = Command(["run", "run.yaml", "--cluster", "cluster.yaml"], self.folder, self.cluster.environment).start()
         return self
 
     @property
@@ -160,14 +160,14 @@ class Peer(Trainee):
     def start(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = {
-            "address": self.address,
+            "address": f"{self.cluster.address}:{self.cluster.port}",
             "num_workers": [self.min_workers, self.num_workers] if self.min_workers < self.num_workers else self.num_workers,
             "folder": str(self.folder),
             "steps": STEPS,
             "every_steps": EVERY_STEPS,
             "model": {"vocab_size": 500, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
         }
-        environment = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        environment = {**self.cluster.environment, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
         self.command = Command([json.dumps(settings)], self.folder, environment, program="benchmarks.contestants.ray_deepspeed").start()
         return self
 

@@ -1,20 +1,18 @@
 """A run that is killed, in part or as a whole, ends with the bits of the run that nobody touched."""
 
-import json
 import os
 import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.support.commands import Command, maskwright, worker_pid
+from tests.support.outcomes import assert_same, events, metrics
 from tests.support.tiny_run import STEPS, write_run
 
 SEED = int(os.environ.get("MASKWRIGHT_KILL_SEED", random.SystemRandom().randrange(10**6)))
-SAME = ("loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "grad_norm", "lr", "batch_digest")
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -44,30 +42,6 @@ def undisturbed(folder: Path) -> Callable[[int], Path]:
 
 def run_arguments(name: str, stage: int) -> list[str]:
     return ["run", "run.yaml", "--cluster", "cluster.yaml", "--set", f"name={name}", "--set", f"zero.stage={stage}"]
-
-
-def metrics(run: Path) -> dict[int, dict[str, Any]]:
-    """The surviving record of each step."""
-    path = run / "metrics.jsonl"
-    lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
-    return {record["step"]: record for record in map(json.loads, lines)}
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["kind"] == kind]
-
-
-def assert_same(run: Path, reference: Path) -> None:
-    """Every step's numbers and data, the last checkpoint's files and the exported weights are equal bit for bit."""
-    ours, theirs = metrics(run), metrics(reference)
-    assert sorted(ours) == sorted(theirs) == list(range(STEPS))
-    for step in range(STEPS):
-        assert [ours[step][key] for key in SAME] == [theirs[step][key] for key in SAME], f"step {step}"
-    checkpoint = f"checkpoints/step-{STEPS:08d}/MANIFEST.json"
-    files, expected = (json.loads((path / checkpoint).read_text())["files"] for path in (run, reference))
-    assert {name: entry["sha256"] for name, entry in files.items()} == {name: entry["sha256"] for name, entry in expected.items()}
-    weights = "models/final/model.safetensors"
-    assert (run / weights).read_bytes() == (reference / weights).read_bytes()
 
 
 def kill_worker(command: Command, run: Path) -> None:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from tests.support.cluster import Nodes
 from tests.support.commands import maskwright
+from tests.support.ray_nodes import RayCluster, cluster_of
 from tests.support.rig import EVERY_STEPS, FAULTS, Fault, Rig, proof, strike
 from tests.support.tiny_run import write_run
 
@@ -22,7 +21,7 @@ NUM_FAULTS = int(os.environ.get("MASKWRIGHT_FAULTS", "4"))
 SEED = int(os.environ.get("MASKWRIGHT_CHAOS_SEED", random.SystemRandom().randrange(10**6)))
 STEPS = 100 + 150 * NUM_FAULTS
 SAME = ("loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "grad_norm", "lr", "batch_digest")
-CLUSTER = {"kind": "ray", "num_workers": 2, "min_workers": 1, "threads_per_worker": 1, "use_gpu": False, "max_failures": 10 * NUM_FAULTS + 10}
+CLUSTER = {"num_workers": 2, "min_workers": 1, "max_failures": 10 * NUM_FAULTS + 10}
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(600 + 240 * NUM_FAULTS)]
 
@@ -36,10 +35,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def nodes(folder: Path) -> Iterator[Nodes]:
+def nodes(folder: Path) -> Iterator[RayCluster]:
     """A head without CPUs and two nodes of one CPU each."""
-    with Nodes(workers=2) as cluster:
-        (folder / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "address": cluster.address}))
+    with cluster_of(folder / "nodes", 2) as cluster:
+        cluster.write_config(folder / "cluster.yaml", **CLUSTER)
         yield cluster
 
 
@@ -60,13 +59,14 @@ def draw(chance: random.Random) -> list[Fault]:
     return kinds + chance.choices(FAULTS, weights=[fault.weight for fault in FAULTS], k=NUM_FAULTS - len(kinds))
 
 
-def test_a_run_through_many_faults_is_the_run_that_nobody_touched(folder: Path, nodes: Nodes) -> None:
-    code, output = maskwright("run", "run.yaml", "--cluster", "cluster.yaml", "--set", "name=undisturbed", folder=folder, timeout_s=600)
+def test_a_run_through_many_faults_is_the_run_that_nobody_touched(folder: Path, nodes: RayCluster) -> None:
+    arguments = ("run", "run.yaml", "--cluster", "cluster.yaml", "--set", "name=undisturbed")
+    code, output = maskwright(*arguments, folder=folder, timeout_s=600, **nodes.environment)
     assert code == 0, output
     chance = random.Random(SEED)
     schedule = draw(chance)
     print(f"MASKWRIGHT_CHAOS_SEED={SEED}")
-    rig = Rig(folder, "disturbed", nodes, chance).start()
+    rig = Rig(folder, "disturbed", nodes, chance, nodes.environment).start()
     try:
         for number, fault in enumerate(schedule, 1):
             print(f"{number}: {fault.name} after step {rig.step()} … {strike(rig, fault):.1f} s", flush=True)

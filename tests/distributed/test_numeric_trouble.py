@@ -101,6 +101,8 @@ def test_a_transient_fault_leaves_no_trace_after_a_rewind(corpus: str, tmp_path:
     assert (trouble["step"], trouble["trouble"], trouble["policy"], trouble["micro_batches"]) == (STEP, end.kind, "rewind:1", [20, 23])
     [resumed] = events_of(tmp_path / "struck", "resumed")
     assert (resumed["step"], resumed["repeated"], resumed["skipped"], resumed["deliberately_skipped"]) == (4, 0, 0, [])
+    [continued] = events_of(tmp_path / "struck", "continued")
+    assert (continued["step"], continued["same_step"], continued["relative_difference"]) == (4, True, 0.0)
 
 
 def test_a_bad_batch(corpus: str, tmp_path: Path) -> None:

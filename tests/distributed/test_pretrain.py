@@ -85,6 +85,9 @@ def test_a_stopped_run_resumes_bit_for_bit(corpus: str, tmp_path: Path, variants
         assert stopped["step"] == resumed["step"] == 3
         assert (resumed["repeated"], resumed["skipped"], resumed["steps_lost"]) == (0, 0, 0)
         assert resumed["not_bit_exact_because"] == []
+        continued = next(event for event in events if event["kind"] == "continued")
+        assert (continued["step"], continued["loss"], continued["same_step"]) == (3, records[3]["loss"], False)
+        assert continued["loss_before"] == records[2]["loss"]
         held_out = [[event for event in run.read_events() if event["kind"] == "validation"] for run in (whole, halves)]
         assert [event["step"] for event in held_out[0]] == [4, 6]
         assert [event["mlm_loss"] for event in held_out[0]] == [event["mlm_loss"] for event in held_out[1]]

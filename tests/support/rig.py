@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.commands import Command, maskwright, worker_pid
+from tests.support.ray_nodes import RayCluster
 
 EVERY_STEPS = 10
 _RECOVERED_AFTER = 2 * EVERY_STEPS + 2
@@ -23,8 +24,7 @@ class Rig:
 
     folder: Path
     name: str
-    cluster: Any
-    """`tests.support.cluster.Nodes`."""
+    cluster: RayCluster
     chance: random.Random
     environment: dict[str, str] = field(default_factory=dict)
     command: Command = field(init=False)
@@ -165,7 +165,7 @@ def kill_driver(rig: Rig) -> None:
 
 def kill_node(rig: Rig) -> None:
     """A node is gone, and another comes once the run goes on without it."""
-    rig.cluster.kill_node(rig.chance.choice(rig.cluster.worker_nodes()))
+    rig.cluster.kill_node(rig.chance.choice(rig.cluster.nodes))
     before = len(rig.events("attempt_started"))
     rig.wait_for("an attempt without the node", lambda: len(rig.events("attempt_started")) > before)
     rig.wait_until_trained(_RECOVERED_AFTER)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from trainer.config import NumericsConfig
-from trainer.numerics import Trouble, TroubleHistory, is_spike, loss_trouble, response, rewind_target, with_loss
+from trainer.numerics import Trouble, TroubleHistory, continuity, is_spike, loss_trouble, response, rewind_target, with_loss
 from trainer.state import TrainState
 
 LOSSES = st.lists(st.floats(0, 20), min_size=16, max_size=64)
@@ -55,7 +55,7 @@ def test_the_window_holds_the_newest_losses_and_survives_a_checkpoint(losses: li
     assert recent == tuple(losses[-window:])
     state = TrainState(step=3, recent_losses=recent)
     assert TrainState.from_json(json.loads(json.dumps(state.to_json()))) == state
-    assert with_loss(recent, 1.0, NumericsConfig()) == ()
+    assert with_loss(recent, 1.0, NumericsConfig()) == (1.0,)
 
 
 def test_a_loss_that_is_not_finite_is_trouble_at_any_time() -> None:
@@ -119,3 +119,10 @@ def test_policy_names() -> None:
     for policy in ("rewind", "rewind:0", "rewind: 1", "skip"):
         with pytest.raises(ValidationError):
             NumericsConfig(policy=policy)
+
+
+def test_the_first_loss_after_a_resume_is_compared() -> None:
+    assert continuity(2.5, 2.5, 9.0) == {"loss": 2.5, "loss_before": 2.5, "same_step": True, "relative_difference": 0.0}
+    assert continuity(2.0, None, 4.0) == {"loss": 2.0, "loss_before": 4.0, "same_step": False, "relative_difference": 0.5}
+    for nothing in (continuity(2.0, None, None), continuity(None, 2.0, 1.0)):
+        assert nothing["relative_difference"] is None

@@ -17,6 +17,8 @@ def test_the_newest_record_is_the_last_whole_one_and_costs_no_reading_of_all(tmp
     run.metrics.write_bytes("".join([*lines, '{"step": 5000, "att', "\n7\n", '{"st']).encode())
     assert run.newest_metrics()["step"] == 4999
     assert [record["step"] for record in run.iter_metrics()] == list(range(5000))
+    run.append_metrics({"step": 47, "attempt": 2})
+    assert (run.metrics_of(47)["attempt"], run.metrics_of(470)["attempt"], run.metrics_of(5000)) == (2, 1, {})
 
 
 @pytest.mark.parametrize(
