@@ -81,8 +81,8 @@ def is_spike(loss: float, recent: Sequence[float], config: NumericsConfig) -> bo
 
 
 def with_loss(recent: tuple[float, ...], loss: float, config: NumericsConfig) -> tuple[float, ...]:
-    """The losses that the next one is measured against, after an update with this one. None are kept where nothing asks for them."""
-    return () if config.spike_threshold is None else (*recent, loss)[-config.spike_window :]
+    """The losses that the next one is measured against, after an update with this one: where nothing asks for more, this one alone."""
+    return (*recent, loss)[-config.spike_window :] if config.spike_threshold is not None else (loss,)
 
 
 def response(step: int, config: NumericsConfig, history: TroubleHistory) -> Response:
@@ -100,3 +100,11 @@ def rewind_target(committed: Sequence[int], step: int, checkpoints: int) -> int:
     """The `checkpoints`-th newest of the committed steps at or before `step`; the oldest where there are fewer, 0 where there are none."""
     older = sorted(other for other in committed if other <= step)
     return older[-checkpoints:][0] if older else 0
+
+
+def continuity(loss: float | None, same_step: float | None, step_before: float | None) -> dict[str, Any]:
+    """R8's loss continuity, as in the event `continued`: the first loss after a resume beside that of the same step in an earlier attempt,
+    which it equals where nothing else has changed, or else that of the step before."""
+    before = step_before if same_step is None else same_step
+    difference = None if loss is None or before is None else abs(loss - before) / max(abs(before), 1e-30)
+    return {"loss": loss, "loss_before": before, "same_step": same_step is not None, "relative_difference": difference}

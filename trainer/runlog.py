@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,6 +96,13 @@ class RunFolder:
     def newest_metrics(self) -> dict[str, Any]:
         """The record written last: where training is now, which after a resume may be behind where it was. Reads only the end of the file."""
         return next(_records(reversed(last_lines(self.metrics))), {})
+
+    def metrics_of(self, step: int) -> dict[str, Any]:
+        """The newest record of a step, without reading the others; in a store only where it is among the last."""
+        lines = self.metrics.iter_lines() if self.metrics.is_local else last_lines(self.metrics)
+        start = json.dumps({"step": step})[:-1] + ","  # `step` is the first key of every record
+        newest = deque((line for line in lines if line.startswith(start)), maxlen=1)
+        return next(_records(newest), {})
 
 
 def _records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ class TrainState:
     skipped_blocks: tuple[str, ...] = ()
     """Damaged blocks that were left out, see `SkippedBlock.name`; never more than `data.skip_budget`."""
     recent_losses: tuple[float, ...] = ()
-    """Losses of the newest updates, that a spike is measured against; see `numerics.with_loss`."""
+    """Losses of the newest updates, at least one, that the next is measured against; see `numerics.with_loss`."""
     corpus_fingerprint: str = ""
     tokenizer_digest: str = ""
 
