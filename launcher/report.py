@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from launcher import report_tables as tables
 from launcher.event_texts import tell, title
 from launcher.goodput import Goodput, goodput
 from launcher.history import Attempt, Events, History, attempts_of, read_history
+from launcher.lease import holder
 from launcher.proof import Proof, prove
 from launcher.redaction import redacted, redacted_values
 from launcher.report_figures import Curve, attempt_starts, line_figure, mlm_figure, nsp_figure
@@ -85,6 +86,8 @@ def collect(run: RunFolder, *, all_steps: bool = False) -> Report:
     events = run.read_events()
     history = read_history(run, events)
     kept, attempts = history.surviving(), attempts_of(events, history)
+    if attempts and attempts[-1].ended == "running" and holder(run) is None:
+        attempts[-1] = replace(attempts[-1], ended="lost", cause="the command that ran it was killed")
     manifest, results = tables.newest_manifest(run), read_results_of(run)
     validations = [event for event in events if event["kind"] == "validation"]
     proof = _proof(run, history, events, all_steps=all_steps) if len(history) else None

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -109,7 +110,7 @@ def _log_to(log: Location) -> Generator[None]:
 
     On object stores the log is a local file that is copied out now and then and at the end.
     """
-    path = log.path if log.is_local else Path(f"rank-{os.getpid()}.log").absolute()
+    path = log.path if log.is_local else Path(tempfile.mkdtemp(prefix="maskwright-")) / "rank.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
@@ -133,6 +134,8 @@ def _log_to(log: Location) -> Generator[None]:
         done.set()
         if not log.is_local:
             copier.join()
+            path.unlink(missing_ok=True)  # what is printed after this has nowhere to go
+            path.parent.rmdir()
 
 
 def _copy_out(path: Path, log: Location, done: threading.Event) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec.config
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,6 +165,23 @@ def test_output_of_a_rank_is_its_log(run: RunFolder) -> None:
     assert "from C" in log
     assert "rank 1 of 2" in log
     assert read_failure(run, 1) is None
+
+
+def test_the_log_of_a_run_in_a_store_leaves_nothing_on_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setenv("FSSPEC_FILE", '{"auto_mkdir": true}')  # folders as stores have them, in the process that is started
+    monkeypatch.setitem(fsspec.config.conf, "file", {"auto_mkdir": True})
+    (tmp_path / "scratch").mkdir()
+    run = RunFolder(Location(f"file://{tmp_path}/store/run"))  # as a URL it is a store
+    attempt = claim_attempt(run)
+    task = WorkerTask(f"{__name__}:entry_ok", {"word": "hello"}, run.root.url, attempt, threads=1, home=str(tmp_path))
+    process = multiprocessing.get_context("spawn").Process(target=run_task, args=(task, 0, 2, QuietLine()))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert "hello 0 2 1" in run.rank_log(1, 0).read_bytes().decode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch", "store"]
+    assert list((tmp_path / "scratch").glob("maskwright-*")) == []
 
 
 def test_interrupted_rank_returns_and_failed_rank_raises(run: RunFolder) -> None:
