@@ -33,6 +33,7 @@ def _resumed(event: Event) -> str:
         f"resumed at step {event['step']}: micro-batches repeated {event.get('repeated', 0)}, skipped {event.get('skipped', 0)}; "
         f"steps lost {event.get('steps_lost', 0)}, seconds lost {event.get('seconds_lost') or 0:.1f}; cause: {event.get('cause', 'not recorded')}"
         + (f"; rewound from step {rewound}" if rewound is not None else "")
+        + (f"; loaded in {event['load_s']:.1f} s" if event.get("load_s") is not None else "")
         + (f"; not bit-exact: {', '.join(exact) if isinstance(exact, list) else exact}" if exact else "")
     )
 

@@ -52,7 +52,8 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     engine = build_engine(config, corpora)
     saver = Saver.open(folder, config, context, attempt)
     soundness = Soundness.open(folder, config, saver, attempt)
-    state = saver.resume(engine, TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest))
+    fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
+    state = saver.resume(engine, fresh, before_step=soundness.resume_before)
     with closing(saver), closing(StepLog(folder, engine, context, attempt, first_step=state.step)) as log:
         train(config, corpora, engine, saver, soundness, log, context, state)
 

@@ -86,10 +86,11 @@ class Saver:
         require_same_data(found.state, fresh)
         require_same_position(found.state, self._config.phases)
         load = engine.load if has_same_layout(found.manifest, self._config, world_size) else engine.load_from_other_layout
+        started_at = time.monotonic()
         load(found.zero_folder)
         self._saved_step = found.step
         if rank == 0:
-            self._record_resume(found)
+            self._record_resume(found, load_s=time.monotonic() - started_at, rewinds=before_step is not None)
         return found.state
 
     def save(self, engine: Engine, state: TrainState, validation_loss: float | None = None) -> None:
@@ -182,12 +183,13 @@ class Saver:
     def _circumstances(self) -> Circumstances:
         return Circumstances.now(world_size=self._context.world_size, zero_stage=self._config.zero.stage, precision=self._config.precision)
 
-    def _record_resume(self, found: Checkpoint) -> None:
+    def _record_resume(self, found: Checkpoint, *, load_s: float, rewinds: bool) -> None:
         """The event `resumed` (R8): nothing is repeated or skipped in the surviving history; what a failure cost is counted apart."""
         events = self._run.read_events()
         ended = next((event for event in reversed(events) if event["kind"] in ("stopped", "worker_failed", "failed")), {})
         committed = next((e for e in reversed(events) if e["kind"] == "checkpoint_committed" and e["step"] == found.step), {})
-        steps_lost = max(0, steps_done(self._run.newest_metrics(), events) - found.step)
+        reached = steps_done(self._run.newest_metrics(), events)
+        steps_lost = max(0, reached - found.step)
         lost_since = ended.get("time") if not steps_lost else committed.get("time")
         self._run.append_event(
             "resumed",
@@ -196,8 +198,11 @@ class Saver:
             repeated=0,
             skipped=0,
             deliberately_skipped=list(found.state.skipped_steps),
+            blocks_left_out=list(found.state.skipped_blocks),
             steps_lost=steps_lost,
             seconds_lost=round(time.time() - lost_since, 3) if lost_since else 0.0,
+            rewound_from=reached if rewinds else None,
+            load_s=round(load_s, 3),
             cause=ended.get("cause", "not recorded"),
             not_bit_exact_because=why_not_exact(found.manifest, self._circumstances(), self._config),
         )

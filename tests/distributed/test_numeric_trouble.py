@@ -101,6 +101,8 @@ def test_a_transient_fault_leaves_no_trace_after_a_rewind(corpus: str, tmp_path:
     assert (trouble["step"], trouble["trouble"], trouble["policy"], trouble["micro_batches"]) == (STEP, end.kind, "rewind:1", [20, 23])
     [resumed] = events_of(tmp_path / "struck", "resumed")
     assert (resumed["step"], resumed["repeated"], resumed["skipped"], resumed["deliberately_skipped"]) == (4, 0, 0, [])
+    assert resumed["rewound_from"] == STEP
+    assert 0 < resumed["load_s"] < 60
     [continued] = events_of(tmp_path / "struck", "continued")
     assert (continued["step"], continued["same_step"], continued["relative_difference"]) == (4, True, 0.0)
 
@@ -109,7 +111,7 @@ def test_a_bad_batch(corpus: str, tmp_path: Path) -> None:
     """Skipped after one rewind, or at once, or the end, by policy; the data of its step is consumed and the others are the same."""
     bad = NumericFault("batch", FAULTY)
     cases = {
-        "rewind": (config_of("rewind:1"), bad),
+        "rewind": (config_of("rewind:2"), bad),
         "skip": (config_of("skip_batch"), bad),
         "stop": (config_of("stop"), bad),
         "budget": (config_of("rewind:1", budget=1), bad),
@@ -124,8 +126,8 @@ def test_a_bad_batch(corpus: str, tmp_path: Path) -> None:
         assert end.cause == f"the loss of step 5 is not finite (inf); its batch is micro-batches 20 to 23; {reason}"
         assert f"maskwright inspect {tmp_path / name / 'run.yaml'} --step 5" in end.remedy
     assert [event["response"] for event in events_of(tmp_path / "rewind", "numeric_trouble")] == ["rewind", "skip"]
-    assert [event["rewind_to"] for event in events_of(tmp_path / "rewind", "numeric_trouble")] == [4, None]
-    assert events_of(tmp_path / "rewind", "resumed")[0]["step"] == 4
+    assert [event["rewind_to"] for event in events_of(tmp_path / "rewind", "numeric_trouble")] == [2, None]
+    assert events_of(tmp_path / "rewind", "resumed")[0]["step"] == 2
     assert [event["trouble"] for event in events_of(tmp_path / "spike", "numeric_trouble")] == ["loss_spike"]
     for name in ("rewind", "skip", "spike"):
         [skipped] = events_of(tmp_path / name, "batch_skipped")
