@@ -59,9 +59,7 @@ def _rank_unhealthy(event: Event) -> str:
 
 
 def _worker_failed(event: Event) -> str:
-    node = f" on {event['node']}" if event.get("node") else ""
-    phase = f" in phase {event['phase']}" if event.get("phase") else ""
-    return f"{event.get('failure', 'failure')}{node}{phase}: {event.get('cause', 'cause not recorded')}"
+    return f"{event.get('failure', 'failure')}: {event.get('cause', 'cause not recorded')}"  # which names node and phase
 
 
 def _numeric_trouble(event: Event) -> str:

@@ -3,6 +3,8 @@
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launcher.goodput import Goodput, goodput
 from launcher.history import Attempt, History, attempts_of
@@ -160,3 +162,28 @@ def test_a_rewind_drops_what_it_went_behind_and_a_fresh_start_everything() -> No
     told.step(4.0, 4, 0)
     kept = told.read()[2].surviving()
     assert list(zip(kept.step.tolist(), kept.attempt.tolist(), strict=True)) == [(0, 4)]
+
+
+TIMES = st.floats(0.0, 50.0)
+STEPS = st.lists(st.tuples(TIMES, TIMES, TIMES, TIMES), max_size=5)
+ENDS = st.sampled_from(["worker_failed", "stopped", "failed", "resized", "stage_finished", "checkpoint_committed", "validation"])
+
+
+@given(st.lists(st.tuples(TIMES, STEPS, st.lists(st.tuples(TIMES, ENDS), max_size=4), st.integers(0, 3)), min_size=1, max_size=5))
+def test_whatever_is_recorded_the_parts_add_up(attempts: list[Any]) -> None:
+    """Clocks that jump, waits longer than their steps, ends before the last step: every second is somewhere, and none is negative."""
+    told, now = Told(), 0.0
+    for number, (pause, steps, ends, resumed_at) in enumerate(attempts, 1):
+        now += pause
+        told.start(now, number)
+        if number > 1:
+            told.event(now, "resumed", number, resumed_at)
+        for step, (after, length, wait, stall) in enumerate(steps, resumed_at):
+            told.step(now + after, number, step, length, wait=wait, stall=stall)
+        for after, kind in ends:
+            told.event(now + after, kind, number, 1, stage="pretrain", before=1, after=2)
+    _, found, _ = told.read()
+    assert min(found.seconds.values()) >= 0.0
+    assert found.paused_s >= 0.0
+    ends_at = [record["time"] for record in told.records] + [event["time"] for event in told.events]
+    assert found.wall_s + found.paused_s <= max(ends_at) - told.events[0]["time"] + 1e-6
