@@ -15,7 +15,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, sleep_using_e
 
 from data_pipeline.errors import ConflictError, MaskwrightError
 from data_pipeline.storage import Location
-from trainer.checkpoint_store import Checkpoints, name_of
+from trainer.checkpoint_store import Checkpoints, checkpoints_of, name_of
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.manifest import Circumstances, Manifest
 from trainer.receipts import Receipt, new_receipts
@@ -122,7 +122,7 @@ class Save:
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.request.run)
+        return checkpoints_of(self.request.run)
 
     @property
     def _part(self) -> Location:
@@ -164,7 +164,7 @@ class Save:
     def _tell(self, receipt: Receipt) -> None:
         """Let rank 0, and through it the run, know of a failure; the storage may be what failed."""
         log.warning("the checkpoint of step %d: %s%s", self.request.state.step, receipt.error, "" if receipt.is_final else "; it is tried again")
-        with suppress(MaskwrightError, OSError):
+        with suppress(Exception):
             if self.request.rank == 0:
                 self._record_failure(receipt)
             else:
@@ -193,7 +193,7 @@ class Save:
         self._do("commit the checkpoint", lambda: self._checkpoints.publish(manifest))
         try:
             self._after(manifest)
-        except (MaskwrightError, OSError):  # it is committed, and the next save tries again to remove the old ones
+        except Exception:  # it is committed, and the next save tries again to remove the old ones
             log.exception("the checkpoint of step %d is committed, but its event or the removal of old ones failed", manifest.step)
 
     def _collect(self, own: Receipt) -> dict[int, Receipt]:
@@ -201,7 +201,7 @@ class Save:
         receipts, told = {own.rank: own}, set[str]()
         deadline, pause_s = time.monotonic() + self.request.timeout_s, _POLL_S[0]
         while True:
-            for receipt in new_receipts(self._part, set(receipts)):
+            for receipt in self._do("look for receipts", lambda: list(new_receipts(self._part, set(receipts)))):
                 if receipt.error is None:
                     receipts[receipt.rank] = receipt
                 elif receipt.is_final:
@@ -238,13 +238,13 @@ class Save:
     def _give_up(self, error: MaskwrightError) -> None:
         """Remove what this rank has written and say so; rank 0 removes the folder, once nobody writes into it any more."""
         for name in self.snapshot.sizes:
-            with suppress(MaskwrightError, OSError):
+            with suppress(Exception):
                 (self._part / name).remove()
         if not isinstance(error, ConflictError):
             self._tell(Receipt(self.request.rank, {}, error))
         if self.request.rank == 0:
             deadline = time.monotonic() + _CLEAN_UP_S
-            with suppress(MaskwrightError, OSError):
+            with suppress(Exception):
                 while time.monotonic() < deadline and not self._have_others_ended():
                     time.sleep(_POLL_S[1])
                 self._part.remove()

@@ -3,30 +3,44 @@
 Functions that take ranks are collective.
 """
 
-from dataclasses import dataclass
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from data_pipeline.errors import ConfigError, NoCheckpointError, NotFoundError
+from data_pipeline.storage import Location
 from trainer.agreement import Ranks
-from trainer.checkpoint_store import Checkpoints, step_of
+from trainer.checkpoint_store import Checkpoints, checkpoints_of, step_of
 from trainer.config import RunConfig
 from trainer.manifest import Circumstances, Manifest, Problem, check_files, read_manifest, shares
+from trainer.object_checkpoints import download
 from trainer.runlog import RunFolder
 from trainer.snapshot import ZERO_FOLDER
 from trainer.state import TrainState
 
 STATE_FILE = "state.json"
 PROBE_FILE = "probe.safetensors"
+_COPY = "maskwright-checkpoint-"
+_RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint."""
 
-    folder: Path
+    location: Location
     manifest: Manifest
+    copy: Path | None = None
+    """This process' copy of what it needs out of a store."""
+
+    @property
+    def folder(self) -> Path:
+        """The files, on this machine."""
+        return self.location.path if self.copy is None else self.copy
 
     @property
     def step(self) -> int:
@@ -48,6 +62,11 @@ class Checkpoint:
         """A fixed input and the logits that the engine gave for it when the checkpoint was taken."""
         return self.folder / PROBE_FILE
 
+    def discard_copy(self) -> None:
+        """Remove the copy, if it is one, once it is loaded."""
+        if self.copy is not None:
+            shutil.rmtree(self.copy, ignore_errors=True)
+
 
 def newest_usable(
     run: RunFolder,
@@ -58,6 +77,7 @@ def newest_usable(
     group: dist.ProcessGroup | None,
     timeout_s: float = 600.0,
     before_step: int | None = None,
+    zero_stage: int | None = None,
 ) -> Checkpoint | None:
     """The newest checkpoint that is complete and intact, the same on every rank; None when the run has none yet.
 
@@ -65,22 +85,23 @@ def newest_usable(
     file and the cause, and the one before it is tried. Ask `has_same_layout` how to load it.
 
     `before_step` goes back in history: to a checkpoint of at most that step. Those after it are renamed to `step-N.rewound-<attempt>`, once
-    there is one to go back to.
+    there is one to go back to. Out of a store each rank copies what it needs into a folder of its own: with this `zero_stage` and as many
+    ranks its own part, else everything.
 
     Raises:
         NoCheckpointError: there were checkpoints, and none (of at most `before_step`) is intact.
         EnvironmentMismatchError: the newest one was written by a newer release.
     """
-    ranks, checkpoints = Ranks(rank, world_size, group, timeout_s), Checkpoints(run)
+    ranks, checkpoints = Ranks(rank, world_size, group, timeout_s), checkpoints_of(run)
     names = ranks.rank_zero_does("list the checkpoints", lambda: _selectable(checkpoints, attempt))
     later = [name for name in names if before_step is not None and step_of(name) > before_step]
     for name in names[len(later) :]:
-        folder = checkpoints.location(name).path
+        location = checkpoints.location(name)
         manifest = ranks.rank_zero_does("read the manifest", lambda name=name: checkpoints.read(name))
-        problems = _verify_together(ranks, folder, manifest) if isinstance(manifest, Manifest) else [manifest]
+        copy, problems = _obtain(ranks, location, manifest, zero_stage) if isinstance(manifest, Manifest) else (None, [manifest])
         if isinstance(manifest, Manifest) and not problems:
             ranks.rank_zero_does("set the later checkpoints aside", lambda: [checkpoints.set_aside(each, "rewound", attempt) for each in later])
-            return Checkpoint(folder, manifest)
+            return Checkpoint(location, manifest, copy)
         ranks.rank_zero_does("set the damaged checkpoint aside", lambda n=name, p=problems: _quarantine(run, n, p, attempt))
     if later:
         raise NoCheckpointError(
@@ -139,17 +160,65 @@ def verify(folder: Path) -> list[Problem]:
     return check_files(folder, manifest.files, manifest.files) if isinstance(manifest, Manifest) else [manifest]
 
 
+def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
+    """The checkpoint of `step`, or the newest, re-hashed; out of a store it is copied, `discard_copy` when done with it.
+
+    Raises:
+        NotFoundError: there is no such checkpoint.
+        NoCheckpointError: it is damaged.
+    """
+    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run)}
+    if not found:
+        raise NotFoundError(f"{run.checkpoints} has no committed checkpoint", "Train first: `maskwright run CONFIG`.")
+    if step is not None and step not in found:
+        raise NotFoundError(f"{run.checkpoints} has no checkpoint of step {step}", f"Choose one of {', '.join(map(str, sorted(found)))}.")
+    chosen = found[max(found) if step is None else step]
+    files = chosen.manifest.files
+    if chosen.location.is_local:
+        problems = check_files(chosen.folder, files, files)
+    else:
+        chosen = replace(chosen, copy=Path(tempfile.mkdtemp(prefix=_COPY)))
+        problems = download(chosen.location, chosen.manifest, files, chosen.folder)
+    if problems:
+        chosen.discard_copy()
+        raise NoCheckpointError(
+            f"{chosen.location} is damaged: {problems[0]}", "Resume the run, which falls back to an intact one, or export another --step."
+        )
+    return chosen
+
+
 def list_checkpoints(run: RunFolder) -> list[Checkpoint]:
     """Committed checkpoints, oldest first; only their manifests are read, damaged ones are left out."""
-    checkpoints = Checkpoints(run)
+    checkpoints = checkpoints_of(run)
     read = [(entry.name, checkpoints.read(entry.name)) for entry in checkpoints.committed()]
-    return [Checkpoint(checkpoints.location(name).path, manifest) for name, manifest in read if isinstance(manifest, Manifest)]
+    return [Checkpoint(checkpoints.location(name), manifest) for name, manifest in read if isinstance(manifest, Manifest)]
 
 
 def _selectable(checkpoints: Checkpoints, attempt: int) -> list[str]:
     """Names of committed checkpoints, newest first, after what earlier attempts left half-done is finished or undone."""
     checkpoints.tidy(attempt)
     return [entry.name for entry in reversed(checkpoints.committed())]
+
+
+def _obtain(ranks: Ranks, location: Location, manifest: Manifest, zero_stage: int | None) -> tuple[Path | None, list[Problem]]:
+    """What is wrong with any file. On a shared file system each is re-hashed by one rank; out of a store every rank copies what it needs."""
+    if location.is_local:
+        return None, _verify_together(ranks, location.path, manifest)
+    then = manifest.circumstances
+    is_same = (then.world_size, then.zero_stage) == (ranks.world_size, zero_stage)
+    names = [name for name in manifest.files if not is_same or rank_of(name) in (None, ranks.rank)]
+    target = Path(tempfile.mkdtemp(prefix=_COPY))
+    found = ranks.all_do("copy its part of the checkpoint", lambda: download(location, manifest, names, target))
+    problems = [problem for problems in found for problem in problems]
+    if problems:
+        shutil.rmtree(target, ignore_errors=True)
+    return target, problems
+
+
+def rank_of(name: str) -> int | None:
+    """The rank whose partition a file of DeepSpeed's is; None of what all ranks read."""
+    match = _RANK_FILE.search(name)
+    return int(match[1]) if match else None
 
 
 def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest) -> list[Problem]:
@@ -160,7 +229,7 @@ def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest) -> list[Pro
 
 
 def _quarantine(run: RunFolder, name: str, problems: list[Problem], attempt: int) -> None:
-    aside = Checkpoints(run).set_aside(name, "damaged", attempt)
+    aside = checkpoints_of(run).set_aside(name, "damaged", attempt)
     first = problems[0]
     run.append_event(
         "checkpoint_damaged",

@@ -1,4 +1,4 @@
-"""Where checkpoints lie and what their names say: `Checkpoints`, for folders of a shared file system. Committing is a rename (R1).
+"""Where checkpoints lie and what their names say: `Checkpoints`, and its form for folders of a shared file system. Committing is a rename (R1).
 
 Names: `step-N` is committed; `step-N.partial-A` is a save (or a removal) that attempt A did not finish; `step-N.damaged-A` was found damaged by
 attempt A; `step-N.rewound-A` is of a history that attempt A went back behind; `step-N.replaced-A` exists for a moment while A commits a step
@@ -10,8 +10,9 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from data_pipeline.errors import ConfigError, ConflictError, StorageError
+from data_pipeline.errors import ConflictError, StorageError
 from data_pipeline.storage import Location, storage_errors, sync_folder
 from trainer.manifest import MANIFEST, Manifest, Problem, read_manifest, write_manifest
 from trainer.runlog import RunFolder
@@ -39,49 +40,87 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step-"))
 
 
-class Checkpoints:
-    """The checkpoints folder of a run. Nothing here is collective: rank 0 calls it, or a process without ranks."""
+class Checkpoints(Protocol):
+    """The checkpoints of a run. Nothing here is collective: rank 0 calls it, or a process without ranks."""
+
+    def entries(self) -> list[Entry]:
+        """All that is there."""
+        ...
+
+    def committed(self) -> list[Entry]:
+        """Committed checkpoints, by step."""
+        ...
+
+    def location(self, name: str) -> Location:
+        """Of an entry."""
+        ...
+
+    def read(self, name: str) -> Manifest | Problem:
+        """The manifest of a committed checkpoint, or what is wrong with it. Errors as `read_manifest` has them."""
+        ...
+
+    def part(self, step: int, attempt: int) -> Location:
+        """Where an attempt's files of a save go."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written; None where nobody can say."""
+        ...
+
+    def publish(self, manifest: Manifest) -> None:
+        """Commit a save whose files all are in `part`. A step that was committed before is replaced.
+
+        Raises:
+            ConflictError: a newer attempt has committed this step.
+            StorageError: a file is missing, or is not what was sent.
+        """
+        ...
+
+    def set_aside(self, name: str, kind: str, attempt: int) -> str:
+        """Make a committed checkpoint unselectable and keep it; returns its new name."""
+        ...
+
+    def remove(self, name: str, attempt: int) -> None:
+        """Remove a committed checkpoint. Unselectable first, then gone: a removal that is killed must not look like damage."""
+        ...
+
+    def tidy(self, attempt: int) -> None:
+        """Finish or undo what this attempt and earlier ones left half-done. Not while a save of this attempt is under way."""
+        ...
+
+
+class FolderCheckpoints:
+    """The checkpoints folder of a run on a shared file system. See `Checkpoints`."""
 
     def __init__(self, run: RunFolder) -> None:
         self._location = run.checkpoints
 
     def entries(self) -> list[Entry]:
-        """All that is there, by name."""
         names = sorted(os.listdir(self._folder)) if self._folder.is_dir() else []
         matches = [(name, match) for name in names if (match := _NAME.fullmatch(name))]
         return [Entry(name, int(match[1]), match[2] or "", int(match[3] or 0)) for name, match in matches]
 
     def committed(self) -> list[Entry]:
-        """Committed checkpoints, by step."""
         return sorted((entry for entry in self.entries() if not entry.kind), key=lambda entry: entry.step)
 
     def location(self, name: str) -> Location:
-        """Of an entry."""
         return self._location / name
 
     def read(self, name: str) -> Manifest | Problem:
-        """The manifest of an entry, or what is wrong with it. Errors as `read_manifest` has them."""
         manifest = read_manifest(self._folder / name)
         if isinstance(manifest, Manifest) and name != name_of(manifest.step):
             return Problem(MANIFEST, f"is of step {manifest.step}")
         return manifest
 
     def part(self, step: int, attempt: int) -> Location:
-        """Where an attempt's files of a save go until it is committed."""
         return self._location / f"{name_of(step)}.partial-{attempt}"
 
     def free_bytes(self) -> int | None:
-        """Bytes that can still be written; None where nobody can say."""
         folder = next(folder for folder in (self._folder, *self._folder.parents) if folder.is_dir())
         return shutil.disk_usage(folder).free
 
     def publish(self, manifest: Manifest) -> None:
-        """Commit a save whose files all are in `part`: the manifest last, then the rename. A step that was committed before is replaced.
-
-        Raises:
-            ConflictError: a newer attempt has committed this step.
-            StorageError: a file is missing here: the storage is not shared.
-        """
+        """The manifest last, then the rename."""
         part, target = self.part(manifest.step, manifest.attempt).path, self._folder / name_of(manifest.step)
         _require_files(part, manifest)
         write_manifest(part, manifest)
@@ -96,7 +135,6 @@ class Checkpoints:
         shutil.rmtree(aside, ignore_errors=True)
 
     def set_aside(self, name: str, kind: str, attempt: int) -> str:
-        """Make a committed checkpoint unselectable and keep it; returns its new name."""
         aside = self._folder / f"{name}.{kind}-{attempt}"
         shutil.rmtree(aside, ignore_errors=True)
         (self._folder / name).rename(aside)
@@ -104,14 +142,12 @@ class Checkpoints:
         return aside.name
 
     def remove(self, name: str, attempt: int) -> None:
-        """Remove a committed checkpoint. Unselectable first, then gone: a removal that is killed must not look like damage."""
         doomed = self._folder / f"{name}.partial-{attempt}"
         shutil.rmtree(doomed, ignore_errors=True)
         (self._folder / name).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
     def tidy(self, attempt: int) -> None:
-        """Finish or undo what this attempt and earlier ones left half-done. Not while a save of this attempt is under way."""
         entries = self.entries()
         committed = {entry.step for entry in entries if not entry.kind}
         with storage_errors(str(self._folder)):
@@ -123,12 +159,16 @@ class Checkpoints:
 
     @property
     def _folder(self) -> Path:
-        if not self._location.is_local:
-            raise ConfigError(
-                f"storage {self._location.parent} is a URL; checkpoints need a folder that all workers share (a local or POSIX-shared path) for now",
-                "Set `storage` to such a path.",
-            )
         return self._location.path
+
+
+def checkpoints_of(run: RunFolder) -> Checkpoints:
+    """The checkpoints of a run, wherever it lies."""
+    if run.checkpoints.is_local:
+        return FolderCheckpoints(run)
+    from trainer.object_checkpoints import ObjectCheckpoints
+
+    return ObjectCheckpoints(run)
 
 
 def require_older(there: Manifest | Problem, manifest: Manifest) -> None:

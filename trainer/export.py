@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,19 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForPreTraining
 
-from data_pipeline.errors import ConfigError, MaskwrightError, NoCheckpointError, NotFoundError
+from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location, storage_errors, sync_folder
-from trainer.checkpoint import Checkpoint, list_checkpoints, verify
+from trainer.checkpoint import Checkpoint, open_checkpoint
 from trainer.config import RunConfig
 from trainer.export_check import Agreement, check_export
-from trainer.manifest import FileDigest, Problem, check_files, fsync_file
+from trainer.manifest import FileDigest, fsync_file
 from trainer.model import PretrainingBert
 from trainer.model_card import CardFacts, render_model_card
+from trainer.model_folder import publish
 from trainer.quiet import quiet_transformers
 from trainer.runlog import RunFolder
-from trainer.verification import LINEAGE, LINEAGE_VERSION, read_lineage
+from trainer.verification import LINEAGE, LINEAGE_VERSION, verify_model
 
 
 def export(run: RunFolder, config: RunConfig, corpus: Location, step: int | None = None, name: str = "final") -> Location:
@@ -41,58 +43,38 @@ def export(run: RunFolder, config: RunConfig, corpus: Location, step: int | None
         ConfigError: `corpus` is not what the checkpoint was trained on.
         MaskwrightError: the exported model does not compute the same logits; nothing is left in `models/<name>` that was not there before.
     """
-    checkpoint, corpora = _choose(run, step), Mixture.open(corpus, config.data)
+    checkpoint, target = open_checkpoint(run, step), run.models / name
+    try:
+        if not _is_done(target, checkpoint):
+            _export(target, run, config, checkpoint, Mixture.open(corpus, config.data))
+    finally:
+        checkpoint.discard_copy()
+    return target
+
+
+def _export(target: Location, run: RunFolder, config: RunConfig, checkpoint: Checkpoint, corpora: Mixture) -> None:
     if checkpoint.state.corpus_fingerprint != corpora.fingerprint:
         raise ConfigError(
-            f"{checkpoint.folder} was trained on corpus {checkpoint.state.corpus_fingerprint[:12]}; {corpus} is {corpora.fingerprint[:12]}",
+            f"{checkpoint.location} was trained on corpus {checkpoint.state.corpus_fingerprint[:12]}; this one is {corpora.fingerprint[:12]}",
             "Name the corpus of the run.",
         )
-    target = run.models / name
-    if _is_done(target.path, checkpoint):
-        return target
-    partial = target.path.with_name(f"{name}.partial")
+    partial = target.path.with_name(f"{target.name}.partial") if target.is_local else Path(tempfile.mkdtemp(prefix="maskwright-model-"))
     try:
         with storage_errors(str(target)):
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             _write(partial, run, config, checkpoint, corpora)
-            _publish(partial, target.path)
+            _publish(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return target
 
 
-def verify_model(folder: Path) -> list[Problem]:
-    """Re-hash an exported model against its lineage; empty when it is intact.
-
-    Raises:
-        NotFoundError: there is no exported model.
-        EnvironmentMismatchError: a newer release wrote it.
-    """
-    files = read_lineage(Location.at(folder))
-    return [files] if isinstance(files, Problem) else check_files(folder, files, files)
-
-
-def _choose(run: RunFolder, step: int | None) -> Checkpoint:
-    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(run)}
-    if not found:
-        raise NotFoundError(f"{run.checkpoints} has no committed checkpoint", "Train first: `maskwright run CONFIG`.")
-    if step is not None and step not in found:
-        raise NotFoundError(f"{run.checkpoints} has no checkpoint of step {step}", f"Choose one of {', '.join(map(str, sorted(found)))}.")
-    checkpoint = found[max(found) if step is None else step]
-    if problems := verify(checkpoint.folder):
-        raise NoCheckpointError(
-            f"{checkpoint.folder} is damaged: {problems[0]}", "Resume the run, which falls back to an intact one, or export another --step."
-        )
-    return checkpoint
-
-
-def _is_done(target: Path, checkpoint: Checkpoint) -> bool:
+def _is_done(target: Location, checkpoint: Checkpoint) -> bool:
     try:
-        lineage: Any = json.loads((target / LINEAGE).read_bytes())
-    except (OSError, ValueError):
+        lineage: Any = (target / LINEAGE).read_json()
+    except (NotFoundError, ValueError):
         return False
-    return bool(lineage.get("checkpoint_digest") == checkpoint.manifest.digest and not verify_model(target))
+    return bool(lineage.get("checkpoint_digest") == checkpoint.manifest.digest and not verify_model(target, lambda *_: None))
 
 
 def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpoint, corpora: Mixture) -> None:
@@ -180,8 +162,15 @@ def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: P
     )
 
 
-def _publish(partial: Path, target: Path) -> None:
+def _publish(partial: Path, to: Location) -> None:
+    if not to.is_local:
+        lineage = (partial / LINEAGE).read_bytes()
+        (partial / LINEAGE).unlink()
+        publish(partial, to)
+        (to / LINEAGE).write_bytes(lineage)  # last: with it the model counts
+        return
     sync_folder(partial)
+    target = to.path
     aside = target.with_name(f"{target.name}.replaced")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():

@@ -159,13 +159,23 @@ def read_manifest(folder: Path) -> Manifest | Problem:
     """
     path = folder / MANIFEST
     try:
-        value: Any = json.loads(path.read_bytes())
+        return parse_manifest(path.read_bytes(), str(path))
     except (FileNotFoundError, NotADirectoryError):
         return Problem(MANIFEST, "missing")
     except IsADirectoryError:
         return Problem(MANIFEST, "is a folder")
     except OSError as error:
         raise _cannot_read(path, error) from error
+
+
+def parse_manifest(data: bytes, path: str) -> Manifest | Problem:
+    """The manifest in a file's contents, or what is wrong with it; `path` is for the message.
+
+    Raises:
+        EnvironmentMismatchError: a newer release wrote it.
+    """
+    try:
+        value: Any = json.loads(data)
     except ValueError as error:
         return Problem(MANIFEST, f"unreadable: {error}")
     if not isinstance(value, dict):

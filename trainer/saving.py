@@ -18,7 +18,7 @@ from data_pipeline.storage import Location
 from trainer.agreement import Ranks, agreement_group
 from trainer.background_save import COMMIT_TIMEOUT_S, Save, SaveRequest
 from trainer.checkpoint import PROBE_FILE, STATE_FILE, Checkpoint, has_same_layout, newest_usable, why_not_exact
-from trainer.checkpoint_store import Checkpoints
+from trainer.checkpoint_store import checkpoints_of
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine
@@ -80,7 +80,15 @@ class Saver:
             NoCheckpointError: there were checkpoints, and none is intact.
         """
         rank, world_size = self._context.rank, self._context.world_size
-        found = newest_usable(self._run, rank=rank, world_size=world_size, attempt=self._attempt, group=self._ranks.group, before_step=before_step)
+        found = newest_usable(
+            self._run,
+            rank=rank,
+            world_size=world_size,
+            attempt=self._attempt,
+            group=self._ranks.group,
+            before_step=before_step,
+            zero_stage=self._config.zero.stage,
+        )
         if found is None:
             return fresh
         require_same_data(found.state, fresh)
@@ -88,6 +96,7 @@ class Saver:
         load = engine.load if has_same_layout(found.manifest, self._config, world_size) else engine.load_from_other_layout
         started_at = time.monotonic()
         load(found.zero_folder)
+        found.discard_copy()
         self._saved_step = found.step
         if rank == 0:
             self._record_resume(found, load_s=time.monotonic() - started_at, rewinds=before_step is not None)
@@ -168,7 +177,7 @@ class Saver:
         if self._save is not None:
             self._save.wait(self._timeout_s)
             self._save = None
-        return Checkpoints(self._run).free_bytes() if self._context.rank == 0 else None
+        return checkpoints_of(self._run).free_bytes() if self._context.rank == 0 else None
 
     def _take_snapshot(self, engine: Engine, state: TrainState) -> int:
         """Copy what this rank has to save into the memory of the last save; returns its bytes."""

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from data_pipeline.errors import DivergedError, NumericTroubleError
-from trainer.checkpoint_store import Checkpoints
+from trainer.checkpoint_store import checkpoints_of
 from trainer.config import RunConfig
 from trainer.engine import Engine, StepOutcome
 from trainer.numerics import Response, Trouble, TroubleHistory, loss_trouble, response, rewind_target
@@ -92,7 +92,7 @@ class Soundness:
         value = trouble.value if math.isfinite(trouble.value) else None
         checkpoints, target = self._config.numerics.rewind_checkpoints, None
         if answer == "rewind" and checkpoints is not None:
-            committed = [entry.step for entry in Checkpoints(self._run).committed()]
+            committed = [entry.step for entry in checkpoints_of(self._run).committed()]
             target = rewind_target(committed, trouble.step, checkpoints)
         policy = self._config.numerics.policy
         self._run.append_event("numeric_trouble", **about, trouble=trouble.kind, value=value, policy=policy, response=answer, rewind_to=target)

@@ -4,6 +4,7 @@ The server process runs this file: moto's WSGI application behind `Faults`.
 """
 
 import importlib.util
+import io
 import json
 import os
 import socket
@@ -31,16 +32,17 @@ _DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>Access
 
 @dataclass
 class Fault:
-    """What happens to the next `times` GET requests whose path contains `path`.
+    """What happens to the next `times` requests of a method (GET, PUT) whose path contains `path`.
 
-    Kinds: `500`, `503` (SlowDown), `403`, `slow` (answers after `delay_s`), `truncated` (half of the body, then the connection ends), `reset`
-    (by the server, before an answer), `html` (a page with status 200), `wrong` (a flipped bit in the body).
+    Kinds: `500`, `503` (SlowDown), `403`, `slow` (answers after `delay_s`), `truncated` (half of the body, then the connection ends; of a PUT
+    half is stored), `reset` (by the server, before an answer), `html` (a page with status 200), `wrong` (a flipped bit in the body).
     """
 
     kind: str
     times: int = 1
     path: str = ""
     delay_s: float = 60.0
+    method: str = "GET"
 
 
 @dataclass
@@ -129,6 +131,12 @@ class Faults:
             kind = "text/html" if fault.kind == "html" else "application/xml"
             start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body)))])
             return [body]
+        if fault.method == "PUT":
+            assert fault.kind == "truncated", fault.kind
+            stored = environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"]))
+            stored = stored[: len(stored) // 2]
+            environ |= {"wsgi.input": io.BytesIO(stored), "CONTENT_LENGTH": str(len(stored))}
+            return self._application(environ, start_response)
         return self._spoilt(fault, environ, start_response)
 
     def _spoilt(self, fault: Fault, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -147,10 +155,8 @@ class Faults:
     def _take(self, environ: dict[str, Any]) -> Fault | None:
         with self._lock:
             self._requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']} {environ.get('HTTP_RANGE', '')}".strip())
-            if environ["REQUEST_METHOD"] != "GET":
-                return None
             for fault in self._faults:
-                if fault.times and fault.path in environ["PATH_INFO"]:
+                if fault.times and fault.method == environ["REQUEST_METHOD"] and fault.path in environ["PATH_INFO"]:
                     fault.times -= 1
                     return fault
         return None

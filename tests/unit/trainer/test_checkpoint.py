@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError, NoCheckpointError, NotFoundError, StorageError
-from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN, golden_run, run_config, run_folder, save_request, snapshot_of
 from trainer.background_save import Save
 from trainer.checkpoint import Checkpoint, has_same_layout, list_checkpoints, newest_usable, verify, why_not_exact
@@ -225,12 +224,6 @@ def test_what_breaks_exactness_is_said() -> None:
     assert isinstance(manifest, Manifest)
     assert why_not_exact(manifest, manifest.circumstances) == []
     assert why_not_exact(manifest, replace(manifest.circumstances, threads_per_rank=7)) == ["threads per rank: 1, now 7"]
-
-
-def test_an_object_store_is_refused_for_now() -> None:
-    run = RunFolder(Location.at("s3://bucket/run"))
-    with pytest.raises(ConfigError, match="s3://bucket/run"):
-        list_checkpoints(run)
 
 
 def test_what_may_change_the_last_bits_is_said() -> None:

@@ -19,8 +19,9 @@ from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN, GOLDEN_MODEL, golden_run, resign, run_config
 from trainer import export as export_module
 from trainer.checkpoint import list_checkpoints
-from trainer.export import LINEAGE, export, verify_model
+from trainer.export import LINEAGE, export
 from trainer.runlog import RunFolder
+from trainer.verification import verify_model
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 GOLDEN_EXPORT = GOLDEN.with_name("model-format-1")
@@ -36,6 +37,10 @@ def run(tmp_path: Path, tiny_corpus: Prepared) -> RunFolder:
     losses = {"mlm_loss": 5.4321, "nsp_loss": 0.7, "mlm_accuracy": 0.1, "nsp_accuracy": 0.5, "unigram_entropy": 6.0}
     folder.append_event("validation", attempt=1, step=2, **losses)
     return folder
+
+
+def no_progress(*_: int) -> None:
+    pass
 
 
 def fingerprint(corpus: Prepared) -> str:
@@ -109,9 +114,9 @@ def test_the_same_checkpoint_is_exported_once(run: RunFolder, tiny_corpus: Prepa
     export(run, CONFIG, tiny_corpus.folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.path.iterdir()} == before
     (folder.path / "model.safetensors").write_bytes(b"damaged")
-    assert [problem.file for problem in verify_model(folder.path)] == ["model.safetensors"]
+    assert [problem.file for problem in verify_model(folder, no_progress)] == ["model.safetensors"]
     export(run, CONFIG, tiny_corpus.folder)
-    assert verify_model(folder.path) == []
+    assert verify_model(folder, no_progress) == []
     export(run, CONFIG, tiny_corpus.folder, step=1)
     assert json.loads((folder / LINEAGE).read_bytes())["step"] == 1
     assert run.models.children() == ["final"]
@@ -120,12 +125,12 @@ def test_the_same_checkpoint_is_exported_once(run: RunFolder, tiny_corpus: Prepa
 def test_the_golden_model_is_still_read(tmp_path: Path) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-    assert verify_model(GOLDEN_EXPORT) == []
+    assert verify_model(Location.at(GOLDEN_EXPORT), no_progress) == []
     model: Any = AutoModelForMaskedLM.from_pretrained(GOLDEN_EXPORT)
     assert len(AutoTokenizer.from_pretrained(GOLDEN_EXPORT)) == model.config.vocab_size
     (tmp_path / LINEAGE).write_text(json.dumps({"format_version": 2}))
     with pytest.raises(EnvironmentMismatchError, match=r"lineage\.json has format_version 2"):
-        verify_model(tmp_path)
+        verify_model(Location.at(tmp_path), no_progress)
 
 
 def perturb_export(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +177,7 @@ def test_what_cannot_be_exported_is_refused(run: RunFolder, tiny_corpus: Prepare
     with pytest.raises(NotFoundError, match="has no committed checkpoint"):
         export(RunFolder(Location.at(tmp_path / "none")), CONFIG, tiny_corpus.folder)
     with pytest.raises(NotFoundError, match="not an exported model"):
-        verify_model(tmp_path)
+        verify_model(Location.at(tmp_path), no_progress)
     newest = list_checkpoints(run)[-1]
     resign(newest.folder, train_state=replace(newest.state, corpus_fingerprint="f" * 64))
     with pytest.raises(ConfigError, match="was trained on corpus ffffffffffff"):
