@@ -17,7 +17,7 @@ def epochs(mixture: Mixture, phases: Sequence[Phase]) -> list[float]:
 
 def tokens(mixture: Mixture, rounds: Sequence[float]) -> float:
     """About so many tokens of text are read in so many epochs of each corpus; special tokens come on top."""
-    return sum(each * int(index.blocks("train")["tokens"].sum()) for each, index in zip(rounds, mixture.indexes, strict=True))
+    return sum(each * int(index.manifest["counts"]["train_tokens"]) for each, index in zip(rounds, mixture.indexes, strict=True))
 
 
 def _samples(phase: Phase) -> int:
