@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from data_pipeline.inspection import inspect_steps
+from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
+from data_pipeline.stream import MicroBatchStream
+from launcher import cli
+from launcher.config import dump_yaml
 from launcher.event_texts import tell
+from launcher.lease import Lease
 from launcher.report import collect, read_results_of, write_report
 from launcher.report_figures import attempt_starts, curve
 from launcher.scores import score_table, validation_verdict, verdict
+from tests.support.corpus import small_corpus
+from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
 
@@ -225,6 +234,37 @@ def test_the_evidence_is_json_and_two_lines(tmp_path: Path) -> None:
     assert found["goodput"]["wall_s"] == pytest.approx(sum(found["goodput"]["lost_s"].values()) + found["goodput"]["useful_s"], abs=0.01)
     assert found["proof"] is None, "its configuration is not one"
     assert json.dumps(found)
+
+
+def test_an_attempt_of_which_nobody_hears_any_more_is_lost(tmp_path: Path) -> None:
+    run = RunFolder(Location.at(tmp_path / "lost"))
+    run.append_event("attempt_started", attempt=1, stage="pretrain", world_size=2)
+    with Lease.acquire(run):
+        assert [attempt.ended for attempt in collect(run).attempts] == ["running"]
+    assert [attempt.ended for attempt in collect(run).attempts] == ["lost"]
+
+
+def test_the_verb_prints_the_evidence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run trained on a corpus that is there, and its records are what its batches are: the whole way from files to the verdict."""
+    corpus, storage = small_corpus(tmp_path), Location.at(tmp_path / "runs")
+    batch = {"global_batch_size": 8, "micro_batch_size": 4, "sequence_length": 32}
+    config = RunConfig.model_validate({"name": "small", "batch": batch, "schedule": {"steps": 6, "warmup_steps": 0}})
+    stream = MicroBatchStream(Mixture.open(Location.at(corpus)), config.objective, config.phases, config.seed)
+    run = RunFolder(storage / "small")
+    run.config.write_bytes(dump_yaml(config))
+    run.append_event("stage_finished", attempt=0, stage="prepare", elapsed_s=1.0, corpus=corpus)
+    run.append_event("attempt_started", attempt=1, stage="pretrain", world_size=2)
+    for batch in inspect_steps(stream, config.phases, 0, 6, 2, None):
+        run.append_metrics({"step": batch["step"], "attempt": 1, "time": time.time(), "step_s": 0.0, "batch_digest": batch["digest"]})
+    assert cli.run(["report", "small", "--storage", str(storage), "--all-steps", "--json"], debug=False) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"report", "attempts", "goodput", "proof"}
+    assert found["proof"] | {"holds": True, "checked": 6, "steps": 6, "repeated": 0, "skipped": 0, "different": []} == found["proof"]
+    assert "<strong>Proven:</strong>" in run.report.read_bytes().decode()
+    Location.at(corpus).remove()
+    assert cli.run(["report", "small", "--storage", str(storage)], debug=False) == 0
+    assert "batches were not compared" in capsys.readouterr().out
+    assert "<strong>Not proven:</strong>" in run.report.read_bytes().decode()
 
 
 def test_events_of_every_kind_are_told_in_words() -> None:
