@@ -14,20 +14,25 @@ from data_pipeline.stream import MicroBatchStream
 def inspect_steps(
     stream: MicroBatchStream, phases: tuple[Phase, ...], first_step: int, num_steps: int, world_size: int, rank: int | None
 ) -> Iterator[dict[str, Any]]:
-    """One object per step: step, digest (16 hex digits), num_samples, num_tokens; with `rank`, of that rank's part.
+    """One object per step: step, digest (16 hex digits), num_samples, num_tokens; with `rank`, of that rank's part. `skipped_blocks` are
+    damaged blocks left out (see `data.on_damage`), named at the first step that would have had samples of them.
 
     Every rank reads through a stream of its own, so equal digests at two world sizes are evidence, not a tautology.
     """
     ranks = range(world_size) if rank is None else [rank]
     streams = {each: copy.copy(stream) for each in ranks}  # a copy shares no window
+    named: set[str] = set()
     for step in range(first_step, first_step + num_steps):
         numbers = micro_batches_of_step(phases, step)
         parts = [part for each in ranks for part in _read_part(streams[each], numbers, each, world_size)]
+        skipped = {block.name for _, batch in parts for block in batch.skipped} - named
+        named |= skipped
         yield {
             "step": step,
             "digest": f"{step_digest((position, batch.digest) for position, batch in parts):016x}",
             "num_samples": sum(batch.num_samples for _, batch in parts),
             "num_tokens": sum(batch.num_tokens for _, batch in parts),
+            "skipped_blocks": sorted(skipped),
         }
 
 

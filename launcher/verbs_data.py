@@ -145,7 +145,11 @@ def inspect(
             texts = {"text": [asdict(each) for each in sample_texts(stream, run_config.phases, batch["step"], num_texts)]} if num_texts else {}
             print_json({**batch, **texts})
         return
-    print_table(("step", "digest", "samples", "tokens"), ((b["step"], b["digest"], b["num_samples"], b["num_tokens"]) for b in found))
+    batches = list(found)
+    print_table(("step", "digest", "samples", "tokens"), ((b["step"], b["digest"], b["num_samples"], b["num_tokens"]) for b in batches))
+    for batch in batches:
+        for name in batch["skipped_blocks"]:
+            say(f"step {batch['step']}: the damaged block {name} is left out (data.on_damage: skip)")
     for each in range(step, step + steps) if num_texts else ():
         for nth, sample in enumerate(sample_texts(stream, run_config.phases, each, num_texts), 1):
             say(f"\nstep {each}, sample {nth} ({sample.sentences}; [seen -> to be predicted]):\n{sample.text}")

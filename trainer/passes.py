@@ -66,6 +66,8 @@ class Validation:
         self._config = config
         self._rank = rank
         self._world_size = world_size
+        self._shape: tuple[int, ...] = ()
+        self._part: StepPart | None = None
 
     def measure(self, engine: Engine, phase: Phase, state: TrainState) -> "tuple[StepLosses, list[SkippedBlock]]":
         """Mean losses and accuracies over the validation micro-batches, in the shape of `phase`, without dropout; and the damaged blocks
@@ -74,8 +76,7 @@ class Validation:
         Raises:
             MaskwrightError: a rank could not read its part.
         """
-        stream = self._stream(phase)
-        part = next(read_steps(stream, stream.phases, first_step=0, rank=self._rank, world_size=self._world_size, workers=0))
+        part = self._read(phase)
         counts = StepCounts.of(part.batches, part.first_position, stop=False, failed=part.error is not None).total(engine.device)
         if counts.failures:
             raise_together(part.error, "read the validation data")
@@ -84,6 +85,15 @@ class Validation:
             sums += engine.evaluate(tensor_batches(batch)[0].to(engine.device)).detached()
         losses = StepLosses.total(sums, counts, engine.device)
         return losses, newly_skipped(part.batches, counts, state)
+
+    def _read(self, phase: Phase) -> StepPart:
+        """This rank's part, kept while the shape of micro-batches stays the same."""
+        shape = (phase.sequence_length, phase.micro_batch_size)
+        if self._part is None or self._part.error is not None or self._shape != shape:
+            stream = self._stream(phase)
+            self._part = next(read_steps(stream, stream.phases, first_step=0, rank=self._rank, world_size=self._world_size, workers=0))
+            self._shape = shape
+        return self._part
 
     def _stream(self, phase: Phase) -> MicroBatchStream:
         """The validation split as the one step of a run of its own, with as many micro-batches as there are and as are wanted."""

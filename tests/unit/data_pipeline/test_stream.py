@@ -171,7 +171,7 @@ def test_every_world_size_sees_the_same_steps(index: CorpusIndex, seed: int) -> 
     stream = MicroBatchStream(index, ObjectiveConfig(), phases, seed)
     for first_step in (0, 299, 777):
         expected = list(inspect_steps(stream, phases, first_step, 3, world_size=1, rank=None))
-        assert [set(line) for line in expected] == [{"step", "digest", "num_samples", "num_tokens"}] * 3
+        assert [set(line) for line in expected] == [{"step", "digest", "num_samples", "num_tokens", "skipped_blocks"}] * 3
         assert [line["num_samples"] for line in expected] == [24] * 3
         for world_size in (2, 3, 4, 6):
             assert list(inspect_steps(stream, phases, first_step, 3, world_size, rank=None)) == expected
@@ -395,6 +395,9 @@ def test_damaged_blocks_are_skipped_alone_and_named(index: CorpusIndex, tmp_path
         assert found == _chunks(index, 64) - _chunks_of(index, damaged, 64)
         skipped = {(block.block, block.samples) for batch in batches for block in batch.skipped}
         assert skipped == {(int(record["number"]), int(record["samples"][1])) for record in damaged}
+    for world_size in (1, 2):
+        told = [name for line in inspect_steps(stream, phases, 0, len(batches) // 5, world_size, rank=None) for name in line["skipped_blocks"]]
+        assert sorted(told) == sorted({block.name for batch in batches for block in batch.skipped}), "each once"
     middle = stream.mixture.num_samples("train", 64) // 2
     again = MicroBatchStream(stream.mixture, objective, phases, seed=5)[middle]
     assert again.digest == stream[middle].digest
