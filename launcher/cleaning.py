@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +18,10 @@ from data_pipeline.mixture import MIXTURE
 from data_pipeline.partitions import WORK
 from data_pipeline.storage import Location, storage_errors
 from launcher.lease import Lease, holder
-from launcher.run_status import committed_steps
 from launcher.runs import read_config, run_ids
-from trainer.checkpoint_store import Checkpoints
+from trainer.checkpoint_store import Entry, checkpoints_of
+from trainer.manifest import MANIFEST as CHECKPOINT_MANIFEST
+from trainer.manifest import Manifest, Problem, parse_manifest
 from trainer.runlog import RunFolder
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -61,17 +63,42 @@ class Found:
 
 def find_in_run(run: RunFolder) -> list[Leftover]:
     """Leftovers of a run that nobody drives. Committed checkpoints are none, nor, while there is no committed one, what was set aside."""
-    committed = set(committed_steps(run))
-    asides = [entry for entry in Checkpoints(run).entries() if entry.kind] if run.checkpoints.exists() else []
-    folders = [
-        (run.checkpoints / entry.name, entry.kind)
-        for entry in asides
-        if entry.kind == "partial" or (entry.step in committed if entry.kind == "replaced" else committed)
-    ]
+    folders = list(_set_aside(run) if run.checkpoints.is_local else _set_aside_in_store(run))
     folders += [(run.models / name, "partial") for name in run.models.children() if name.endswith(".partial")]
     inside = {folder.url for folder, _ in folders}
     files = [(file, "temporary") for file in _temporary(run.root) if not inside & {str(parent) for parent in file.path.parents}]
     return [_leftover(location, kind, run) for location, kind in [*folders, *files] if _is_own(location, run.root.parent)]
+
+
+def _set_aside(run: RunFolder) -> Iterator[tuple[Location, str]]:
+    """Folders of the checkpoints folder, and their kinds."""
+    entries = checkpoints_of(run).entries()
+    committed = {entry.step for entry in entries if not entry.kind and (run.checkpoints / entry.name / CHECKPOINT_MANIFEST).exists()}
+    for entry in entries:
+        if entry.kind == "partial" or (entry.kind and (entry.step in committed if entry.kind == "replaced" else committed)):
+            yield run.checkpoints / entry.name, entry.kind
+
+
+def _set_aside_in_store(run: RunFolder) -> Iterator[tuple[Location, str]]:
+    """Manifests that were set aside, then files that no committed manifest names. A step with a manifest that cannot be read is left alone."""
+    entries = checkpoints_of(run).entries()
+    any_committed = any(not entry.kind for entry in entries)
+    for _, group in groupby(sorted(entries, key=lambda entry: (entry.step, entry.name)), key=lambda entry: entry.step):
+        there = list(group)
+        manifests = [(entry.kind, _manifest(run, entry)) for entry in there if entry.kind != "partial"]
+        readable = [(kind, manifest.attempt) for kind, manifest in manifests if isinstance(manifest, Manifest)]
+        if len(readable) < len(manifests):
+            continue
+        kinds = {attempt: kind for kind, attempt in sorted(readable, reverse=True)}  # committed last: it counts
+        for entry in there:
+            kind = kinds.get(entry.attempt, "partial") if entry.kind == "partial" else entry.kind
+            if kind == "partial" or (kind and any_committed):
+                yield run.checkpoints / entry.name, kind
+
+
+def _manifest(run: RunFolder, entry: Entry) -> Manifest | Problem:
+    file = run.checkpoints / entry.name
+    return checkpoints_of(run).read(entry.name) if not entry.kind else parse_manifest(file.read_bytes(), str(file))
 
 
 def find_in_storage(storage: Location) -> Found:

@@ -1,8 +1,10 @@
 """`clean`: what it lists, what it removes, and what it must never touch."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec.config
 import pytest
 
 from data_pipeline.block_cache import BlockCache
@@ -13,8 +15,13 @@ from launcher import cli
 from launcher.cleaning import find_in_run, find_in_storage, remove
 from launcher.config import dump_yaml
 from launcher.lease import Lease
+from tests.support.checkpoints import save_request, snapshot_of
+from tests.support.object_store import ObjectStore, object_store
+from trainer.background_save import Save
+from trainer.checkpoint_store import checkpoints_of
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
+from trainer.verification import verify_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +93,49 @@ def test_the_last_good_state_stays_whatever_it_is_called(storage: Location) -> N
     write_checkpoint(run, "step-00000020", manifest=False)  # not committed
     write_checkpoint(run, "step-00000030.partial-2", manifest=False)
     assert kinds(run) == {"step-00000030.partial-2": "partial"}
+
+
+@pytest.fixture(scope="module")
+def store() -> Iterator[ObjectStore]:
+    with pytest.MonkeyPatch.context() as patch, object_store() as running:
+        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+            patch.setenv(name, value)
+        patch.setenv("AWS_ENDPOINT_URL", running.endpoint)
+        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": running.endpoint})
+        yield running
+
+
+def test_in_a_store_files_that_a_committed_manifest_names_stay(store: ObjectStore) -> None:
+    storage = Location(f"s3://{store.bucket}/runs")
+    run = write_run(storage, "a")
+
+    def save(step: int, attempt: int) -> None:
+        Save(save_request(run, step, 0, 1, attempt), snapshot_of({"state.json": b"{}", "zero/rank.pt": b"x" * 100})).start().wait(60.0)
+
+    save(10, 1)
+    checkpoints_of(run).set_aside("step-00000010", "damaged", 2)
+    assert find_in_run(run) == [], "while nothing is committed what is damaged stays"
+    for step, attempt in ((10, 2), (20, 2), (30, 2)):
+        save(step, attempt)
+    checkpoints_of(run).set_aside("step-00000030", "rewound", 3)
+    (run.checkpoints / "step-00000020" / "attempt-3" / "zero" / "rank.pt").write_bytes(b"x" * 7)
+    (run.checkpoints / "step-00000040" / "attempt-3" / "zero" / "rank.pt").write_bytes(b"x" * 7)
+    found = find_in_run(run)
+    assert sorted((each.location.url.partition("checkpoints/")[2], each.kind) for each in found) == [
+        ("step-00000010/MANIFEST.damaged-2.json", "damaged"),
+        ("step-00000010/attempt-1", "damaged"),
+        ("step-00000020/attempt-3", "partial"),
+        ("step-00000030/MANIFEST.rewound-3.json", "rewound"),
+        ("step-00000030/attempt-2", "rewound"),
+        ("step-00000040/attempt-3", "partial"),
+    ]
+    for leftover in found:
+        assert leftover.bytes > 0
+        remove(leftover, storage)
+    assert find_in_run(run) == []
+    for step in (10, 20):
+        assert verify_checkpoint(run.checkpoints / f"step-{step:08d}", lambda done, total: None) == []
+    assert [entry.step for entry in checkpoints_of(run).committed()] == [10, 20]
 
 
 def test_nothing_of_a_run_that_runs(storage: Location, capsys: pytest.CaptureFixture[str]) -> None:
