@@ -16,6 +16,7 @@ import torch
 from data_pipeline.errors import DataCorruptError, MaskwrightError, StorageError
 from tests.support.batches import write_tokenizer
 from tests.support.checkpoints import build_engine, golden_run, plant_payload, run_config, run_folder, save_checkpoint, train_step
+from tests.support.corpus import small_corpus
 from tests.support.distributed import DistributedFailure, run_distributed
 from trainer.agreement import Ranks, agreement_group
 from trainer.checkpoint import list_checkpoints, newest_usable
@@ -281,3 +282,40 @@ def test_a_rank_that_does_not_answer_is_named_in_time() -> None:
     assert "waited 2 s for every rank to meet" in cause
     assert "Ranks 1 failed to pass monitoredBarrier" in cause
     assert seconds < 4
+
+
+def train_where_rank_1_cannot_write(rank: int, world_size: int, corpus: str, run: str) -> tuple[str, str, int]:
+    """The whole loop with saves every two steps; rank 1 may write no more than a few bytes once step 2 is committed."""
+    from tests.distributed.test_pretrain import config_of
+    from trainer.context import LocalContext
+    from trainer.pretrain import pretrain
+
+    class Context(LocalContext):
+        step = 0
+
+        def heartbeat(self, step: int, phase: str) -> None:
+            self.step = step
+            if self.rank == 1 and step == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+
+    config = config_of(1, "bf16", schedule={"steps": 1000, "warmup_steps": 2}, checkpoint={"every_steps": 2})
+    context = Context(rank, world_size)
+    try:
+        pretrain(config, corpus, run, context, 1)
+    except MaskwrightError as error:
+        return type(error).__name__, error.cause, context.step
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return "nothing", "", context.step
+
+
+def test_a_save_that_fails_beside_training_ends_both_ranks_at_the_next_step(tmp_path: Path) -> None:
+    corpus, run = small_corpus(tmp_path / "corpus"), run_folder(tmp_path / "run")
+    first, second = run_distributed(train_where_rank_1_cannot_write, args=(corpus, run.root.url), timeout_s=60)
+    assert first == second
+    kind, cause, step = first
+    assert kind == StorageError.__name__
+    assert "rank 1 could not write its part of the checkpoint: [Errno 27] File too large" in cause
+    assert 4 <= step <= 8  # step 4 is saved while the next ones are taken; the next save would have waited for it
+    assert run.checkpoints.children() == ["step-00000002"]
+    assert run.read_events()[-1]["kind"] == "checkpoint_failed"
