@@ -1,7 +1,7 @@
 """Gives an engine the weights and optimizer state of a checkpoint that other ranks or another ZeRO stage wrote (R4).
 
 Knows where DeepSpeed keeps each rank's part, and imports nothing of it. The state is taken parameter by parameter, so a rank reads what it
-will own and, below stage 3, the weights. Every function is called by all ranks.
+will own and no more. Every function is called by all ranks.
 """
 
 from collections.abc import Iterator
@@ -50,6 +50,8 @@ def give_state(engine: Any, stage: int, state: SavedState) -> None:
     if stage == 3:
         _round_partitions(engine.optimizer)
         engine.optimizer.checkpoint_event_epilogue()  # gathers what stays gathered
+    elif stage > 0:
+        engine.optimizer.update_lp_params()  # each rank rounds its part and hears the others': nobody reads all weights
     else:
         _round_parameters(engine.module, state)
 
