@@ -18,7 +18,7 @@ from data_pipeline.storage import Location
 from trainer.checkpoint_store import Checkpoints, checkpoints_of, name_of
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.manifest import Circumstances, Manifest
-from trainer.receipts import Receipt, new_receipts
+from trainer.receipts import RECEIPTS, Receipt, new_receipts
 from trainer.retention import superfluous
 from trainer.runlog import RunFolder
 from trainer.snapshot import Snapshot
@@ -190,6 +190,8 @@ class Save:
             request.attempt, request.circumstances, files, request.state, request.config.model_dump(mode="json"), request.validation_loss
         )
         request.require_current()
+        with suppress(Exception):  # they have served, and are not in the manifest
+            (self._part / RECEIPTS).remove()
         self._do("commit the checkpoint", lambda: self._checkpoints.publish(manifest))
         try:
             self._after(manifest)

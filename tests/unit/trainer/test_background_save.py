@@ -42,6 +42,10 @@ def test_both_ranks_parts_are_committed(tmp_path: Path) -> None:
     save_both(run, 5, validation_loss=1.25, stall_s=0.5)
     (checkpoint,) = list_checkpoints(run)
     assert checkpoint.manifest.files.keys() == {name for files in FILES.values() for name in files}
+    assert {path.relative_to(checkpoint.folder).as_posix() for path in checkpoint.folder.rglob("*") if path.is_file()} == {
+        *checkpoint.manifest.files,
+        "MANIFEST.json",
+    }
     assert checkpoint.manifest.validation_loss == 1.25
     assert verify(checkpoint.folder) == []
     (event,) = run.read_events()

@@ -1,6 +1,7 @@
 """Checkpoints in a store: committed by a manifest that is written last, verified as they are copied out (a real S3 server; one process)."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -41,7 +42,7 @@ def store() -> Iterator[ObjectStore]:
 @pytest.fixture
 def run(store: ObjectStore, request: pytest.FixtureRequest) -> RunFolder:
     store.fail()
-    return RunFolder(Location(f"s3://{store.bucket}/{request.node.name}"))
+    return RunFolder(Location(f"s3://{store.bucket}/{re.sub(r'[^a-z0-9]', '-', request.node.name)}"))
 
 
 def save(run: RunFolder, step: int, *, attempt: int = 1, **changes: object) -> None:
