@@ -12,10 +12,12 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from data_pipeline.errors import ExitCode
 from data_pipeline.storage import Location
 from launcher.attempts import read_failure
+from launcher.clusters.existing import remove_placement_groups
 from launcher.clusters.local import Workers
 from launcher.group_watch import GroupWatch, SaveReason, describe
 from launcher.heartbeats import BoardLine, RayGroup
@@ -96,7 +98,7 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupW
 
 
 def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> Exception | None:
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _on_worker,
         train_loop_config={"task": task, "board": group.board},
         torch_config=WorkerGroupConfig(
@@ -116,7 +118,16 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
         trainer.fit()
     except (TrainingFailedError, RayError) as error:
         return error
+    finally:
+        remove_placement_groups()
     return None
+
+
+class _Trainer(TorchTrainer):
+    """Without Ray's cleaner of placement groups: a detached actor that outlives a killed driver for ever where there is no dashboard."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 def _on_worker(settings: dict[str, Any]) -> None:

@@ -93,7 +93,9 @@ def find_address(address: str) -> str:
 
 
 def has_token() -> bool:
-    """Whether the user has a Ray token where Ray looks for it."""
+    """Whether the user has a Ray token where Ray looks for it, and has not turned tokens off."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return False
     if os.environ.get("RAY_AUTH_TOKEN"):
         return True
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").exists()
@@ -129,9 +131,21 @@ def live_nodes(sure: bool) -> list[Node]:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving and node["NodeID"] in free]
     if sure:
         with ThreadPoolExecutor(max_workers=32) as threads:
-            answers = list(threads.map(_answers, nodes))
-        nodes = [node for node, answer in zip(nodes, answers, strict=True) if answer]
+            answering = list(threads.map(answers, nodes))
+        nodes = [node for node, answer in zip(nodes, answering, strict=True) if answer]
     return [_as_node(node, free[node["NodeID"]]) for node in nodes]
+
+
+def remove_placement_groups() -> None:
+    """Give back what an attempt of this driver had reserved, if its controller died before it did so. (With the driver, all of it goes.)"""
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job: str = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def draining_nodes() -> dict[str, int]:
@@ -141,7 +155,7 @@ def draining_nodes() -> dict[str, int]:
     return state.get_draining_nodes()
 
 
-def _answers(node: dict[str, Any]) -> bool:
+def answers(node: dict[str, Any]) -> bool:
     """Whether something listens at the node's port. Ray itself may take half a minute to learn that a node has gone."""
     try:
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=_ANSWER_S).close()

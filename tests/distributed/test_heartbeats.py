@@ -15,7 +15,7 @@ from launcher.health import Beat, Seen
 from launcher.heartbeats import BoardLine, RayGroup
 from launcher.lease import process_start
 from launcher.rank_watch import SAVE, STACKS
-from tests.support.cluster import Nodes
+from tests.support.ray_nodes import RayCluster
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -32,11 +32,13 @@ class Rank:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Generator[Nodes]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[RayCluster]:
     import ray
 
-    with Nodes(workers=2) as nodes:
-        ray.init(nodes.address, logging_level="ERROR", log_to_driver=False)
+    with RayCluster(tmp_path_factory.mktemp("nodes"), token=False) as nodes:
+        for _ in range(2):
+            nodes.add_node()
+        ray.init(f"{nodes.address}:{nodes.port}", logging_level="ERROR", log_to_driver=False)
         try:
             yield nodes
         finally:
@@ -51,7 +53,7 @@ def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
     return found
 
 
-def test_a_group_of_two_nodes(cluster: Nodes) -> None:
+def test_a_group_of_two_nodes(cluster: RayCluster) -> None:
     import ray
 
     group = RayGroup.open()
@@ -92,8 +94,18 @@ def is_lost(group: RayGroup) -> bool:
     return False
 
 
-def drain(cluster: Nodes, node: str) -> None:
+def drain(cluster: RayCluster, node: str) -> None:
     """As a cloud does that takes a machine back."""
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test", "--deadline-remaining-seconds", "600"]
-    command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", node, *reason]
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "drain-node",
+        "--address",
+        f"{cluster.address}:{cluster.port}",
+        "--node-id",
+        node,
+        *reason,
+    ]
     subprocess.run(command, check=True, timeout=60, capture_output=True)

@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 MARK = "MASKWRIGHT_TEST_SESSION"
 
@@ -24,13 +24,15 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     program: str = "launcher.cli"
+    inside: Sequence[str] = ()
+    """Words before the command, such as `ip netns exec NAME`."""
 
-    def start(self) -> "Command":
+    def start(self) -> Self:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKWRIGHT_"))}
         self.output = self.folder / f"output-{self.mark}.txt"
         with self.output.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", self.program, *self.arguments],
+                [*self.inside, sys.executable, "-P", "-m", self.program, *self.arguments],
                 cwd=self.folder,
                 env={**clean, "OMP_NUM_THREADS": "1", **self.environment, MARK: self.mark},
                 stdout=out,

@@ -1,6 +1,7 @@
 """Ray clusters of several nodes on this machine: each node a `ray start` of its own, ended by its mark, never by name."""
 
 import os
+import re
 import secrets
 import socket
 import subprocess
@@ -32,29 +33,17 @@ def free_port(address: str) -> int:
 class RayNode(Command):
     """A node: `ray start --block` and all that it starts, its ranks included."""
 
-    inside: Sequence[str] = ()
-    """Words before the command, such as `ip netns exec NAME`."""
-
-    def start(self) -> Self:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MASKWRIGHT_"))}
-        self.output = self.folder / f"node-{self.mark}.txt"
-        with self.output.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*self.inside, sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", *self.arguments],
-                cwd=self.folder,
-                env={**clean, "OMP_NUM_THREADS": "1", **self.environment, "MASKWRIGHT_TEST_SESSION": self.mark},
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        return self
+    program: str = "ray.scripts.scripts"
 
     def raylet(self) -> int:
         """Process of its raylet."""
         found = [pid for pid in self.processes() if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].endswith(b"/raylet")]
         assert len(found) == 1, f"{len(found)} raylets\n{self.text()}"
         return found[0]
+
+    def id(self) -> str:
+        """Ray's id of it."""
+        return re.findall(r"--node_id=(\w+)", Path(f"/proc/{self.raylet()}/cmdline").read_text().replace("\0", " "))[0]
 
 
 @dataclass
@@ -64,6 +53,8 @@ class RayCluster:
     folder: Path
     """Of the nodes' output; what they share."""
     environment: dict[str, str] = field(default_factory=dict)
+    token: bool = True
+    """Whether its ports answer only to who has a token; `environment` then says where it lies."""
     address: str = LOOPBACK
     inside: Sequence[str] = ()
     nodes: list[RayNode] = field(default_factory=list)
@@ -71,10 +62,7 @@ class RayCluster:
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
-        token = self.folder / "token"
-        token.write_text(secrets.token_hex(32))
-        token.chmod(0o600)
-        self.environment = {**_QUIET, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), **self.environment}
+        self.environment = {**_QUIET, **(self._new_token() if self.token else {"RAY_AUTH_MODE": "disabled"}), **self.environment}
         self.port = free_port("127.0.0.1")
         head = [
             "--head",
@@ -91,6 +79,12 @@ class RayCluster:
             self.__exit__(None, None, None)
             raise
         return self
+
+    def _new_token(self) -> dict[str, str]:
+        token = self.folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for node in [*self.nodes, self.head]:
@@ -109,6 +103,11 @@ class RayCluster:
         self.nodes.remove(node)
         node.kill_everything()
 
+    def drain(self, node: RayNode, deadline_s: int) -> None:
+        """As a cloud does that takes a machine back."""
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", f"--deadline-remaining-seconds={deadline_s}"]
+        self._call(["-m", "ray.scripts.scripts", "drain-node", f"--address={self.address}:{self.port}", f"--node-id={node.id()}", *reason])
+
     def write_config(self, path: Path, **settings: object) -> Path:
         """A cluster YAML for it."""
         config = {"kind": "ray", "address": f"{self.address}:{self.port}", "threads_per_worker": 1, "use_gpu": False, **settings}
@@ -117,17 +116,21 @@ class RayCluster:
 
     def ask(self, program: str) -> str:
         """What a Python program prints that has joined the cluster."""
-        lines = f"import ray; ray.init(address='{self.address}:{self.port}', logging_level='ERROR', log_to_driver=False)\n{program}"
+        join = f"import ray; ray.init(address='{self.address}:{self.port}', logging_level='ERROR', log_to_driver=False)\n"
+        return self._call(["-c", join + program])
+
+    def _call(self, arguments: Sequence[str]) -> str:
+        command = [*self.inside, sys.executable, "-P", *arguments]
         environment = {**os.environ, **self.environment}
-        done = subprocess.run(
-            [*self.inside, sys.executable, "-c", lines], env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def _start(self, arguments: Sequence[str], address: str, inside: Sequence[str]) -> RayNode:
         own = ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-        return RayNode([*arguments, f"--node-ip-address={address}", *own], self.folder, self.environment, inside=inside).start()
+        return RayNode(
+            ["start", "--block", *arguments, f"--node-ip-address={address}", *own], self.folder, self.environment, inside=inside or self.inside
+        ).start()
 
     def _wait_for(self, count: int) -> None:
         node = (self.nodes or [self.head])[-1]

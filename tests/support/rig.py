@@ -34,12 +34,14 @@ class Rig:
     def start(self, *settings: str) -> "Rig":
         """`maskwright run`."""
         chosen = [argument for setting in (f"name={self.name}", *settings) for argument in ("--set", setting)]
-        self.command = Command(["run", "run.yaml", "--cluster", "cluster.yaml", *chosen], self.folder, self.environment).start()
+        self.command = Command(
+            ["run", "run.yaml", "--cluster", "cluster.yaml", *chosen], self.folder, self.environment, inside=self.cluster.inside
+        ).start()
         return self
 
     def resume(self) -> None:
         """`maskwright resume`, as the person or service does that watches the command."""
-        self.command = Command(["resume", self.name, "--storage", "storage"], self.folder, self.environment).start()
+        self.command = Command(["resume", self.name, "--storage", "storage"], self.folder, self.environment, inside=self.cluster.inside).start()
 
     @property
     def run(self) -> Path:

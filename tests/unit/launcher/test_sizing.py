@@ -145,7 +145,7 @@ def test_loopback_needs_none() -> None:
 
 
 def test_a_token_is_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert not has_token()
@@ -156,6 +156,8 @@ def test_a_token_is_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.M
     assert not has_token()
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
     assert has_token()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert not has_token()
 
 
 def test_what_is_known_before_there_is_a_cluster() -> None:

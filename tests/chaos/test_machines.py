@@ -1,0 +1,80 @@
+"""A run across machines with addresses and mounts of their own: the cable of one is pulled, and put back."""
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.test_elastic_cluster import assert_same_batches, stop, wait_for_attempt, write_long_run
+from tests.support.namespaces import Machines
+from tests.support.ray_nodes import RayCluster
+from tests.support.rig import Rig
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    """One for the head and the command, two for the ranks."""
+    with Machines(3) as found:
+        yield found
+
+
+@pytest.fixture
+def cluster(machines: Machines, tmp_path: Path) -> Iterator[RayCluster]:
+    """Ray on all of them, with a token: no other is talked to over a network."""
+    with RayCluster(tmp_path / "nodes", address=machines.address(0), inside=machines.inside(0)) as cluster:
+        for number in (1, 2):
+            cluster.add_node(address=machines.address(number), inside=machines.inside(number))
+        yield cluster
+
+
+LISTEN = "import socket; s = socket.create_server(('', 7777)); print(flush=True); s.accept(); s.accept()"
+LOOK = """
+import sys
+from launcher.clusters.existing import answers
+from launcher.ray_worker import interface_of
+ours, theirs = sys.argv[1:]
+look = lambda port: answers({"NodeManagerAddress": theirs, "NodeManagerPort": port})
+print(interface_of(ours), look(7777), look(7778), flush=True)
+input()
+print(look(7777))
+"""
+
+
+def test_a_node_behind_a_cut_link_does_not_answer(machines: Machines) -> None:
+    listener = subprocess.Popen([*machines.inside(1), sys.executable, "-c", LISTEN], stdout=subprocess.PIPE)
+    words = [sys.executable, "-c", LOOK, machines.address(0), machines.address(1)]
+    looker = subprocess.Popen([*machines.inside(0), *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert listener.stdout is not None
+        listener.stdout.readline()
+        assert looker.stdout is not None
+        assert looker.stdout.readline().split() == ["eth0", "True", "False"]
+        machines.cut(1)
+        out, _ = looker.communicate("\n", timeout=30)
+        assert out.strip() == "False"
+    finally:
+        for process in (listener, looker):
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.full
+def test_a_cut_link_shrinks_the_run(machines: Machines, cluster: RayCluster, tmp_path: Path) -> None:
+    write_long_run(tmp_path)
+    cluster.write_config(tmp_path / "cluster.yaml", num_workers=2, min_workers=1)
+    rig = Rig(tmp_path, "cut", cluster, random.Random(0), cluster.environment).start()
+    try:
+        wait_for_attempt(rig, 1, world_size=2, steps=25)
+        machines.cut(2)
+        wait_for_attempt(rig, 2, world_size=1, steps=25)
+        machines.heal(2)  # its ranks, if they still live, must not write any more
+        steps = stop(rig)
+        assert_same_batches(rig, steps)
+        assert [(event["before"], event["after"]) for event in rig.events("resized")][:1] == [(2, 1)]
+    finally:
+        rig.command.kill_everything()
