@@ -11,7 +11,7 @@ from data_pipeline.storage import Location
 from tests.distributed.test_pretrain import config_of, exact
 from tests.support.corpus import small_corpus
 from tests.support.distributed import DistributedFailure, run_distributed
-from tests.support.object_store import object_store
+from tests.support.object_store import client_environment, object_store
 from trainer.context import LocalContext
 from trainer.pretrain import pretrain
 from trainer.runlog import RunFolder
@@ -38,7 +38,7 @@ def train(rank: int, world_size: int, corpus: str, run: str, endpoint: str, atte
 
 def reach(endpoint: str) -> None:
     """What a user has in the environment and in fsspec's configuration."""
-    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint}
+    os.environ |= client_environment(endpoint)
     fsspec.config.conf["s3"] = {"endpoint_url": endpoint}
 
 

@@ -245,7 +245,7 @@ def test_retries_are_spent(folder: Path) -> None:
     command = Command(["run", "run.yaml", "--cluster", "frail.yaml", *settings], folder).start()
     try:
         for attempt in (1, 2):
-            command.wait_until(lambda attempt=attempt: worker_pid(run, attempt, 0) is not None)
+            command.wait_until(lambda attempt=attempt: worker_pid(run, attempt, 0) is not None, timeout_s=240)
             pid = worker_pid(run, attempt, 0)
             assert pid is not None
             os.kill(pid, signal.SIGKILL)

@@ -18,7 +18,11 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from multiprocessing import forkserver
 from typing import Any
+
+import fsspec
+import pytest
 
 from tests.support.required import missing
 
@@ -99,6 +103,32 @@ def object_store() -> Iterator[ObjectStore]:
         process.kill()
         process.wait(10)
         errors.close()
+
+
+@contextmanager
+def reachable_object_store(**settings: Any) -> Iterator[ObjectStore]:
+    """A server that this process, and processes it starts from now on, reach as `s3://`: what a user has in the environment, and in fsspec's
+    configuration (with more `settings`)."""
+    with object_store() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in client_environment(store.endpoint).items():
+            patch.setenv(name, value)
+        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": store.endpoint, **settings})
+        _forget_fork_server()
+        try:
+            yield store
+        finally:
+            _forget_fork_server()
+
+
+def client_environment(endpoint: str) -> dict[str, str]:
+    """Environment of a client of the server."""
+    return {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": endpoint}
+
+
+def _forget_fork_server() -> None:
+    """End the process that others are forked from: it has the environment of the moment when it was started, perhaps by an earlier test."""
+    server: Any = forkserver._forkserver
+    server._stop()
 
 
 class Faults:

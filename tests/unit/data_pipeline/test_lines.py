@@ -2,21 +2,16 @@
 
 from collections.abc import Iterator
 
-import fsspec.config
 import pytest
 
 from data_pipeline.lines import LineReader, last_lines
 from data_pipeline.storage import Location
-from tests.support.object_store import ObjectStore, object_store
+from tests.support.object_store import ObjectStore, reachable_object_store
 
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as patch, object_store() as running:
-        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": running.endpoint})
+    with reachable_object_store() as running:
         yield running
 
 

@@ -13,7 +13,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import fsspec.config
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -31,7 +30,7 @@ from data_pipeline.sources import Partition, Piece, list_files
 from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, build_loader
 from data_pipeline.verification import verify_corpus
-from tests.support.object_store import ALWAYS, Fault, ObjectStore, object_store
+from tests.support.object_store import ALWAYS, Fault, ObjectStore, reachable_object_store
 from tests.support.required import missing
 from tests.support.text import write_texts
 
@@ -41,11 +40,7 @@ SHARD = "train-000000.tar"
 @pytest.fixture(scope="module")
 def store(tiny_corpus: Prepared) -> Iterator[ObjectStore]:
     """A server that holds the tiny corpus, as `s3://corpora/tiny` and `http://…/corpora/tiny`."""
-    with pytest.MonkeyPatch.context() as patch, object_store() as running:
-        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": running.endpoint, "s3_additional_kwargs": {"ACL": "public-read"}})
+    with reachable_object_store(s3_additional_kwargs={"ACL": "public-read"}) as running:
         root = tiny_corpus.folder.path
         for path in root.rglob("*"):
             if path.is_file():

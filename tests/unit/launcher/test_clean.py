@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec.config
 import pytest
 
 from data_pipeline.block_cache import BlockCache
@@ -16,7 +15,7 @@ from launcher.cleaning import find_in_run, find_in_storage, remove
 from launcher.config import dump_yaml
 from launcher.lease import Lease
 from tests.support.checkpoints import save_request, snapshot_of
-from tests.support.object_store import ObjectStore, object_store
+from tests.support.object_store import ObjectStore, reachable_object_store
 from trainer.background_save import Save
 from trainer.checkpoint_store import checkpoints_of
 from trainer.config import RunConfig
@@ -97,11 +96,7 @@ def test_the_last_good_state_stays_whatever_it_is_called(storage: Location) -> N
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as patch, object_store() as running:
-        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": running.endpoint})
+    with reachable_object_store() as running:
         yield running
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError
@@ -15,7 +14,7 @@ from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN_MODEL, golden_run, resign, run_config, save_request, snapshot_of
-from tests.support.object_store import ALWAYS, Fault, ObjectStore, object_store
+from tests.support.object_store import ALWAYS, Fault, ObjectStore, reachable_object_store
 from trainer.background_save import Save
 from trainer.checkpoint import Checkpoint, list_checkpoints, newest_usable
 from trainer.checkpoint_store import checkpoints_of
@@ -31,11 +30,7 @@ WEIGHTS = "zero/mp_rank_00_model_states.pt"
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
-    with pytest.MonkeyPatch.context() as patch, object_store() as running:
-        for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}.items():
-            patch.setenv(name, value)
-        patch.setenv("AWS_ENDPOINT_URL", running.endpoint)
-        patch.setitem(fsspec.config.conf, "s3", {"endpoint_url": running.endpoint})
+    with reachable_object_store() as running:
         yield running
 
 
