@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 
 from data_pipeline.config import Phase
-from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, StorageError
+from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, NumericTroubleError, StorageError
 from data_pipeline.storage import Location
 from trainer.agreement import Ranks, agreement_group
 from trainer.background_save import COMMIT_TIMEOUT_S, Save, SaveRequest
@@ -183,9 +183,10 @@ class Saver:
         """Copy what this rank has to save into the memory of the last save; returns its bytes."""
         self._snapshot.clear()
         engine.snapshot(self._snapshot)
-        logits = probe_of(engine)()
+        probe = probe_of(engine)()
+        require_finite(probe, state.step)
         if self._context.rank == 0:
-            self._snapshot.add(PROBE_FILE, to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in logits.items()}))
+            self._snapshot.add(PROBE_FILE, to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in probe.items()}))
             self._snapshot.add_json(STATE_FILE, state.to_json())
         return self._snapshot.num_bytes
 
@@ -267,6 +268,18 @@ def require_room(run: RunFolder, step: int, num_bytes: int, free_bytes: int | No
         raise StorageError(
             f"the checkpoint of step {step} takes {num_bytes:,} bytes, and {free_bytes:,} are free in {run.checkpoints}",
             "Free space (`maskwright clean`), lower checkpoint.keep_last, or choose another --storage; then `maskwright resume` the run.",
+        )
+
+
+def require_finite(probe: Mapping[str, torch.Tensor], step: int) -> None:
+    """Refuse to save weights that went bad between two steps (a flipped bit): a checkpoint is what all is recovered from.
+
+    Raises:
+        NumericTroubleError: the logits of a checkpoint's probe are not finite; another attempt resumes from the checkpoint before.
+    """
+    if not all(torch.isfinite(probe[name]).all() for name in ("mlm_logits", "nsp_logits")):
+        raise NumericTroubleError(
+            f"the weights after {step} steps are not finite; they are not saved", "`maskwright resume` goes on from the checkpoint before.", step=step
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import DataCorruptError, MaskwrightError, StorageError
+from data_pipeline.errors import DataCorruptError, MaskwrightError, NumericTroubleError, StorageError
 from tests.support.batches import write_tokenizer
 from tests.support.checkpoints import build_engine, golden_run, plant_payload, run_config, run_folder, save_checkpoint, train_step
 from tests.support.corpus import small_corpus
@@ -105,6 +105,25 @@ def require_probe_reproduced(checkpoint: Any, precision: str) -> None:
     with torch.no_grad():
         mlm_logits, _ = model.logits(probe["input_ids"], probe["token_type_ids"], probe["attention_mask"])
     assert float((mlm_logits - probe["mlm_logits"]).square().mean().sqrt() / probe["mlm_logits"].square().mean().sqrt()) <= PROBE_TOLERANCE[precision]
+
+
+def spoil_a_weight_and_save(rank: int, world_size: int, root: str, tokenizer: str) -> None:
+    """Commit step 1; then a weight of rank 1 goes bad between two steps."""
+    config, group = run_config(1), agreement_group(world_size)
+    engine = build_engine(config, tokenizer)
+    train_step(engine, rank, world_size, 0)
+    save_checkpoint(root, engine, config, rank, world_size, 1, group)
+    if rank == 1:
+        with torch.no_grad():
+            next(engine.model.parameters())[0, 0] = float("nan")
+    save_checkpoint(root, engine, config, rank, world_size, 2, group)
+
+
+def test_weights_that_went_bad_are_not_saved(tmp_path: Path, tokenizer: str) -> None:
+    with pytest.raises(DistributedFailure) as failure:
+        run_distributed(spoil_a_weight_and_save, args=(str(tmp_path), tokenizer), timeout_s=60)
+    assert all(isinstance(error, NumericTroubleError) and "after 2 steps are not finite" in error.cause for error in failure.value.errors)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run_folder(tmp_path))] == [1]
 
 
 def die_inside_deepspeed(rank: int, world_size: int, root: str, tokenizer: str) -> None:
