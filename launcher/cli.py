@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import typer
 
-from data_pipeline.errors import ExitCode, MaskwrightError
+from data_pipeline.errors import ExitCode, MaskwrightError, UsageError
 from launcher import verbs_clean, verbs_data, verbs_model, verbs_run, verbs_verify
 from launcher.options import completed, discard_output
 
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str], *, debug: bool) -> int:
     """Run a verb and return its exit code; errors are told on stderr in two lines: the cause, and what to do."""
     try:
+        _require_folder()
         return _invoke(arguments)
     except MaskwrightError as error:
         if debug:
@@ -64,6 +65,18 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
         first = next(iter(str(error).splitlines()), "")
         print(f"internal error: {type(error).__name__}: {first}\nThis is a bug; run again with --debug to see where.", file=sys.stderr)
         return int(ExitCode.INTERNAL)
+
+
+def _require_folder() -> None:
+    """Refuse a current folder that was removed: relative paths mean nothing there, and torch's libraries do not load.
+
+    Raises:
+        UsageError: it was.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UsageError("the current folder no longer exists", "Change to another one (`cd`), and run the command again.") from error
 
 
 def _storage_of(arguments: Sequence[str]) -> str | None:

@@ -192,6 +192,18 @@ def test_a_byte_that_is_no_text_does_not_end_status(made: RunFolder) -> None:
     assert invoke("status", "made") == 0
 
 
+def test_a_current_folder_that_is_gone(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gone = here / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    try:
+        assert invoke("list") == ExitCode.USAGE
+    finally:
+        os.chdir(here)
+    assert error_of(capsys)[0] == "error: the current folder no longer exists"
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["status", "nope"], debug=True) == ExitCode.NOT_FOUND
     assert "Traceback" in capsys.readouterr().err
