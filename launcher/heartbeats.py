@@ -1,6 +1,5 @@
 """The seam between ranks and the driver while an attempt runs: a board, on which ranks say where they are and find commands (a Ray actor)."""
 
-import importlib
 import os
 import signal
 import socket
@@ -14,12 +13,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from launcher.clusters.existing import draining_nodes
 from launcher.group_watch import BoardLostError, Member
 from launcher.health import Beat, Seen
 from launcher.lease import process_start
 
 _ANSWER_S = 5.0
-_STATE: Any = importlib.import_module("ray._private.state")
 
 
 class Board:
@@ -175,7 +174,7 @@ class RayGroup:
     def draining(self) -> Mapping[str, int]:
         """See `Group.draining`. Ray Train has a watcher of its own, whose answer is a barrier of all ranks."""
         try:
-            nodes: dict[str, int] = _STATE.state.get_draining_nodes()  # what that watcher asks
+            nodes = draining_nodes()
         except Exception:  # noqa: BLE001 - errors of gRPC as well as Ray's: the head is busy or restarts, and is asked again in a second
             return {}
         own = {member.node for member in self.members.values()}

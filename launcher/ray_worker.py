@@ -184,7 +184,7 @@ def recorded_reason(watch: GroupWatch, recorded: Failure | None) -> Failure | No
         return recorded
     if watch.save_reason is SaveReason.PREEMPTION:
         cause = f"{', '.join(watch.leaving)} is taken away; {recorded.cause}"
-        return replace(recorded, kind=FailureKind.PREEMPTION, cause=cause)
+        return replace(recorded, kind=FailureKind.PREEMPTION, cause=cause, rank=None, node=watch.leaving[0])
     return replace(recorded, kind=FailureKind.GROWTH) if watch.save_reason is SaveReason.GROWTH else recorded
 
 

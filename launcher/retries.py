@@ -25,8 +25,12 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
     job.workers = None
     history, newest = History(), max(committed_steps(job.run), default=0)
     budgets = Budgets(job.ray.config.max_failures, job.ray.config.max_preemptions, job.config.numerics.budget)
+    failure: Failure | None = None
     while True:
-        failure = _attempt(job, entry, arguments)
+        try:
+            failure = _attempt(job, entry, arguments)
+        except TooFewWorkersError as error:
+            failure = _too_few(error, failure)
         if failure is None and done():
             return
         if failure is None:
@@ -68,10 +72,7 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
     from launcher.ray_worker import run_attempt
     from launcher.worker_process import WorkerTask
 
-    try:
-        workers = job.ray.workers_now()
-    except TooFewWorkersError as error:
-        return Failure(FailureKind.INFRASTRUCTURE, error.cause, error.remedy, ExitCode.FAILED)
+    workers = job.ray.workers_now()
     job.lease.require_held()  # a newer attempt ends the workers of an older one: never those of a driver that has taken over
     _record_size(job, workers)
     job.attempt = claim_attempt(job.run)
@@ -87,6 +88,13 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
     )
     task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
     return run_attempt(task, workers, scratch, _watch(job, workers))
+
+
+def _too_few(error: TooFewWorkersError, last: Failure | None) -> Failure:
+    """Nodes that do not come are waited for again; after a preemption they are not expected, and all that matters is saved."""
+    if last is None or last.kind is not FailureKind.PREEMPTION:
+        return Failure(FailureKind.INFRASTRUCTURE, error.cause, error.remedy, ExitCode.FAILED)
+    return Failure(FailureKind.INTERRUPTED, f"{last.cause}; {error.cause}", error.remedy, ExitCode.INTERRUPTED)
 
 
 def _record_size(job: Job, workers: Workers) -> None:

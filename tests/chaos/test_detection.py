@@ -11,6 +11,7 @@ import pytest
 
 from launcher.lease import STALE_AFTER_S, process_start
 from tests.support.commands import Command, maskwright, worker_pid
+from tests.support.ray_nodes import cluster_of
 from tests.support.tiny_run import write_run
 
 STEPS = 80
@@ -119,3 +120,35 @@ def test_ranks_of_a_driver_that_is_stopped_end_when_another_takes_over(folder: P
     finally:
         command.kill_everything()
         second.kill_everything()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("settings", "code", "world_sizes"), [({"min_workers": 1}, 0, [2, 1]), ({"wait_s": 3}, 75, [2])])
+def test_a_drained_node_costs_no_step(settings: dict[str, Any], code: int, world_sizes: list[int], tmp_path: Path) -> None:
+    """All ranks save; what follows is an attempt on what is left, where that is allowed, or the end of the command: resumable."""
+    write_run(tmp_path, schedule={"steps": 60, "warmup_steps": 5}, checkpoint={"every_steps": 1000, "keep_last": 2}, name="drained")
+    run = tmp_path / "storage/drained"
+    with cluster_of(tmp_path / "nodes", 2) as cluster:
+        cluster.write_config(tmp_path / "cluster.yaml", num_workers=2, **settings)
+        command = Command(["run", "run.yaml", "--cluster", "cluster.yaml"], tmp_path, cluster.environment).start()
+        try:
+            command.wait_until(lambda: len(surviving(run)) >= 5)
+            cluster.ask(DRAIN)
+            assert command.wait() == code, command.text()
+        finally:
+            command.kill_everything()
+    (preempted,) = events(run, "preempted")
+    (failed,) = events(run, "worker_failed")
+    assert (failed["failure"], failed["attempt"], failed["node"]) == ("preemption", 1, preempted["nodes"][0])
+    assert [event["world_size"] for event in events(run, "attempt_started")] == world_sizes
+    assert [event["steps_lost"] for event in events(run, "resumed")] == [0] * (len(world_sizes) - 1)
+    if code == 75:
+        assert events(run, "stopped", "failed")[-1]["exit_code"] == 75
+
+
+DRAIN = """
+import time
+from ray._raylet import GcsClient
+node = next(node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU"))
+GcsClient(address=ray.get_runtime_context().gcs_address).drain_node(node, 2, "the cloud wants it back", int((time.time() + 600) * 1000))
+"""
