@@ -1,20 +1,15 @@
 """One attempt's dealings with checkpoints: resume from the newest intact one, save new ones beside training (every method is collective but `error`,
 `failed` and `close`)."""
 
-import socket
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save as to_safetensors
 
-from data_pipeline.config import Phase
-from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, NumericTroubleError, StorageError
-from data_pipeline.storage import Location
+from data_pipeline.errors import MaskwrightError
 from trainer.agreement import Ranks, agreement_group
 from trainer.background_save import COMMIT_TIMEOUT_S, Save, SaveRequest
 from trainer.checkpoint import PROBE_FILE, STATE_FILE, Checkpoint, has_same_layout, newest_usable, why_not_exact
@@ -23,14 +18,12 @@ from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine
 from trainer.manifest import Circumstances
+from trainer.refusals import require_finite, require_room, require_same_data, require_same_position, require_shared
 from trainer.runlog import RunFolder
 from trainer.snapshot import Snapshot
 from trainer.state import TrainState
 
 PROBE_TOKENS = 16
-SHARED_S = 30.0
-"""How long a rank looks for what rank 0 has written: network file systems show it late."""
-_POLL_S = 0.1
 _CLOSE_S = 5.0
 _GRACE_S = 10.0
 """How much longer than for their own part ranks wait for each other's word."""
@@ -224,95 +217,6 @@ def steps_done(newest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -
     if resumed is not None and resumed["attempt"] > newest.get("attempt", 0):
         return resumed["step"]
     return newest["step"] + 1 if newest else 0
-
-
-def require_shared(folder: Location, ranks: Ranks, timeout_s: float = SHARED_S) -> None:
-    """Rank 0 writes a word that nobody can know, every rank reads it back. Collective.
-
-    Raises:
-        StorageError: a rank does not see it within `timeout_s`; names the rank and its host.
-    """
-
-    def write() -> str:
-        word = uuid.uuid4().hex
-        (folder / f".shared.{word[:8]}.tmp").write_bytes(word.encode())
-        return word
-
-    word = ranks.rank_zero_does("write into the run folder", write)
-    file = folder / f".shared.{word[:8]}.tmp"
-
-    def read() -> None:
-        deadline, found = time.monotonic() + timeout_s, None
-        while found != word:
-            if time.monotonic() > deadline:
-                raise StorageError(
-                    f"host {socket.gethostname()} does not see in {folder} what rank 0 wrote there: the storage is not shared",
-                    "Set `storage` to a path that all workers share, or to a URL.",
-                )
-            with suppress(NotFoundError):  # not yet: attributes of network file systems are cached for seconds
-                found = file.read_bytes().decode(errors="replace")
-            if found != word:
-                time.sleep(_POLL_S)
-
-    ranks.all_do("read the run folder", read)
-    ranks.rank_zero_does("write into the run folder", file.remove)
-
-
-def require_room(run: RunFolder, step: int, num_bytes: int, free_bytes: int | None) -> None:
-    """Refuse a save that does not fit.
-
-    Raises:
-        StorageError: there is less room than it takes.
-    """
-    if free_bytes is not None and num_bytes > free_bytes:
-        raise StorageError(
-            f"the checkpoint of step {step} takes {num_bytes:,} bytes, and {free_bytes:,} are free in {run.checkpoints}",
-            "Free space (`maskwright clean`), lower checkpoint.keep_last, or choose another --storage; then `maskwright resume` the run.",
-        )
-
-
-def require_finite(probe: Mapping[str, torch.Tensor], step: int) -> None:
-    """Refuse to save weights that went bad between two steps (a flipped bit): a checkpoint is what all is recovered from.
-
-    Raises:
-        NumericTroubleError: the logits of a checkpoint's probe are not finite; another attempt resumes from the checkpoint before.
-    """
-    if not all(torch.isfinite(probe[name]).all() for name in ("mlm_logits", "nsp_logits")):
-        raise NumericTroubleError(
-            f"the weights after {step} steps are not finite; they are not saved", "`maskwright resume` goes on from the checkpoint before.", step=step
-        )
-
-
-def require_same_data(saved: TrainState, now: TrainState) -> None:
-    """Refuse to continue on another corpus or tokenizer than the checkpoint's: its position would mean other data.
-
-    Raises:
-        ConfigError: they differ.
-    """
-    for what, before, after in [
-        ("corpus", saved.corpus_fingerprint, now.corpus_fingerprint),
-        ("tokenizer", saved.tokenizer_digest, now.tokenizer_digest),
-    ]:
-        if before != after:
-            raise ConfigError(
-                f"the checkpoint of step {saved.step} was trained on {what} {before[:12]}; this attempt has {what} {after[:12]}",
-                "Restore the corpus of the run, or start a new run under another `name`.",
-            )
-
-
-def require_same_position(saved: TrainState, phases: tuple[Phase, ...]) -> None:
-    """Refuse a checkpoint that has consumed another number of micro-batches than come before its step here: data would be repeated or skipped.
-
-    Raises:
-        ConfigError: the numbers differ.
-    """
-    phase = next(phase for phase in reversed(phases) if phase.first_step <= saved.step)
-    expected = phase.first_micro_batch + (saved.step - phase.first_step) * phase.num_micro_batches
-    if saved.micro_batches_consumed != expected:
-        raise ConfigError(
-            f"the checkpoint of step {saved.step} has consumed {saved.micro_batches_consumed} micro-batches; by this configuration, {expected}",
-            "Restore `batch` as it was when the checkpoint was written, or start a new run under another `name`.",
-        )
 
 
 def probe_of(engine: Engine) -> Callable[[], dict[str, torch.Tensor]]:

@@ -266,7 +266,7 @@ def test_a_payload_does_not_run_when_an_engine_loads(tmp_path: Path, tokenizer: 
 
 
 def open_on_storage_of_its_own(rank: int, world_size: int, root: str, is_shared: bool) -> tuple[str, str, list[str]]:
-    from trainer.saving import require_shared
+    from trainer.refusals import require_shared
 
     folder = run_folder(root if is_shared else f"{root}/{rank}").checkpoints
     try:

@@ -20,8 +20,8 @@ from trainer.metrics import finite, measured_peak, useful_flops
 from trainer.model import PretrainingBert
 from trainer.passes import dropout_seed
 from trainer.pretrain import MAX_SKIPPED_STEPS, advanced, is_due, phase_of, require_own_tokenizer, stopped_at
+from trainer.refusals import require_same_data, require_same_position
 from trainer.runlog import RunFolder
-from trainer.saving import require_same_data, require_same_position
 from trainer.state import TrainState
 from trainer.totals import StepCounts
 
