@@ -180,13 +180,10 @@ class Location:
         self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
 
     def claim(self, data: bytes) -> bool:
-        """Create the file if nobody has; True for exactly one of several callers (on local and POSIX-shared storage)."""
+        """Create the file if nobody has; True for exactly one of several callers, whose `data` differ."""
         with storage_errors(self.url):
             if not self.is_local:
-                if self.exists():
-                    return False
-                self.write_bytes(data)
-                return True
+                return self._claim_in_store(data)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = self.path.with_name(f".{self.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
@@ -198,6 +195,15 @@ class Location:
             finally:
                 whole.unlink(missing_ok=True)
             return True
+
+    def _claim_in_store(self, data: bytes) -> bool:
+        """A conditional put. The store's client may send it twice when an answer is lost: what counts is whose file is there."""
+        fs, path = self.filesystem()
+        try:
+            fs.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return self.read_bytes() == data
+        return True
 
     def append_line(self, line: str) -> None:
         """Append one line in a single write. On an object store the file is a folder of parts, a folder for each hour, named by the time.

@@ -4,6 +4,7 @@ import errno
 import re
 import time
 import traceback
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -55,7 +56,7 @@ def last_attempt(run: RunFolder) -> int:
 def claim_attempt(run: RunFolder) -> int:
     """The next attempt number; no two callers ever get the same."""
     number = last_attempt(run) + 1
-    while not (attempt_folder(run, number) / "claim").claim(str(time.time()).encode()):
+    while not (attempt_folder(run, number) / "claim").claim(f"{time.time()} {uuid.uuid4().hex}".encode()):
         number += 1
     return number
 

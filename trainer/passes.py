@@ -69,19 +69,21 @@ class Validation:
         self._shape: tuple[int, ...] = ()
         self._part: StepPart | None = None
 
-    def measure(self, engine: Engine, phase: Phase, state: TrainState) -> "tuple[StepLosses, list[SkippedBlock]]":
+    def measure(self, engine: Engine, phase: Phase, state: TrainState, go_on: Callable[[], None]) -> "tuple[StepLosses, list[SkippedBlock]]":
         """Mean losses and accuracies over the validation micro-batches, in the shape of `phase`, without dropout; and the damaged blocks
-        that were left out and that `state` does not know yet.
+        that were left out and that `state` does not know yet. `go_on` is called before each: a long validation is no hang.
 
         Raises:
             MaskwrightError: a rank could not read its part.
         """
+        go_on()
         part = self._read(phase)
         counts = StepCounts.of(part.batches, part.first_position, stop=False, failed=part.error is not None).total(engine.device)
         if counts.failures:
             raise_together(part.error, "read the validation data")
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
         for batch in _padded(part, empty_micro_batch(self._corpora.vocabulary)):
+            go_on()
             sums += engine.evaluate(tensor_batches(batch)[0].to(engine.device)).detached()
         losses = StepLosses.total(sums, counts, engine.device)
         return losses, newly_skipped(part.batches, counts, state)

@@ -103,8 +103,8 @@ def train(
         state = advanced(state, outcome, counts, part.num_micro_batches, with_loss(state.recent_losses, losses.loss, config.numerics))
 
         if is_due(state.step, config.validation.every_steps, config):
-            context.heartbeat(state.step, "validation")
-            held_out, skipped = validation.measure(engine, phase_of(config.phases, state.step - 1), state)
+            go_on = partial(context.heartbeat, state.step, "validation")
+            held_out, skipped = validation.measure(engine, phase_of(config.phases, state.step - 1), state, go_on)
             log.skipped(state, skipped)
             log.validated(state, held_out, corpora.unigram_entropy)
             soundness.require_finite(held_out, state)

@@ -1,6 +1,7 @@
 """Files of lines in a store: order by time, appended without a listing, read onward from where a reader stands."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -13,6 +14,15 @@ from tests.support.object_store import ObjectStore, reachable_object_store
 def store() -> Iterator[ObjectStore]:
     with reachable_object_store() as running:
         yield running
+
+
+def test_one_of_many_claims_a_name_in_a_store(store: ObjectStore) -> None:
+    claim = Location.at(f"s3://{store.bucket}/run/leases/00000001")
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        won = list(threads.map(lambda caller: claim.claim(str(caller).encode()), range(8)))
+    assert sum(won) == 1
+    assert claim.claim(claim.read_bytes())  # the winner's, sent again because the first answer was lost
+    assert not claim.claim(b"late")
 
 
 def test_lines_in_a_store_keep_their_order_and_cost_no_listing(store: ObjectStore) -> None:
