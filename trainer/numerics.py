@@ -85,15 +85,20 @@ def with_loss(recent: tuple[float, ...], loss: float, config: NumericsConfig) ->
     return (*recent, loss)[-config.spike_window :] if config.spike_threshold is not None else (loss,)
 
 
-def response(step: int, config: NumericsConfig, history: TroubleHistory) -> Response:
+def response(step: int, kind: TroubleKind, config: NumericsConfig, history: TroubleHistory) -> Response:
     """What follows trouble at `step`. A step that is in trouble again after its rewind has a bad batch, not a bad machine: it is skipped."""
     if config.policy == "stop":
         return "stop"
     if step in history.skipped:
         return "skip"
-    if history.spent >= config.budget:
+    if history.spent >= config.budget or are_weights_bad(step, kind, config, history):
         return "stop"
     return "skip" if config.policy == "skip_batch" or step in history.rewound else "rewind"
+
+
+def are_weights_bad(step: int, kind: TroubleKind, config: NumericsConfig, history: TroubleHistory) -> bool:
+    """Whether the same weights fail on two batches in a row, after a rewind as before it: then no machine and no batch is at fault. Diverged."""
+    return config.rewind_checkpoints is not None and kind != "loss_spike" and step - 1 in history.skipped
 
 
 def rewind_target(committed: Sequence[int], step: int, checkpoints: int) -> int:

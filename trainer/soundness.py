@@ -69,7 +69,7 @@ class Soundness:
 
     def _answer(self, trouble: Trouble) -> None:
         """Record the trouble, then skip its batch (return) or raise: the group ends with the first rank that does."""
-        answer = response(trouble.step, self._config.numerics, self._history)
+        answer = response(trouble.step, trouble.kind, self._config.numerics, self._history)
         if answer == "rewind":
             self._saver.finish()  # the checkpoint under way may be the one to resume from
         target = on_rank_zero("record numeric trouble", lambda: self._record(trouble, answer))
@@ -102,8 +102,13 @@ class Soundness:
 
     def _why_stopped(self, trouble: Trouble) -> str:
         first, last = trouble.micro_batches
-        spent, budget = self._history.spent, self._config.numerics.budget
-        reason = f"numerics.budget {budget} is spent" if self._config.numerics.policy != "stop" and spent >= budget else "numerics.policy is stop"
+        config = self._config.numerics
+        if config.policy == "stop":
+            reason = "numerics.policy is stop"
+        elif self._history.spent >= config.budget:
+            reason = f"numerics.budget {config.budget} is spent"
+        else:
+            reason = "nor was that of the step before, whose batch was skipped: training has diverged"
         return f"{trouble}; its batch is micro-batches {first} to {last}; {reason}"
 
     def _inspect(self, trouble: Trouble) -> str:

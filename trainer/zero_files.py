@@ -44,11 +44,19 @@ class SafeFiles(TorchCheckpointEngine):
     def save(self, state_dict: dict[str, Any], path: str) -> None:
         """Put one file into the snapshot: what `torch.save` writes, shared storage once, GPU memory through pinned host memory."""
         with _fast_saving():
-            torch.save(state_dict, self.snapshot.file(f"{ZERO_FOLDER}/{Path(path).name}"))  # pyright: ignore[reportArgumentType]
+            torch.save(_plain(state_dict), self.snapshot.file(f"{ZERO_FOLDER}/{Path(path).name}"))  # pyright: ignore[reportArgumentType]
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read one file without running code from it."""
         return read_file(Path(path), map_location)
+
+
+def _plain(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Without what stage 3 hangs on its vectors (`ds_id`): it counts what the process has built so far, so that equal state had unequal files."""
+    optimizer: dict[str, Any] = state_dict.get("optimizer_state_dict") or {}
+    if "fp32_flat_groups" not in optimizer:
+        return state_dict
+    return {**state_dict, "optimizer_state_dict": {**optimizer, "fp32_flat_groups": [flat.detach() for flat in optimizer["fp32_flat_groups"]]}}
 
 
 def use_safe_files(engine: DeepSpeedEngine) -> None:

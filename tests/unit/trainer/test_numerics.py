@@ -68,19 +68,22 @@ def test_a_loss_that_is_not_finite_is_trouble_at_any_time() -> None:
 def test_policies() -> None:
     none, rewound, skipped = TroubleHistory(), TroubleHistory(rewound=(7,)), TroubleHistory(frozenset([7]), (7,))
     stop, skip, rewind = (NumericsConfig(policy=policy) for policy in ("stop", "skip_batch", "rewind:2"))
-    assert [response(7, stop, history) for history in (none, rewound, skipped)] == ["stop"] * 3
-    assert [response(7, skip, history) for history in (none, rewound, skipped)] == ["skip"] * 3
-    assert [response(7, rewind, history) for history in (none, rewound, skipped)] == ["rewind", "skip", "skip"]
-    assert response(8, rewind, skipped) == "rewind"
+    assert [response(7, "non_finite_loss", stop, history) for history in (none, rewound, skipped)] == ["stop"] * 3
+    assert [response(7, "non_finite_loss", skip, history) for history in (none, rewound, skipped)] == ["skip"] * 3
+    assert [response(7, "non_finite_loss", rewind, history) for history in (none, rewound, skipped)] == ["rewind", "skip", "skip"]
+    assert response(9, "non_finite_loss", rewind, skipped) == "rewind"
+    assert response(8, "loss_spike", rewind, skipped) == "rewind"
+    assert response(8, "non_finite_gradients", rewind, skipped) == "stop"  # the weights that failed on batch 7 fail on batch 8
+    assert response(8, "non_finite_loss", skip, skipped) == "skip"
 
 
 def test_the_budget_counts_skips_and_rewinds_but_not_a_skip_that_is_repeated() -> None:
     config = NumericsConfig(policy="rewind:1", budget=2)
     spent = TroubleHistory(frozenset([7]), (7,))
     assert spent.spent == 2
-    assert response(8, config, spent) == "stop"
-    assert response(7, config, spent) == "skip"
-    assert response(7, NumericsConfig(policy="rewind:1", budget=0), TroubleHistory()) == "stop"
+    assert response(8, "non_finite_loss", config, spent) == "stop"
+    assert response(7, "non_finite_loss", config, spent) == "skip"
+    assert response(7, "non_finite_loss", NumericsConfig(policy="rewind:1", budget=0), TroubleHistory()) == "stop"
 
 
 def test_history_is_read_from_events() -> None:
