@@ -7,8 +7,19 @@ from launcher.redaction import redacted
 
 Event = Mapping[str, Any]
 
-FROM_RANKS = {"resumed", "continued", "checkpoint_failed", "checkpoint_damaged", "numeric_trouble", "batch_skipped", "data_skipped"}
+FROM_RANKS = {
+    "precision_chosen",
+    "slow_precision",
+    "resumed",
+    "continued",
+    "checkpoint_failed",
+    "checkpoint_damaged",
+    "numeric_trouble",
+    "batch_skipped",
+    "data_skipped",
+}
 """What ranks record, and who watches should read at once."""
+_DEVICES = {"cpu": "processor", "cuda": "GPU"}
 _HIDDEN = {"time", "kind", "attempt", "step", "settings", "problems"}
 
 
@@ -119,5 +130,12 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "checkpoint_damaged": lambda event: f"the checkpoint of step {event['step']} is damaged{_because(event)}; set aside as {event.get('moved_to')}",
     "resized": lambda event: f"from {event.get('before')} ranks to {event.get('after')}{_because(event)}",
     "preempted": lambda event: f"{', '.join(event.get('nodes') or ['machines'])} will be taken away: saving a checkpoint{_because(event)}",
+    "precision_chosen": lambda event: (
+        f"computing in {event.get('precision')}, which is fastest on this {_DEVICES.get(event.get('device', ''), 'device')}"
+    ),
+    "slow_precision": lambda event: (
+        f"{event.get('precision')} takes {event.get('factor')} times as long as {event.get('faster')} in a matrix product on this processor; "
+        "precision: auto takes the faster"
+    ),
     "config_changed": lambda event: f"{event.get('path')}: {event.get('before')} -> {event.get('after')}",
 }

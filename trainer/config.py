@@ -195,8 +195,9 @@ class RunConfig(Section):
     """Optimizer."""
     schedule: ScheduleConfig = ScheduleConfig()
     """Steps and learning rate."""
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """`bf16`: bf16 weights, fp32 master. `fp16`: fp16 weights, fp32 master, dynamic loss scale. `fp32`."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """`bf16`: bf16 weights, fp32 master. `fp16`: fp16 weights, fp32 master, dynamic loss scale. `fp32`. `auto`: bf16 where the hardware is faster
+    in it, else fp32; measured before step 1 and kept for the whole run (`choices.json`)."""
     zero: ZeroConfig = ZeroConfig()
     """Partitioning."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -58,7 +58,7 @@ class Engine:
 
     @classmethod
     def build(cls, model: PretrainingBert, config: RunConfig) -> "Engine":
-        """Partition `model` over the ranks of the default process group.
+        """Partition `model` over the ranks of the default process group. `config.precision` is settled, not `auto`.
 
         Raises:
             ConfigError: the device cannot compute in the configured precision, or `zero.deepspeed` is refused.

@@ -1,9 +1,8 @@
 """Scores of classifiers under accelerate, on any number of ranks; what a masked-LM model fills in (reads models and tasks, writes nothing)."""
 
 import os
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.agreement import Ranks, agreement_group
+from trainer.choices import Precision, fastest_precision
 from trainer.classifier import load_classifier, load_weights, trained_max_length
 from trainer.config import TaskConfig
 from trainer.context import RunContext
@@ -23,8 +23,6 @@ from trainer.finetune_results import Scores
 from trainer.model_folder import local_folder
 from trainer.task_batches import EncodedRows, collate, encode_rows, padded_length
 from trainer.tasks import Task, load_task
-
-Precision = Literal["bf16", "fp32"]
 
 ROWS_PER_BATCH = 32
 RANK_ZERO_TIMEOUT_S = 1800.0
@@ -48,13 +46,6 @@ def open_accelerator() -> Accelerator:
 def open_ranks(context: RunContext) -> Ranks:
     """How the ranks of this stage agree; a collective call."""
     return Ranks(context.rank, context.world_size, agreement_group(context.world_size), RANK_ZERO_TIMEOUT_S)
-
-
-def fastest_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it faster: a GPU says so, a CPU is timed for a few milliseconds."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if _matmul_s(torch.bfloat16) * 1.5 < _matmul_s(torch.float32) else "fp32"
 
 
 def forward(model: nn.Module, inputs: dict[str, Tensor], precision: Precision) -> Tensor:
@@ -137,16 +128,3 @@ def fill_mask(model: str, text: str, top_k: int = 5) -> list[list[tuple[str, flo
 def _with_rows(encoded: EncodedRows, rows: Sequence[int]) -> dict[str, Tensor]:
     inputs = collate(encoded, rows, padded_length(encoded.lengths_of(rows), encoded.max_length))
     return {**inputs, "rows": torch.tensor(rows)}
-
-
-def _matmul_s(dtype: torch.dtype) -> float:
-    """Fastest of five products of two 512 x 512 matrices."""
-    matrix = torch.ones(512, 512, dtype=dtype)
-    return min(_timings(matrix))
-
-
-def _timings(matrix: Tensor) -> Iterator[float]:
-    for _ in range(5):
-        started_at = time.perf_counter()
-        torch.mm(matrix, matrix)
-        yield time.perf_counter() - started_at

@@ -81,7 +81,7 @@ def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpo
     trained = load_trained(checkpoint)
     _save_stock(trained, partial)
     _copy_tokenizer(Path(corpora.tokenizer_folder), partial)
-    agreement = check_export(partial, trained, checkpoint.probe, config.precision)
+    agreement = check_export(partial, trained, checkpoint.probe, checkpoint.manifest.circumstances.precision)
     facts = _facts(run, config, checkpoint, trained, agreement)
     (partial / "README.md").write_text(render_model_card(facts), encoding="utf-8")
     files = {path.relative_to(partial).as_posix(): path for path in sorted(partial.rglob("*")) if path.is_file()}
@@ -155,7 +155,7 @@ def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: P
         batch_size=config.batch.global_batch_size,
         sequence_length=max(config.batch.sequence_lengths),
         learning_rate=config.optimizer.lr,
-        precision=config.precision,
+        precision=checkpoint.manifest.circumstances.precision,
         checkpoint=checkpoint.manifest.digest,
         validation=measured[-1] if measured else None,
         max_difference=max(agreement.mlm_max_difference, agreement.nsp_max_difference),

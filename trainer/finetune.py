@@ -27,10 +27,11 @@ from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.agreement import Ranks
 from trainer.baseline import tfidf_baseline
+from trainer.choices import Precision, fastest_precision
 from trainer.classifier import build_classifier, save_classifier
 from trainer.config import FinetuneConfig, ScheduleConfig, TaskConfig
 from trainer.context import RunContext
-from trainer.evaluate import Precision, fastest_precision, forward, open_accelerator, open_ranks, predict, score
+from trainer.evaluate import forward, open_accelerator, open_ranks, predict, score
 from trainer.finetune_progress import Progress, ProgressFolder, StateDamagedError
 from trainer.finetune_results import (
     INITS,

@@ -14,6 +14,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
 from data_pipeline.tokenizer import load_tokenizer, vocabulary_of
+from trainer.choices import settled
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome, training_device
@@ -49,6 +50,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     context.heartbeat(0, "set-up")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     folder, corpora = RunFolder(Location.at(run)), Mixture.open(Location.at(corpus), config.data)
+    config = settled(config, folder, training_device(), attempt)
     engine = build_engine(config, corpora)
     saver = Saver.open(folder, config, context, attempt)
     soundness = Soundness.open(folder, config, saver, attempt)

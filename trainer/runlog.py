@@ -34,6 +34,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def choices(self) -> Location:
+        """What was chosen by measurement before step 1."""
+        return self.root / "choices.json"
+
+    @property
     def tensorboard(self) -> Location:
         """TensorBoard event files."""
         return self.root / "tensorboard"

@@ -75,7 +75,7 @@ finetune: {tasks: [{name: a, pth: b}]}
     for expected in (
         "sede: unknown key; nearest: seed",
         "lr: unknown key; nearest: optimizer.lr",
-        "precision: expected 'bf16', 'fp16' or 'fp32', found 'bf8' (text)",
+        "precision: expected 'auto', 'bf16', 'fp16' or 'fp32', found 'bf8' (text)",
         "corpus.source: expected text or a list, found 5 (whole number)",
         "schedule.steps: expected a whole number, found 'many' (text)",
         "finetune.tasks.0.path: required, not given",

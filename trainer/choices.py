@@ -1,0 +1,73 @@
+"""Choices made by measurement: rank 0 makes them before step 1, the run folder keeps them, and every later attempt reuses them."""
+
+import time
+from typing import Any, Literal
+
+import torch
+
+from data_pipeline.errors import NotFoundError
+from trainer.config import RunConfig
+from trainer.runlog import RunFolder
+from trainer.totals import on_rank_zero
+
+Precision = Literal["bf16", "fp32"]
+
+_FASTER = 1.5
+"""What bf16 must gain in a matrix product before it is chosen: the rest of a step gains nothing."""
+_SLOWER = 2.0
+"""From what loss on a person who asks for bf16 is told."""
+_SIDE = 256
+_TIMINGS = 3
+
+
+def settled(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> RunConfig:
+    """`config` with `precision: auto` made bf16 or fp32, whichever this run was begun in or, in a new run, rank 0's device is faster in.
+
+    A precision that a person has chosen stays, with an event if the processor is far slower in it than in fp32. Collective.
+    """
+    precision = on_rank_zero("choose a precision", lambda: _precision(config, run, device, attempt))
+    return config.model_copy(update={"precision": precision})
+
+
+def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> str:
+    if config.precision != "auto":
+        if config.precision == "bf16" and device.type == "cpu" and attempt == 1 and (slower := 1 / bf16_gain()) > _SLOWER:
+            run.append_event("slow_precision", attempt=attempt, precision="bf16", faster="fp32", factor=round(slower, 1))
+        return config.precision
+    known = _read(run).get("precision")
+    if known is not None:
+        return known
+    precision = fastest_precision(device)
+    run.choices.write_json({"precision": precision, "device": device.type})
+    run.append_event("precision_chosen", attempt=attempt, precision=precision, device=device.type)
+    return precision
+
+
+def _read(run: RunFolder) -> dict[str, Any]:
+    try:
+        return run.choices.read_json()
+    except NotFoundError:
+        return {}
+
+
+def fastest_precision(device: torch.device) -> Precision:
+    """bf16 where the hardware multiplies it faster: a GPU says so, a CPU is timed for a few milliseconds."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if bf16_gain() > _FASTER else "fp32"
+
+
+def bf16_gain() -> float:
+    """How many times faster this CPU multiplies in bf16 than in fp32: 2 to 7 with instructions for it, a fiftieth without AVX-512."""
+    return _matmul_s(torch.float32) / _matmul_s(torch.bfloat16)
+
+
+def _matmul_s(dtype: torch.dtype) -> float:
+    """Seconds of the fastest of a few products of two square matrices; the first, which may set things up, does not count."""
+    matrix, best_s = torch.ones(_SIDE, _SIDE, dtype=dtype), float("inf")
+    torch.mm(matrix, matrix)
+    for _ in range(_TIMINGS):
+        started_at = time.perf_counter()
+        torch.mm(matrix, matrix)
+        best_s = min(best_s, time.perf_counter() - started_at)
+    return best_s
