@@ -31,9 +31,9 @@ class ClusterConfig(Section):
     use_gpu: bool | Literal["auto"] = "auto"
     """Whether ranks get a GPU each. `auto`: when there is one."""
     max_failures: int = Field(default=3, ge=0)
-    """Infrastructure failures (a worker that is killed, lost, stopped or hung) that are retried before the run gives up with exit code 11."""
+    """Infrastructure failures (a worker killed, lost, stopped or hung) in 24 hours that are retried; one more ends the run with exit code 11."""
     max_preemptions: int = Field(default=50, ge=0)
-    """Nodes taken away as announced (spot instances) that are followed by another attempt before the run saves and ends with exit code 75."""
+    """Nodes taken away as announced (spot instances) in 24 hours that are followed by another attempt; one more ends the run with exit code 75."""
 
 
 class LocalCluster(ClusterConfig):

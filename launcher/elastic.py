@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_pipeline.errors import ConfigError
 
@@ -16,6 +16,8 @@ class Node:
     num_gpus: float
     free_cpus: float
     free_gpus: float
+    id: str = ""
+    """Ray's."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,68 @@ def require_work(num_workers: int, num_micro_batches: int) -> None:
         )
 
 
-def pays(current: int, other: int, work: Sequence[Work]) -> bool:
-    """Whether more ranks are worth an interruption: only when the rounds become fewer."""
-    return other > current and rounds(work, other) < rounds(work, current)
+@dataclass(frozen=True)
+class Pace:
+    """How an attempt gets on, as far as it was followed."""
+
+    age_s: float = 0.0
+    """Since its start."""
+    first_step: int | None = None
+    """The step that it began with; None during set-up."""
+    step: int = 0
+    """The step that its slowest rank is at."""
+    start_up_s: float | None = None
+    """From its start to the end of its first step: what an interruption costs. None before."""
+    paced_from: int = 0
+    """The step that it was at then."""
+
+    def after(self, step: int | None, elapsed_s: float) -> "Pace":
+        """The pace at a look that finds the attempt at `step` (None: in set-up), `elapsed_s` after the look before."""
+        now = replace(self, age_s=self.age_s + elapsed_s)
+        if step is None or step < self.step:
+            return now
+        if self.first_step is None:
+            return replace(now, first_step=step, step=step)
+        if self.start_up_s is None and step > self.first_step:
+            return replace(now, step=step, start_up_s=now.age_s, paced_from=step)
+        return replace(now, step=step)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that it has made."""
+        return 0 if self.first_step is None else self.step - self.first_step
+
+    @property
+    def worked_s(self) -> float:
+        """Since the end of its first step."""
+        return 0.0 if self.start_up_s is None else self.age_s - self.start_up_s
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds from step to step, checkpoints and validation included; None before there is one to measure."""
+        return self.worked_s / (self.step - self.paced_from) if self.start_up_s is not None and self.step > self.paced_from else None
+
+
+def after_steps(work: Sequence[Work], num_steps: int) -> list[Work]:
+    """What remains of the work when so many of its steps are done."""
+    left: list[Work] = []
+    for part in work:
+        done = min(part.num_steps, num_steps)
+        num_steps -= done
+        if done < part.num_steps:
+            left.append(replace(part, num_steps=part.num_steps - done))
+    return left
+
+
+def pays(current: int, other: int, work: Sequence[Work], pace: Pace) -> bool:
+    """Whether more ranks are worth an interruption: on what remains they save more time than it takes until the next first step.
+
+    Not before the attempt has worked for as long as its own start-up took: a node that comes and goes must not keep the run in start-ups.
+    """
+    if other <= current or not work or pace.step_s is None or pace.start_up_s is None or pace.worked_s < pace.start_up_s:
+        return False
+    round_s = pace.step_s / math.ceil(work[0].num_micro_batches / current)
+    return round_s * (rounds(work, current) - rounds(work, other)) > pace.start_up_s
 
 
 def count_places(nodes: Sequence[Node], threads: int, *, use_gpu: bool, free: bool) -> int:

@@ -1,4 +1,7 @@
-"""The driver's watch over one attempt: names ranks that stand still, collects stacks, ends the group, asks it to save (a thread)."""
+"""The driver's watch over one attempt: names ranks that stand still, collects stacks, ends the group, asks it to save (a thread).
+
+It must see and act while storage or the head hangs, so that it waits for neither: what asks them is done aside.
+"""
 
 import threading
 import time
@@ -9,13 +12,19 @@ from enum import Enum
 from typing import Any, Protocol
 
 from data_pipeline.errors import MaskwrightError
+from launcher.aside import Aside
 from launcher.attempts import stacks_folder
+from launcher.elastic import Pace
 from launcher.health import Beat, Deadlines, Health, Seen, State, Verdict, judge
 from launcher.rank_watch import SAVE, STACKS
 from trainer.runlog import RunFolder
 
 _LOOK_S = 0.5
 _ASK_FOR_REASONS_S = 1.0
+_ANSWER_S = 0.25
+"""How long a look waits for what may hang, storage and the cluster's head; what they answer later is taken at a later look."""
+_RECORD_S = 3.0
+"""How long the end of a group waits for what is written about it."""
 _STACKS_S = 4.0
 """How long ranks are given to write down their stacks."""
 _MOST_DESCRIBED = 8
@@ -43,7 +52,7 @@ class Member:
 
     pid: int
     started: str
-    """When its process started (`process_start`): a later one may have its number."""
+    """When its process started (`process_start`): a later one may have its number. Empty until the rank itself has said it."""
     node: str
     """Ray's id of its node."""
     host: str
@@ -55,11 +64,11 @@ class Group(Protocol):
 
     @property
     def members(self) -> Mapping[int, Member]:
-        """The ranks that were heard of."""
+        """The ranks whose processes are known."""
         ...
 
     def look(self) -> Mapping[int, tuple[int, Beat]] | None:
-        """By rank, how many beats there were, and the last; None when nothing is known for the moment.
+        """By rank, how many beats there were, and the last (`UNHEARD` before the first); None when nothing is known for the moment.
 
         Raises:
             BoardLostError: nothing will be known any more.
@@ -105,7 +114,9 @@ class GroupWatch:
     board_lost: bool = False
     members: Mapping[int, Member] = field(default_factory=dict[int, Member])
     health: Health = field(default_factory=Health)
+    pace: Pace = field(default_factory=Pace)
     _asked_at: float = 0.0
+    _reasons: Aside[tuple[SaveReason | None, Mapping[str, int]]] | None = None
 
     @contextmanager
     def over(self, group: Group) -> Generator[None]:
@@ -142,6 +153,7 @@ class GroupWatch:
             group.end()
             return
         self.members = group.members
+        self.pace = self.pace.after(self.health.step(self.world_size), elapsed_s)
         if sightings is not None:
             # A driver that was itself held up has not been looking: that time says nothing about the ranks.
             self.health = self.health.after(sightings, min(elapsed_s, 4 * _LOOK_S))
@@ -156,58 +168,64 @@ class GroupWatch:
         if self.save_reason is not None or time.monotonic() - self._asked_at < _ASK_FOR_REASONS_S:
             return
         self._asked_at = time.monotonic()
-        if draining := group.draining():
-            self._note_preemption(draining)
-        else:
-            with suppress(MaskwrightError, OSError):  # storage that fails for a moment ends no run; the next look is soon
-                self.save_reason = self.why_save()
+        self._reasons = self._reasons or Aside(lambda: self._find_reason(group))
+        with suppress(MaskwrightError, OSError):  # what fails or hangs for a moment ends no run; the next look is soon
+            self.save_reason, draining = self._reasons.ask(_ANSWER_S)
+            if self.save_reason is SaveReason.PREEMPTION:
+                self._note_preemption(draining)
         if self.save_reason is not None:
             group.tell(SAVE)
 
+    def _find_reason(self, group: Group) -> tuple[SaveReason | None, Mapping[str, int]]:
+        draining = group.draining()
+        return (SaveReason.PREEMPTION if draining else self.why_save()), draining
+
     def _note_preemption(self, draining: Mapping[str, int]) -> None:
         """Say which hosts are taken away, and when (Unix milliseconds; 0 where nobody knows)."""
-        self.save_reason = SaveReason.PREEMPTION
         self.leaving = tuple(sorted({member.host for member in self.members.values() if member.node in draining}))
         deadline = min((at / 1000 for at in draining.values() if at), default=None)
         self.say(f"  {', '.join(self.leaving)} will be taken away: saving a checkpoint")
-        with suppress(MaskwrightError, OSError):
-            self.run.append_event("preempted", attempt=self.attempt, nodes=list(self.leaving), deadline=deadline)
+        Aside(lambda: self.run.append_event("preempted", attempt=self.attempt, nodes=list(self.leaving), deadline=deadline)).ask(_ANSWER_S)
 
     def _end(self, group: Group, verdict: Verdict, texts: Mapping[int, str]) -> None:
         self.verdict = verdict
+        self.say(f"  {describe(verdict, group.members)}; ending the attempt")
         try:
-            self._collect_stacks(group, verdict, texts)
-            member = group.members.get(verdict.rank)
-            self.say(f"  {describe(verdict, group.members)}; ending the attempt")
-            self.run.append_event(
-                "rank_unhealthy",
-                attempt=self.attempt,
-                step=verdict.step,
-                rank=verdict.rank,
-                ranks=list(verdict.ranks),
-                node=member.host if member else None,
-                pid=member.pid if member else None,
-                phase=verdict.phase,
-                state=verdict.state.value,
-                seconds=round(verdict.seconds, 1),
-                stacks=stacks_folder(self.run, self.attempt).url,
-            )
+            self._wait_for_stacks(group, len(texts))
+            Aside(lambda: self._record(group.members, verdict, texts)).ask(_RECORD_S)
         except (MaskwrightError, OSError) as error:
             self.say(f"  what is wrong could not be recorded: {error}")
         finally:
             group.end()
 
-    def _collect_stacks(self, group: Group, verdict: Verdict, texts: Mapping[int, str]) -> None:
-        """Ranks that answer write their own; of those that do not, what the system says of their process."""
+    def _wait_for_stacks(self, group: Group, num_silent: int) -> None:
+        """Ranks that answer write their own."""
         group.tell(STACKS)
+        deadline = time.monotonic() + _STACKS_S + 2 * self.deadlines.interval_s
+        while group.obeyed(STACKS) < len(group.members) - num_silent and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def _record(self, members: Mapping[int, Member], verdict: Verdict, texts: Mapping[int, str]) -> None:
+        """The verdict; and of ranks that do not answer, what the system says of their process."""
         folder = stacks_folder(self.run, self.attempt)
         for rank in verdict.ranks[:_MOST_DESCRIBED]:
             if rank in texts:
                 with suppress(MaskwrightError, OSError):
-                    (folder / f"rank-{rank:05d}.txt").write_bytes(f"{describe(verdict, group.members)}\n\n{texts[rank]}".encode())
-        deadline = time.monotonic() + _STACKS_S + 2 * self.deadlines.interval_s
-        while group.obeyed(STACKS) < len(group.members) - len(texts) and time.monotonic() < deadline:
-            time.sleep(0.1)
+                    (folder / f"rank-{rank:05d}.txt").write_bytes(f"{describe(verdict, members)}\n\n{texts[rank]}".encode())
+        member = members.get(verdict.rank)
+        self.run.append_event(
+            "rank_unhealthy",
+            attempt=self.attempt,
+            step=verdict.step,
+            rank=verdict.rank,
+            ranks=list(verdict.ranks),
+            node=member.host if member else None,
+            pid=member.pid if member else None,
+            phase=verdict.phase,
+            state=verdict.state.value,
+            seconds=round(verdict.seconds, 1),
+            stacks=folder.url,
+        )
 
 
 def describe(verdict: Verdict, members: Mapping[int, Member]) -> str:

@@ -25,6 +25,8 @@ SLACK = 10.0
 SUSPECT_S = 5.0
 """Silence after which somebody looks at the process itself."""
 
+SET_UP_SUSPECT_S = 15.0
+"""The same before a rank's first beat: connections are made in silence and for seconds, and to look costs a busy node a process."""
 
 BEAT_S = 0.5
 BEATS_PER_S = 250.0
@@ -78,12 +80,16 @@ class Beat:
     """The longest that it has taken for this phase, the first time left out; 0 when that is not known yet."""
 
 
+UNHEARD = Beat(0, "set-up", 0, 0, waits=False, longest_s=0.0)
+"""What stands for a beat of a rank whose process is known and has not said anything yet."""
+
+
 @dataclass(frozen=True)
 class Pulse:
     """A rank as the driver has followed it."""
 
     count: int
-    """Beats so far."""
+    """Beats so far; 0 for a rank in set-up, of which only its process is known."""
     beat: Beat
     silent_s: float = 0.0
     """Since the last beat."""
@@ -97,6 +103,10 @@ class Pulse:
             return replace(self, silent_s=silent_s)
         return Pulse(count, beat, still_s=self.still_s + silent_s if beat.moves == self.beat.moves else 0.0)
 
+    def allowed_silence_s(self, seen: Seen) -> float:
+        """By what is seen of the process. Before the first beat, silence alone says nothing: only a process that is stopped or gone does."""
+        return SILENCE_S[seen] if self.count or seen in {Seen.STOPPED, Seen.GONE} else FIRST_S
+
 
 @dataclass(frozen=True)
 class Health:
@@ -106,7 +116,7 @@ class Health:
     longest_s: Mapping[str, float] = field(default_factory=dict[str, float])
     """By phase, over all ranks."""
     age_s: float = 0.0
-    """Since the first rank was heard of."""
+    """Since the first look."""
 
     def after(self, sightings: Mapping[int, tuple[int, Beat]], elapsed_s: float) -> "Health":
         """The health at a look that finds these beats (their number and the last), `elapsed_s` after the look before."""
@@ -115,11 +125,17 @@ class Health:
             known = pulses.get(rank)
             pulses[rank] = known.after(count, beat, elapsed_s) if known else Pulse(count, beat)
             longest_s[beat.phase] = max(longest_s.get(beat.phase, 0.0), beat.longest_s)
-        return Health(pulses, longest_s, self.age_s + elapsed_s if self.pulses else 0.0)
+        return Health(pulses, longest_s, self.age_s + elapsed_s)
+
+    def step(self, world_size: int) -> int | None:
+        """The step that the slowest rank is at; None while one is in set-up."""
+        beats = [pulse.beat for pulse in self.pulses.values() if pulse.count and pulse.beat.phase != UNHEARD.phase]
+        return min((beat.step for beat in beats), default=None) if len(beats) == world_size else None
 
     def suspects(self, patience_s: float) -> list[int]:
         """Ranks that have been silent for so long that their processes should be looked at."""
-        return [rank for rank, pulse in self.pulses.items() if pulse.silent_s > SUSPECT_S + patience_s]
+        after_s = {rank: SUSPECT_S if pulse.count else SET_UP_SUSPECT_S for rank, pulse in self.pulses.items()}
+        return [rank for rank, pulse in self.pulses.items() if pulse.silent_s > after_s[rank] + patience_s]
 
 
 @dataclass(frozen=True)
@@ -170,15 +186,13 @@ def judge(health: Health, seen: Mapping[int, Seen], world_size: int, deadlines: 
     Ranks that say nothing come first: while one is silent, nobody is blamed for waiting.
     """
     patience_s = deadlines.interval_s
-    silent = [rank for rank, pulse in health.pulses.items() if pulse.silent_s > SILENCE_S[seen.get(rank, Seen.NOTHING)] + patience_s]
+    silent = [rank for rank, pulse in health.pulses.items() if pulse.silent_s > pulse.allowed_silence_s(seen.get(rank, Seen.NOTHING)) + patience_s]
     if silent:
         return _silent_verdict(health, seen, silent)
-    if health.suspects(patience_s):
-        return None
     missing = [rank for rank in range(world_size) if rank not in health.pulses]
     if missing and health.age_s > FIRST_S:
         return Verdict(tuple(missing), State.SILENT, health.age_s)
-    return None if missing else _hung(health, deadlines)
+    return None if missing or health.suspects(patience_s) else _hung(health, deadlines)
 
 
 def _silent_verdict(health: Health, seen: Mapping[int, Seen], silent: Iterable[int]) -> Verdict:

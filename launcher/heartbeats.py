@@ -13,9 +13,10 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from launcher.clusters.existing import draining_nodes
+from data_pipeline.errors import UnreachableError
+from launcher.clusters.existing import draining_nodes, remove_placement_groups
 from launcher.group_watch import BoardLostError, Member
-from launcher.health import Beat, Seen
+from launcher.health import UNHEARD, Beat, Seen
 from launcher.lease import process_start
 
 _ANSWER_S = 5.0
@@ -29,6 +30,12 @@ class Board:
         self._beats: dict[int, tuple[int, Beat]] = {}
         self._obeyed: dict[int, tuple[str, ...]] = {}
         self._commands: tuple[str, ...] = ()
+
+    def expect(self, members: dict[int, Member]) -> None:
+        """Ranks whose processes are there: what stops or hangs before its first beat is seen all the same."""
+        for rank, member in members.items():
+            self._members.setdefault(rank, member)
+            self._beats.setdefault(rank, (0, UNHEARD))
 
     def join(self, rank: int, member: Member) -> None:
         """A rank's first words."""
@@ -117,13 +124,17 @@ class RayGroup:
         """
         try:
             sightings: dict[int, tuple[int, Beat]] = ray.get(self.board.look.remote(), timeout=_ANSWER_S)
-            if len(self.members) < len(sightings):
+            if any(self._is_new(rank, count) for rank, (count, _) in sightings.items()):
                 self.members = ray.get(self.board.members.remote(), timeout=_ANSWER_S)
         except GetTimeoutError:
             return None
         except RayError as error:
             raise BoardLostError(str(error)) from error
         return sightings
+
+    def _is_new(self, rank: int, count: int) -> bool:
+        """Whether more is known of a rank than was: that it is there, and from its first beat on when its process started."""
+        return rank not in self.members or (count > 0 and not self.members[rank].started)
 
     def tell(self, command: str) -> None:
         """Give a command to all ranks."""
@@ -163,19 +174,24 @@ class RayGroup:
         self._looking[node] = ray.remote(num_cpus=0, max_retries=0)(see_processes).options(scheduling_strategy=there).remote(processes)
 
     def end(self) -> None:
-        """End every rank, whatever state it is in: Ray forgets its actor at once, and kills a process that does not answer within seconds."""
+        """End every rank, whatever state it is in: Ray forgets its actor at once, and kills a process that does not answer within seconds.
+
+        A rank that has not joined goes with the place that is reserved for it.
+        """
         for member in self.members.values():
             with suppress(RayError, ValueError):
                 ray.kill(member.actor)
-            if member.node == self.node and process_start(member.pid) == member.started:
+            if member.node == self.node and member.started and process_start(member.pid) == member.started:
                 with suppress(OSError):
                     os.kill(member.pid, signal.SIGKILL)  # a stopped process does not answer Ray; this spares its patience
+        with suppress(UnreachableError):
+            remove_placement_groups()
 
     def draining(self) -> Mapping[str, int]:
         """See `Group.draining`. Ray Train has a watcher of its own, whose answer is a barrier of all ranks."""
         try:
             nodes = draining_nodes()
-        except Exception:  # noqa: BLE001 - errors of gRPC as well as Ray's: the head is busy or restarts, and is asked again in a second
+        except UnreachableError:  # the head is busy or restarts, and is asked again in a second
             return {}
         own = {member.node for member in self.members.values()}
         return {node: deadline for node, deadline in nodes.items() if node in own}
@@ -194,7 +210,7 @@ def see_processes(processes: Mapping[int, tuple[int, str]]) -> dict[int, tuple[S
 def _see_process(pid: int, started: str) -> tuple[Seen, str]:
     folder = Path(f"/proc/{pid}")
     try:
-        if process_start(pid) != started:
+        if (start := process_start(pid)) != (started or start) or not start:
             return Seen.GONE, f"process {pid} is gone\n"
         state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         text = (folder / "status").read_text()

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
+from launcher.aside import Aside
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
 from launcher.config import Cluster, dump_yaml
@@ -25,6 +26,9 @@ from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
+
+_RECORD_S = 15.0
+"""How long the end of a command waits for what it says about it."""
 
 
 def run_job(
@@ -108,11 +112,15 @@ def record_end(job: Job, error: BaseException) -> None:
     kind = "stopped" if isinstance(error, InterruptedRunError) or code == ExitCode.INTERRUPTED else "failed"
     cause = error.cause if known else f"{type(error).__name__}: {error}"
     remedy = error.remedy if known else f"This is a bug; the traceback is in {driver_log(job.run)}."
-    try:
+
+    def record() -> None:
         job.lease.beat()
         if not job.lease.lost.is_set():
             job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy)
         driver_log(job.run).append_line(redacted("".join(traceback.format_exception(error))))
+
+    try:
+        Aside(record).ask(_RECORD_S)  # storage that hangs may be why the command ends
     except (MaskwrightError, OSError):
         job.say(f"could not record the end of the run in {job.run.root}")
 

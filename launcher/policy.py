@@ -1,7 +1,6 @@
 """What to do after a failed attempt (pure): retry what another attempt can cure, each kind within its own budget, never what would fail alike."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError, RetriesSpentError
@@ -39,7 +38,8 @@ class Failure:
     rank: int | None = None
     traceback: str = ""
     node: str | None = None
-    """Host of the rank, where known; likewise what it was at."""
+    """Host of the rank, where known; likewise Ray's id of its node, and what the rank was at."""
+    node_id: str | None = None
     phase: str | None = None
     step: int | None = None
 
@@ -52,7 +52,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Budgets:
-    """How many failures of each kind that another attempt can cure are retried; other kinds have none."""
+    """How many failures of each kind that another attempt can cure are retried (of machines: in any WINDOW_S); other kinds have none."""
 
     infrastructure: int
     preemption: int
@@ -67,21 +67,43 @@ class Budgets:
         }.get(kind)
 
 
+def blame_newcomer(failure: Failure, last: Failure | None, *, progressed: bool) -> Failure:
+    """The failure as one of infrastructure when it met ranks that had just been joined by more, and is of a kind that would else end the run.
+
+    The ranks before them had no such trouble: a node that has come may lack a mount, or have other packages.
+    """
+    blamed = last is not None and last.kind is FailureKind.GROWTH and not progressed and failure.kind in {FailureKind.KNOWN, FailureKind.BUG}
+    if not blamed or failure.node_id is None:
+        return failure
+    return replace(failure, kind=FailureKind.INFRASTRUCTURE, cause=f"after growth, {failure.node} is left out: {failure.cause}")
+
+
+WINDOW_S = 24 * 3600.0
+"""Failures of machines that lie further back no longer count: a budget is a rate, so that a long run may lose nodes now and then (as YARN's
+`attempt-failures-validity-interval` and Flink's failure-rate restarts have it)."""
+
+_OF_MACHINES = {FailureKind.INFRASTRUCTURE, FailureKind.PREEMPTION}
+
+
 @dataclass(frozen=True)
 class History:
-    """Attempts of one `run` or `resume` command so far."""
+    """Failed attempts of one `run` or `resume` command, as far as they count."""
 
-    failures: Mapping[FailureKind, int] = field(default_factory=dict[FailureKind, int])
-    """By kind, including the one being decided."""
+    failures: tuple[tuple[FailureKind, float], ...] = ()
+    """Each with its instant in seconds, by a clock that only goes forward; including the one being decided."""
     without_progress: int = 0
     """Failures in a row since the newest committed checkpoint last moved, including this one."""
 
-    def after(self, failure: Failure, *, progressed: bool) -> "History":
-        """The history with one more failed attempt; `progressed` when it committed a checkpoint."""
+    def after(self, failure: Failure, at_s: float, *, progressed: bool) -> "History":
+        """The history with one more failed attempt, which ended at `at_s`; `progressed` when it committed a checkpoint."""
         if failure.kind is FailureKind.GROWTH:
             return self
-        failures = {**self.failures, failure.kind: self.failures.get(failure.kind, 0) + 1}
-        return History(failures, 1 if progressed else self.without_progress + 1)
+        recent = [(kind, then_s) for kind, then_s in self.failures if kind not in _OF_MACHINES or at_s - then_s <= WINDOW_S]
+        return History((*recent, (failure.kind, at_s)), 1 if progressed else self.without_progress + 1)
+
+    def count(self, kind: FailureKind) -> int:
+        """Failures of a kind that count."""
+        return sum(each is kind for each, _ in self.failures)
 
 
 @dataclass(frozen=True)
@@ -109,8 +131,8 @@ def decide(failure: Failure, history: History, budgets: Budgets) -> Retry | Give
     budget = budgets.of(failure.kind)
     if budget is None:
         return GiveUp(failure.to_error())
-    if history.failures[failure.kind] > budget:
-        return GiveUp(_spent(failure, history.failures[failure.kind], budget))
+    if history.count(failure.kind) > budget:
+        return GiveUp(_spent(failure, history.count(failure.kind), budget))
     if history.without_progress > MAX_FAILURES_WITHOUT_PROGRESS:
         return GiveUp(
             RetriesSpentError(
@@ -130,6 +152,6 @@ def _spent(failure: Failure, count: int, budget: int) -> MaskwrightError:
     if failure.kind is FailureKind.NUMERIC:
         return failure.to_error()
     return RetriesSpentError(
-        f"{count} infrastructure failures, more than max_failures {budget}; the last: {failure.cause}",
+        f"{count} infrastructure failures in {WINDOW_S / 3600:.0f} hours, more than max_failures {budget}; the last: {failure.cause}",
         "Look at the machines, then `maskwright resume` continues from the newest checkpoint.",
     )

@@ -1,4 +1,4 @@
-"""A rank's watch: says where the rank is, obeys the driver, and ends the process when its attempt is over (a thread of the worker process)."""
+"""A rank's watch: says where the rank is, obeys the driver, and ends the process when its attempt is over (threads of the worker process)."""
 
 import logging
 import os
@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Protocol
 
 from data_pipeline.errors import MaskwrightError
+from launcher.aside import Aside
 from launcher.attempts import last_attempt, stacks_folder
 from launcher.health import Beat, beat_interval_s
 from trainer.runlog import RunFolder
@@ -26,6 +27,8 @@ ORPHANED_AFTER_S = 60.0
 ENDED = 75
 _LOOK_FOR_SUCCESSOR_S = 2.0
 _LOOK_FOR_SUCCESSOR_REMOTE_S = 10.0
+_WRITE_S = 2.0
+"""How long the watch waits for what it writes into the run folder: beats go on whether storage answers or not."""
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
@@ -93,11 +96,10 @@ class RankWatch:
     _obeyed: tuple[str, ...] = ()
     _unanswered: int = 0
     _heard_at: float = field(default_factory=time.monotonic)
-    _looked_at: float = field(default_factory=time.monotonic)
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """Watch from a thread for the length of the block."""
+        """Watch from threads for the length of the block."""
         done = threading.Event()
 
         def watch() -> None:
@@ -105,8 +107,15 @@ class RankWatch:
             while not done.wait(beat_interval_s(self.world_size)):
                 self.look()
 
+        def watch_for_successor() -> None:
+            while not done.wait(_LOOK_FOR_SUCCESSOR_S if self.run.root.is_local else _LOOK_FOR_SUCCESSOR_REMOTE_S):
+                with suppress(MaskwrightError, OSError):
+                    self.look_for_successor()
+
         thread = threading.Thread(target=watch, daemon=True, name="watch")
         thread.start()
+        if self.rank == 0:  # apart from the beats, which a dead mount must not hold up; nor a board that does not answer this look
+            threading.Thread(target=watch_for_successor, daemon=True, name="successor").start()
         try:
             yield
         finally:
@@ -125,9 +134,6 @@ class RankWatch:
         for command in commands:
             if command not in self._obeyed:
                 self._obey(command)
-        if self.rank == 0:
-            with suppress(MaskwrightError, OSError):
-                self._look_for_successor()
 
     def _obey(self, command: str) -> None:
         self._obeyed = (*self._obeyed, command)
@@ -135,23 +141,26 @@ class RankWatch:
             self.ask_to_stop()
         elif command == STACKS:
             with suppress(MaskwrightError, OSError):
-                (stacks_folder(self.run, self.attempt) / f"rank-{self.rank:05d}.txt").write_bytes(stacks_of_threads().encode())
+                Aside(self._write_stacks).ask(_WRITE_S)
         elif command == END:
             self._end_with("the driver ends attempt %d", self.attempt)
 
-    def _look_for_successor(self) -> None:
+    def _write_stacks(self) -> None:
+        (stacks_folder(self.run, self.attempt) / f"rank-{self.rank:05d}.txt").write_bytes(stacks_of_threads().encode())
+
+    def look_for_successor(self) -> None:
         """One rank asks storage, for all: a driver that is stopped or cut off cannot say that another has taken over."""
-        pause_s = _LOOK_FOR_SUCCESSOR_S if self.run.root.is_local else _LOOK_FOR_SUCCESSOR_REMOTE_S
-        if time.monotonic() - self._looked_at < pause_s:
-            return
-        self._looked_at = time.monotonic()
         if last_attempt(self.run) > self.attempt:
             self.line.tell(END)
             self._end_with("attempt %d is superseded by a newer one", self.attempt)
 
     def _end_with(self, why: str, *values: object) -> None:
-        logging.getLogger(__name__).error("this process ends: " + why, *values)
-        sys.stderr.flush()
+        def log() -> None:
+            logging.getLogger(__name__).error("this process ends: " + why, *values)
+            sys.stderr.flush()
+
+        with suppress(OSError):  # the log lies in the run folder
+            Aside(log).ask(_WRITE_S)
         self.end(ENDED)
 
 

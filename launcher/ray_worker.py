@@ -4,6 +4,7 @@ import os
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-from data_pipeline.errors import ExitCode
+from data_pipeline.errors import ExitCode, UnreachableError
 from data_pipeline.storage import Location
 from launcher.attempts import read_failure
 from launcher.clusters.existing import remove_placement_groups
 from launcher.clusters.local import Workers
-from launcher.group_watch import GroupWatch, SaveReason, describe
+from launcher.group_watch import GroupWatch, Member, SaveReason, describe
 from launcher.heartbeats import BoardLine, RayGroup
 from launcher.policy import Failure, FailureKind
 from launcher.worker_process import WorkerTask, run_task
@@ -37,6 +38,8 @@ class WorkerGroupConfig(TorchConfig):
 
     threads: int = 1
     use_gpu: bool = False
+    board: Any = None
+    """Is told of the ranks before anything is asked of them."""
 
     @property
     def backend_cls(self) -> Any:
@@ -45,12 +48,20 @@ class WorkerGroupConfig(TorchConfig):
 
 class _WorkerGroupBackend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Ray waits without a limit for each rank's part in this; the watch must know of a rank that stands still in it."""
+        backend_config.board.expect.remote({worker.distributed_context.world_rank: member_of(worker) for worker in worker_group.get_workers()})
         worker_group.execute(set_worker_environment, backend_config.threads, backend_config.use_gpu)
         super().on_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the process group to the end of the processes, which comes next; with a dead rank, leaving it politely takes its time-out."""
         del worker_group, backend_config
+
+
+def member_of(worker: Any) -> Member:
+    """What Ray knows of a worker's process."""
+    known = worker.metadata
+    return Member(known.pid, "", known.node_id, known.hostname, worker.actor)
 
 
 def set_worker_environment(threads: int, use_gpu: bool) -> None:
@@ -93,7 +104,7 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupW
             error = _fit(task, workers, scratch, group)
     finally:
         group.close()
-    recorded = read_failure(RunFolder(Location(task.run)), task.attempt)
+    recorded = _located(read_failure(RunFolder(Location(task.run)), task.attempt), watch)
     return recorded_reason(watch, recorded) if error is None else _diagnose(error, recorded, watch)
 
 
@@ -102,10 +113,18 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
         _on_worker,
         train_loop_config={"task": task, "board": group.board},
         torch_config=WorkerGroupConfig(
-            backend="nccl" if workers.use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S, threads=workers.threads_per_worker, use_gpu=workers.use_gpu
+            backend="nccl" if workers.use_gpu else "gloo",
+            timeout_s=COLLECTIVE_TIMEOUT_S,
+            threads=workers.threads_per_worker,
+            use_gpu=workers.use_gpu,
+            board=group.board,
         ),
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=workers.use_gpu, resources_per_worker=_resources(workers), placement_strategy="PACK"
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker=_resources(workers),
+            placement_strategy="PACK",
+            label_selector={"ray.io/node-id": f"!in({','.join(workers.left_out)})"} if workers.left_out else None,
         ),
         # Ray resumes a run of the same name silently, so every attempt has its own.
         run_config=RunConfig(
@@ -119,7 +138,8 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
     except (TrainingFailedError, RayError) as error:
         return error
     finally:
-        remove_placement_groups()
+        with suppress(UnreachableError):  # a head that is busy or restarts: what ended the attempt is the news
+            remove_placement_groups()
     return None
 
 
@@ -139,6 +159,12 @@ def _on_worker(settings: dict[str, Any]) -> None:
 def _resources(workers: Workers) -> dict[str, float]:
     resources: dict[str, float] = {"CPU": workers.threads_per_worker}
     return {**resources, "GPU": 1} if workers.use_gpu else resources
+
+
+def _located(recorded: Failure | None, watch: GroupWatch) -> Failure | None:
+    """A rank's own record, with the node that the rank was on."""
+    member = watch.members.get(recorded.rank) if recorded is not None and recorded.rank is not None else None
+    return replace(recorded, node=member.host, node_id=member.node) if recorded is not None and member is not None else recorded
 
 
 _OWN_WORDS = {FailureKind.KNOWN, FailureKind.DATA, FailureKind.NUMERIC}

@@ -9,10 +9,11 @@ from launcher.attempts import claim_attempt
 from launcher.clusters.local import Workers
 from launcher.clusters.sizing import TooFewWorkersError
 from launcher.control import read_stop
+from launcher.elastic import Pace
 from launcher.group_watch import GroupWatch, SaveReason
 from launcher.health import Deadlines, beat_interval_s
 from launcher.job import Job
-from launcher.policy import Budgets, Failure, FailureKind, History, Retry, decide
+from launcher.policy import Budgets, Failure, FailureKind, History, Retry, blame_newcomer, decide
 from launcher.run_status import committed_steps
 
 
@@ -27,16 +28,21 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
     budgets = Budgets(job.ray.config.max_failures, job.ray.config.max_preemptions, job.config.numerics.budget)
     failure: Failure | None = None
     while True:
+        last = failure
         try:
             failure = _attempt(job, entry, arguments)
         except TooFewWorkersError as error:
-            failure = _too_few(error, failure)
+            failure = _too_few(error, last)
         if failure is None and done():
             return
         if failure is None:
             failure = Failure(FailureKind.BUG, f"{entry} returned before it was done", "See `maskwright logs`.", ExitCode.INTERNAL)
         reached = max(committed_steps(job.run), default=0)
-        history = history.after(failure, progressed=reached > newest)
+        blamed = blame_newcomer(failure, last, progressed=reached > newest)
+        if blamed is not failure and blamed.node_id is not None:
+            job.ray.leave_out(blamed.node_id)
+            failure = blamed
+        history = history.after(failure, time.monotonic(), progressed=reached > newest)
         newest = reached
         _record(job, failure)
         decision = decide(failure, history, budgets)
@@ -112,13 +118,13 @@ def _watch(job: Job, workers: Workers) -> GroupWatch:
         fresh_steps=(phase.first_step for phase in job.config.phases),
         interval_s=beat_interval_s(workers.num_workers),
     )
-    watch = GroupWatch(job.run, job.attempt, workers.num_workers, deadlines, job.say, lambda: _why_save(job, workers, len(watch.members)))
+    watch = GroupWatch(job.run, job.attempt, workers.num_workers, deadlines, job.say, lambda: _why_save(job, workers, watch.pace))
     return watch
 
 
-def _why_save(job: Job, workers: Workers, num_joined: int) -> SaveReason | None:
+def _why_save(job: Job, workers: Workers, pace: Pace) -> SaveReason | None:
     request = read_stop(job.run)
     if request is not None:
         return SaveReason.REQUEST if request.save else None
-    grows = job.stage == "pretrain" and num_joined == workers.num_workers and job.ray.larger_workers(workers) is not None
+    grows = job.stage == "pretrain" and job.ray.larger_workers(workers, pace) is not None
     return SaveReason.GROWTH if grows else None

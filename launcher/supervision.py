@@ -12,17 +12,20 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 from data_pipeline.errors import ExitCode, InterruptedRunError, UnreachableError
+from launcher.aside import Aside
 from launcher.clusters.local import Machine, Workers
 from launcher.clusters.opening import OpenCluster, open_cluster
 from launcher.config import Cluster
 from launcher.control import StopRequest, read_stop, request_stop
-from launcher.elastic import Work
+from launcher.elastic import Pace, Work
 from launcher.lease import Lease
 from trainer.runlog import RunFolder
 
 T = TypeVar("T")
 
 POLL_S = 0.25
+ANSWER_S = 2.0
+"""How long the main thread waits for storage at a time: longer than any healthy one takes, and signals are obeyed while a dead one hangs."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CTRL_C_GRACE_S = 60.0
 
@@ -76,10 +79,15 @@ class RayOnDemand:
             return self.workers
         return sizing.workers_now()
 
-    def larger_workers(self, current: Workers) -> Workers | None:
+    def larger_workers(self, current: Workers, pace: Pace) -> Workers | None:
         """The worker group worth an interruption of `current`, which is at work; None when there is none. Cheap."""
         sizing = self._open().sizing if self.workers is None else None
-        return None if sizing is None else sizing.larger_workers(current)
+        return None if sizing is None else sizing.larger_workers(current, pace)
+
+    def leave_out(self, node_id: str) -> None:
+        """Place no rank of a later attempt on a node."""
+        if (sizing := self._open().sizing) is not None:
+            sizing.left_out.add(node_id)
 
     def _open(self) -> OpenCluster:
         self._wanted.set()
@@ -132,6 +140,14 @@ class Supervisor:
     saves_on_stop: Callable[[], bool]
     """Whether the present stage saves by itself when asked to stop; other stages are simply ended."""
     _signals: list[int] = field(default_factory=list)
+    _signalled_at: float | None = None
+    _request: StopRequest | None = None
+    """The newest that storage has told of."""
+    _seen_at: dict[StopRequest, float] = field(default_factory=dict[StopRequest, float])
+    """By the clock of this process: that of the machine that a request came from may be another."""
+
+    def __post_init__(self) -> None:
+        self._ticks, self._requests, self._held = Aside(self.tick), Aside(self._find_request), Aside(self.lease.require_held)
 
     def supervise(self, stages: Callable[[], T]) -> T:
         """Run `stages` to their end.
@@ -147,9 +163,10 @@ class Supervisor:
             while thread.is_alive():
                 thread.join(POLL_S)
                 self.ray.serve(stack)
-                self._look(self.tick)
+                self._look(lambda: self._ticks.ask(ANSWER_S))
                 self._look(self._obey)
-            self._look(self.tick)
+            for _ in range(2):  # the first may be one that began before the end
+                self._look(lambda: self._ticks.ask(ANSWER_S))
         if work.error is not None:
             raise self._as_ctrl_c(work.error)
         return work.result[0]
@@ -160,22 +177,42 @@ class Supervisor:
             at()
 
     def _obey(self) -> None:
-        if self.lease.lost.is_set():
-            self.lease.require_held()
         if self._signals:
             self._obey_signals()
-        request = read_stop(self.run)
-        if request is not None and (not self.saves_on_stop() or time.time() > request.deadline):
+        if self.lease.lost.is_set():
+            self._held.ask(ANSWER_S)
+        with suppress(OSError, UnreachableError):
+            self._request = self._requests.ask(ANSWER_S)
+        request = self._request
+        if request is None:
+            return
+        seen_at = self._seen_at.setdefault(request, time.monotonic())
+        if not self.saves_on_stop() or time.monotonic() > seen_at + (request.grace_s if request.save else 0.0):
             raise self._as_ctrl_c(_stopped(request))
 
     def _obey_signals(self) -> None:
+        """The first asks for a stop, by way of storage, and a second Ctrl-C waits for nothing."""
         if self._signals.count(signal.SIGINT) > 1:
             raise CtrlCError("Ctrl-C twice: ended without saving", f"Run `maskwright resume {self.run.root.name}`.")
-        if read_stop(self.run) is None:
-            name = signal.Signals(self._signals[0]).name
-            request_stop(self.run, grace_s=CTRL_C_GRACE_S, save=True, by=name, lease=self.lease.state.token)
+        if self._seen_at:
+            return
+        if self._signalled_at is None:
+            self._signalled_at = time.monotonic()
             if self.saves_on_stop():
-                self.say(f"{name}: saving a checkpoint, then stopping (Ctrl-C again ends at once)")
+                self.say(f"{self._signal_name()}: saving a checkpoint, then stopping (Ctrl-C again ends at once)")
+        if time.monotonic() > self._signalled_at + CTRL_C_GRACE_S:
+            cause = f"{self._signal_name()}: ended without saving, because storage did not take the request"
+            raise self._as_ctrl_c(InterruptedRunError(cause, "Run `maskwright resume`."))
+
+    def _find_request(self) -> StopRequest | None:
+        """What somebody has asked for; a signal asks in the same way, so that everybody who looks for a request finds it."""
+        request = read_stop(self.run)
+        if request is None and self._signals:
+            return request_stop(self.run, grace_s=CTRL_C_GRACE_S, save=True, by=self._signal_name(), lease=self.lease.state.token)
+        return request
+
+    def _signal_name(self) -> str:
+        return signal.Signals(self._signals[0]).name
 
     def _as_ctrl_c(self, error: BaseException) -> BaseException:
         interrupted = getattr(error, "exit_code", None) == ExitCode.INTERRUPTED

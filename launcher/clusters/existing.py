@@ -123,12 +123,18 @@ def _is_loopback(host: str) -> bool:
 
 
 def live_nodes(sure: bool) -> list[Node]:
-    """The nodes that take work now: alive, not about to be taken away, and (`sure`) answering, which one that has just died does not."""
+    """The nodes that take work now: alive, not about to be taken away, and (`sure`) answering, which one that has just died does not.
+
+    Raises:
+        UnreachableError: the head does not answer now.
+    """
     import ray
     from ray._private.state import available_resources_per_node
 
-    leaving, free = draining_nodes(), available_resources_per_node()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving and node["NodeID"] in free]
+    leaving = draining_nodes()
+    with _asking_the_head():
+        free, known = available_resources_per_node(), ray.nodes()
+    nodes = [node for node in known if node["Alive"] and node["NodeID"] not in leaving and node["NodeID"] in free]
     if sure:
         with ThreadPoolExecutor(max_workers=32) as threads:
             answering = list(threads.map(answers, nodes))
@@ -137,22 +143,42 @@ def live_nodes(sure: bool) -> list[Node]:
 
 
 def remove_placement_groups() -> None:
-    """Give back what an attempt of this driver had reserved, if its controller died before it did so. (With the driver, all of it goes.)"""
+    """Give back what an attempt of this driver had reserved, if its controller did not; whatever runs there ends. (With the driver, all of it goes.)
+
+    Raises:
+        UnreachableError: the head does not answer now.
+    """
     import ray
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    job: str = ray.get_runtime_context().get_job_id()
-    for name, group in placement_group_table().items():
-        if name.endswith(job) and group["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+    with _asking_the_head():
+        groups: dict[str, dict[str, Any]] = placement_group_table()
+        job: str = ray.get_runtime_context().get_job_id()
+        for name, group in groups.items():
+            if name.endswith(job) and group["state"] != "REMOVED":
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def draining_nodes() -> dict[str, int]:
-    """Ids of the nodes that are about to be taken away, with the instant (Unix milliseconds; 0 where nobody knows)."""
+    """Ids of the nodes that are about to be taken away, with the instant (Unix milliseconds; 0 where nobody knows).
+
+    Raises:
+        UnreachableError: the head does not answer now.
+    """
     from ray._private.state import state
 
-    return state.get_draining_nodes()
+    with _asking_the_head():
+        return state.get_draining_nodes()
+
+
+@contextmanager
+def _asking_the_head() -> Generator[None]:
+    try:
+        yield
+    except Exception as error:  # gRPC's errors as well as Ray's own, and RuntimeErrors of both
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnreachableError(f"the head of the Ray cluster does not answer: {first}", "Look at the cluster (`ray status`).") from error
 
 
 def answers(node: dict[str, Any]) -> bool:
@@ -166,4 +192,4 @@ def answers(node: dict[str, Any]) -> bool:
 
 def _as_node(node: dict[str, Any], free: dict[str, float]) -> Node:
     total: dict[str, float] = node["Resources"]
-    return Node(node["NodeManagerAddress"], total.get("CPU", 0), total.get("GPU", 0), free.get("CPU", 0), free.get("GPU", 0))
+    return Node(node["NodeManagerAddress"], total.get("CPU", 0), total.get("GPU", 0), free.get("CPU", 0), free.get("GPU", 0), node["NodeID"])

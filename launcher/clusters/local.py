@@ -18,6 +18,7 @@ from typing import Any
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from launcher.config import ClusterConfig, LocalCluster
 from launcher.elastic import require_work
+from launcher.health import FIRST_S
 
 _OBJECT_STORE_BYTES = 512 * 2**20
 _LONGEST_SOCKET_FOLDER = 40
@@ -31,7 +32,8 @@ _LOOPBACK = "127.0.0.2"
 RAY_ENVIRONMENT = {
     # Found by Ray when it starts its processes. A dead worker is noticed at the next poll; a finished group likewise.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    # Above every limit of our own watch, which tells a late process from a hung one and says which: Ray would only kill it.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{2 * FIRST_S:.0f}",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver looks for drained nodes itself; saves a process per attempt
     # Ranks write their own log into the run folder; Ray's copies of the same lines only cost time.
@@ -66,6 +68,8 @@ class Workers:
     num_workers: int
     threads_per_worker: int
     use_gpu: bool
+    left_out: tuple[str, ...] = ()
+    """Ids of nodes that no rank is placed on."""
 
 
 def this_machine() -> Machine:

@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from data_pipeline.errors import InterruptedRunError, UnreachableError
 from launcher.clusters.local import Workers
 from launcher.config import RayCluster
-from launcher.elastic import Node, Work, choose_size, count_places, pays, threads_per_worker
+from launcher.elastic import Node, Pace, Work, after_steps, choose_size, count_places, pays, threads_per_worker
 
 _LOOK_S = 0.5
 _SETTLE_S = 5.0
@@ -15,7 +15,7 @@ _SETTLE_S = 5.0
 
 
 class TooFewWorkersError(UnreachableError):
-    """The cluster has no room for as many ranks as the run needs."""
+    """The cluster has no room for as many ranks as the run needs, or does not say what it has."""
 
 
 @dataclass
@@ -24,17 +24,19 @@ class Sizing:
 
     config: RayCluster
     nodes: Callable[[bool], Sequence[Node]]
-    """The nodes that take work now; True asks each whether it answers, which takes up to a second."""
+    """The nodes that take work now; True asks each whether it answers, which takes up to a second. Raises UnreachableError."""
     work: Callable[[], Sequence[Work]]
     """What remains of the run."""
     stopped: Callable[[], bool]
     """Whether somebody wants the run to end."""
+    left_out: set[str] = field(default_factory=set[str])
+    """Ids of nodes that are there and not used: what was placed on them failed."""
     _shape: tuple[int, bool] | None = None
     _settled: int | None = None
     _work: Sequence[Work] = field(default_factory=tuple)
 
     def workers_now(self) -> Workers:
-        """The worker group of the next attempt; waits for the minimum of ranks.
+        """The worker group of the next attempt; waits for the minimum of ranks, and for a head that does not answer.
 
         Raises:
             TooFewWorkersError: they have not come within `wait_s`. InterruptedRunError: the run was asked to stop meanwhile.
@@ -42,30 +44,45 @@ class Sizing:
         self._work = self.work()
         began = time.monotonic()
         while True:
-            nodes = self.nodes(True)
-            size, possible = self._size(nodes, free=True), self._size(nodes, free=False)
             waited_s = time.monotonic() - began
-            if size is not None and (size == possible or waited_s >= _SETTLE_S):
-                return self._settle(size, nodes)
+            try:
+                nodes = self._nodes_in_use(sure=True)
+            except UnreachableError as error:
+                failure = TooFewWorkersError(f"{error.cause} (waited {self.config.wait_s:g} s)", error.remedy)
+            else:
+                size, possible = self._size(nodes, free=True), self._size(nodes, free=False)
+                if size is not None and (size == possible or waited_s >= _SETTLE_S):
+                    return self._settle(size, nodes)
+                failure = self._too_few(nodes)
             if self.stopped():
                 raise InterruptedRunError("stopped while waiting for nodes", "Run `maskwright resume`.")
             if waited_s >= self.config.wait_s:
-                raise self._too_few(nodes)
+                raise failure
             time.sleep(_LOOK_S)
 
-    def larger_workers(self, current: Workers) -> Workers | None:
-        """The worker group that would be worth an interruption of `current`, whose ranks are all at work; None when there is none."""
+    def larger_workers(self, current: Workers, pace: Pace) -> Workers | None:
+        """The worker group that is worth an interruption of `current`, whose ranks are all at work; None when there is none.
+
+        Raises:
+            UnreachableError: the head does not answer now.
+        """
         if self._minimum() == self._maximum():
             return None
-        size = self._size_beyond(current, self.nodes(False))
-        if size is None or self._size_beyond(current, self.nodes(True)) != size:
+        size = self._size_beyond(current, self._nodes_in_use(sure=False), pace)
+        if size is None or self._size_beyond(current, self._nodes_in_use(sure=True), pace) != size:
             return None
-        return Workers(size, current.threads_per_worker, current.use_gpu)
+        return replace(current, num_workers=size)
 
-    def _size_beyond(self, current: Workers, nodes: Sequence[Node]) -> int | None:
-        places = min(current.num_workers + self._places(nodes, free=True), self._places(nodes, free=False))
-        size = choose_size(places, self._minimum(), self._maximum(), self._work)
-        return size if size is not None and pays(current.num_workers, size, self._work) else None
+    def _nodes_in_use(self, *, sure: bool) -> Sequence[Node]:
+        return [node for node in self.nodes(sure) if node.id not in self.left_out]
+
+    def _size_beyond(self, current: Workers, nodes: Sequence[Node], pace: Pace) -> int | None:
+        places, work = (
+            min(current.num_workers + self._places(nodes, free=True), self._places(nodes, free=False)),
+            after_steps(self._work, pace.num_steps),
+        )
+        size = choose_size(places, self._minimum(), self._maximum(), work)
+        return size if size is not None and pays(current.num_workers, size, work, pace) else None
 
     def _minimum(self) -> int:
         if self.config.min_workers is not None:
@@ -97,7 +114,7 @@ class Sizing:
     def _settle(self, size: int, nodes: Sequence[Node]) -> Workers:
         self._shape = self._shape_for(nodes)
         self._settled = size
-        return Workers(size, *self._shape)
+        return Workers(size, *self._shape, tuple(sorted(self.left_out)))
 
     def _too_few(self, nodes: Sequence[Node]) -> TooFewWorkersError:
         threads, use_gpu = self._shape_for(nodes)

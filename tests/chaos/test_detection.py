@@ -96,6 +96,41 @@ def test_a_slow_rank_is_left_alone_and_a_stopped_one_is_named(folder: Path, undi
     assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
 
 
+def rank_in_set_up(command: Command) -> int | None:
+    """A worker process at its part of what Ray does before any code of ours runs on a rank: Linux shows the name of the task."""
+    for pid in command.processes():
+        try:
+            title = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if title.startswith(b"ray::") and b"execute" in title:
+            return pid
+    return None
+
+
+def test_a_rank_that_is_stopped_before_it_has_said_anything_is_named(folder: Path) -> None:
+    """Its process group is not made, so that Ray's controller and all other ranks wait for it, without a limit."""
+    run = folder / "storage/silent"
+    settings = ["--set", "name=silent", "--set", "schedule.steps=10"]
+    command = Command(["run", "run.yaml", "--cluster", "cluster.yaml", *settings], folder).start()
+    try:
+        victims: list[int] = []
+        command.wait_until(lambda: victims.extend(filter(None, [rank_in_set_up(command)])) or victims)
+        stopped_at = time.time()
+        os.kill(victims[0], signal.SIGSTOP)
+        assert worker_pid(run, attempt=1, rank=0) is None
+        assert command.wait() == 0, command.text()
+    finally:
+        command.kill_everything()
+    (verdict,) = events(run, "rank_unhealthy")
+    assert (verdict["pid"], verdict["state"], verdict["phase"]) == (victims[0], "stopped", "set-up")
+    assert verdict["time"] - stopped_at < 30
+    (failed,) = events(run, "worker_failed")
+    assert (failed["failure"], failed["attempt"]) == ("infrastructure", 1)
+    assert failed["time"] - verdict["time"] < 20, "the launcher ends the group itself"
+    assert [record[0] for record in surviving(run)] == list(range(10))
+
+
 @pytest.mark.full
 def test_ranks_of_a_driver_that_is_stopped_end_when_another_takes_over(folder: Path) -> None:
     """The stopped driver cannot end them: they see for themselves that they are superseded; the driver, awake again, ends with 8."""

@@ -151,6 +151,26 @@ def test_a_lost_node_shrinks_the_run_and_another_grows_it(rig: Rig, nodes: RayCl
 
 
 @pytest.mark.full
+def test_a_node_that_comes_with_other_packages_is_left_out(rig: Rig, nodes: RayCluster, folder: Path) -> None:
+    """What fails there is no reason to give up a run that has got on without it."""
+    broken = folder / "broken/trainer"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('an old release of the trainer')")
+    wait_for_attempt(rig, 1, world_size=2, steps=25)
+    nodes.kill_node(nodes.nodes[0])
+    wait_for_attempt(rig, 2, world_size=1, steps=25)
+    nodes.environment["PYTHONPATH"] = str(broken.parent)
+    nodes.add_node()
+    wait_for_attempt(rig, 4, world_size=1, steps=25)
+    steps = stop(rig)
+    assert [event["world_size"] for event in rig.events("attempt_started")] == [2, 1, 2, 1]
+    failed = rig.events("worker_failed")[-1]
+    assert (failed["attempt"], failed["failure"]) == (3, "infrastructure")
+    assert "is left out" in failed["cause"]
+    assert_same_batches(rig, steps)
+
+
+@pytest.mark.full
 def test_the_losses_are_those_of_a_run_whose_nodes_all_stayed(rig: Rig, nodes: RayCluster, folder: Path) -> None:
     steps = lose_and_return(rig, nodes)
     undisturbed = Rig(folder, "undisturbed", nodes, random.Random(0), nodes.environment).start()

@@ -6,12 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from launcher.group_watch import BoardLostError
-from launcher.health import Beat, Seen
+from launcher.group_watch import BoardLostError, Member
+from launcher.health import UNHEARD, Beat, Seen
 from launcher.heartbeats import BoardLine, RayGroup
 from launcher.lease import process_start
 from launcher.rank_watch import SAVE, STACKS
@@ -51,6 +53,48 @@ def until(condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     return found
+
+
+class Silent:
+    """A rank that has not come to its first word."""
+
+    def where(self) -> Member:
+        import ray
+
+        context = ray.get_runtime_context()
+        return Member(os.getpid(), process_start(os.getpid()), context.get_node_id(), "host", None)
+
+
+def silent_rank() -> tuple[Any, Member]:
+    """Where Ray Train puts ranks: in a placement group of this driver."""
+    import ray
+
+    place = ray.util.placement_group([{"CPU": 1}])
+    actor = ray.remote(num_cpus=1)(Silent).options(scheduling_strategy=PlacementGroupSchedulingStrategy(place)).remote()
+    return actor, ray.get(actor.where.remote(), timeout=60)
+
+
+def is_gone(member: Member) -> bool:
+    return process_start(member.pid) != member.started
+
+
+@pytest.mark.parametrize("expected", [False, True])
+def test_a_rank_that_is_stopped_before_its_first_word_is_seen_and_ended(cluster: RayCluster, *, expected: bool) -> None:
+    """Also one of which the group does not know, by the place that is reserved for it."""
+    import ray
+
+    group = RayGroup.open()
+    actor, member = silent_rank()
+    os.kill(member.pid, signal.SIGSTOP)
+    if expected:
+        ray.get(group.board.expect.remote({0: replace(member, started="", actor=actor)}), timeout=60)
+        assert group.look() == {0: (0, UNHEARD)}
+        until(lambda: group.see([0]).get(0, (None, ""))[0] is Seen.STOPPED)
+    group.end()
+    until(lambda: is_gone(member), 30)
+    if expected:
+        until(lambda: group.see([0])[0][0] is Seen.GONE)
+    group.close()
 
 
 def test_a_group_of_two_nodes(cluster: RayCluster) -> None:

@@ -1,10 +1,12 @@
 """The size of a worker group: legal, large enough to pay, no larger; and the same for the same nodes."""
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.elastic import Node, Work, choose_size, count_places, pays, rounds, threads_per_worker
+from launcher.elastic import Node, Pace, Work, after_steps, choose_size, count_places, pays, rounds, threads_per_worker
 
 works = st.lists(st.builds(Work, st.integers(1, 1000), st.integers(1, 64)), min_size=1, max_size=4)
 
@@ -61,8 +63,40 @@ def test_more_places_never_make_a_run_longer_and_growth_ends(places: int, more: 
     assert small is not None
     assert large is not None
     assert rounds(work, large) <= rounds(work, small)
-    assert pays(small, large, work) == (rounds(work, large) < rounds(work, small))
-    assert not pays(large, large, work)
+    pace = Pace(age_s=1e9, first_step=0, step=1, start_up_s=0.0)
+    assert pays(small, large, work, pace) == (rounds(work, large) < rounds(work, small))
+    assert not pays(large, large, work, pace)
+
+
+@given(st.integers(1, 64), st.integers(1, 64), works, st.floats(0.001, 1000.0), st.floats(0.1, 1000.0))
+def test_growth_pays_when_it_saves_more_than_a_start_up(small: int, more: int, work: list[Work], step_s: float, start_up_s: float) -> None:
+    num_steps = 10 + math.ceil(start_up_s / step_s)
+    pace = Pace(age_s=start_up_s + num_steps * step_s, first_step=5, step=6 + num_steps, start_up_s=start_up_s, paced_from=6)
+    round_s = step_s / rounds([Work(1, work[0].num_micro_batches)], small)
+    saved_s = round_s * (rounds(work, small) - rounds(work, small + more))
+    if abs(saved_s - start_up_s) > 1e-6 * start_up_s:
+        assert pays(small, small + more, work, pace) == (saved_s > start_up_s)
+    assert not pays(small, small + more, work, Pace())
+    assert not pays(small, small + more, [], pace)
+
+
+def test_the_pace_of_an_attempt() -> None:
+    pace = Pace()
+    for step in (None, None, 40, 40, 41, 43, 43, None, 45):
+        pace = pace.after(step, 2.0)
+    assert (pace.first_step, pace.num_steps, pace.start_up_s) == (40, 5, 10.0)
+    assert pace.worked_s == 8.0
+    assert pace.step_s == 2.0
+    assert Pace().after(3, 1.0).step_s is None
+
+
+@given(works, st.integers(0, 5000))
+def test_what_remains_after_some_steps(work: list[Work], num_steps: int) -> None:
+    left = after_steps(work, num_steps)
+    total = sum(part.num_steps for part in work)
+    assert sum(part.num_steps for part in left) == max(0, total - num_steps)
+    assert [part.num_micro_batches for part in left] == [part.num_micro_batches for part in work][len(work) - len(left) :]
+    assert all(part.num_steps for part in left)
 
 
 @given(st.integers(1, 256), st.integers(1, 256))

@@ -1,5 +1,6 @@
 """The driver's watch: what it does with a verdict, whom it asks to save, and what it puts up with."""
 
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,9 +10,11 @@ import pytest
 from data_pipeline.errors import StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import stacks_folder
+from launcher.control import read_stop
 from launcher.group_watch import BoardLostError, GroupWatch, Member, SaveReason, describe
 from launcher.health import Beat, Deadlines, Seen, State, Verdict
 from launcher.rank_watch import SAVE, STACKS
+from tests.support.dead_storage import dead_storage
 from trainer.runlog import RunFolder
 
 
@@ -21,13 +24,15 @@ class Ranks:
     def __init__(self) -> None:
         self.members: Mapping[int, Member] = {rank: Member(100 + rank, "7", f"node-id-{rank}", f"host{rank}", None) for rank in (0, 1)}
         self.beats, self.silent, self.lost, self.told, self.ended = 0, set[int](), False, list[str](), 0
+        self.counts = {0: 0, 1: 0}
         self.leaving: Mapping[str, int] = {}
 
     def look(self) -> Mapping[int, tuple[int, Beat]]:
         if self.lost:
             raise BoardLostError("died")
         self.beats += 1
-        return {rank: (0 if rank in self.silent else self.beats, Beat(self.beats, "forward", self.beats, 2, False, 1.0)) for rank in (0, 1)}
+        self.counts |= {rank: self.beats for rank in (0, 1) if rank not in self.silent}
+        return {rank: (self.counts[rank], Beat(self.beats, "forward", self.beats, 2, False, 1.0)) for rank in (0, 1)}
 
     def see(self, ranks: list[int]) -> Mapping[int, tuple[Seen, str]]:
         return dict.fromkeys(ranks, (Seen.STOPPED, "State:\tT (stopped)"))
@@ -55,13 +60,19 @@ def watch_of(run: RunFolder, said: list[str], reason: SaveReason | None = None) 
     return GroupWatch(run, 1, 2, deadlines, said.append, lambda: reason)
 
 
+def look_until_verdict(watch: GroupWatch, ranks: Ranks) -> None:
+    """Once a second, for as long as a stopped rank may be silent."""
+    for _ in range(20):
+        if watch.verdict is None:
+            watch.look(ranks, 1.0)
+
+
 def test_a_stopped_rank_is_named_recorded_and_the_group_ended(run: RunFolder) -> None:
     said, ranks = list[str](), Ranks()
     watch = watch_of(run, said)
     watch.look(ranks, 1.0)
     ranks.silent = {1}
-    for _ in range(12):
-        watch.look(ranks, 1.0)
+    look_until_verdict(watch, ranks)
     assert ranks.ended == 1
     assert ranks.told == [STACKS]
     (event,) = run.read_events()
@@ -70,6 +81,24 @@ def test_a_stopped_rank_is_named_recorded_and_the_group_ended(run: RunFolder) ->
     assert (stacks_folder(run, 1) / "rank-00001.txt").read_bytes().decode().endswith("State:\tT (stopped)")
     assert len(said) == 1
     assert "rank 1 on host1 (process 101) has been stopped" in said[0]
+
+
+def test_the_pace_of_all_ranks_is_that_of_the_slowest(run: RunFolder) -> None:
+    ranks, watch = Ranks(), watch_of(run, [])
+    for _ in range(8):
+        watch.look(ranks, 1.0)
+    assert (watch.pace.num_steps, watch.pace.step_s) == (6, 1.0)
+    assert watch.pace.start_up_s == 3.0
+
+
+def test_a_rank_that_never_says_a_word_is_named(run: RunFolder) -> None:
+    """Its process is known, and stopped before its first beat."""
+    ranks, watch = Ranks(), watch_of(run, [])
+    ranks.silent = {0, 1}
+    look_until_verdict(watch, ranks)
+    assert watch.verdict is not None
+    assert (watch.verdict.state, watch.verdict.ranks, ranks.ended) == (State.STOPPED, (0, 1), 1)
+    assert watch.pace.first_step is None
 
 
 def test_time_that_the_driver_itself_was_held_up_is_not_counted(run: RunFolder) -> None:
@@ -114,10 +143,42 @@ def test_storage_that_fails_does_not_keep_a_group_from_being_ended(run: RunFolde
     watch = watch_of(run, said)
     watch.look(ranks, 1.0)
     ranks.silent = {1}
-    for _ in range(12):
-        watch.look(ranks, 1.0)
+    look_until_verdict(watch, ranks)
     assert ranks.ended == 1
     assert any("could not be recorded" in line for line in said)
+
+
+@pytest.mark.timeout(60)
+def test_storage_that_hangs_does_not_keep_a_group_from_being_ended(run: RunFolder) -> None:
+    """Neither the question whether somebody wants the run to stop nor the record of a verdict holds up the watch."""
+    ranks, said = Ranks(), list[str]()
+    watch = watch_of(run, said)
+
+    def ask_storage() -> SaveReason | None:
+        read_stop(run)
+        return None
+
+    watch.why_save = ask_storage
+    with dead_storage():
+        watch.look(ranks, 1.0)
+        ranks.silent = {1}
+        began = time.monotonic()
+        look_until_verdict(watch, ranks)
+        assert time.monotonic() - began < 20
+        assert ranks.ended == 1
+    assert "rank 1 on host1 (process 101) has been stopped" in said[0]
+    assert "could not be recorded" in said[1]
+
+
+def test_a_head_that_hangs_does_not_blind_the_watch(run: RunFolder) -> None:
+    ranks, over = Ranks(), threading.Event()
+    ranks.draining = lambda: over.wait(60) and {}
+    watch = watch_of(run, [])
+    watch.look(ranks, 1.0)
+    ranks.silent = {1}
+    look_until_verdict(watch, ranks)
+    over.set()
+    assert ranks.ended == 1
 
 
 def test_storage_that_fails_for_a_moment_ends_nothing(run: RunFolder) -> None:

@@ -7,7 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.health import BEATS_PER_S, DEADLINES_S, FIRST_S, SILENCE_S, Beat, Deadlines, Health, Seen, State, Verdict, beat_interval_s, judge
+from launcher.health import (
+    BEATS_PER_S,
+    DEADLINES_S,
+    FIRST_S,
+    SILENCE_S,
+    UNHEARD,
+    Beat,
+    Deadlines,
+    Health,
+    Seen,
+    State,
+    Verdict,
+    beat_interval_s,
+    judge,
+)
 
 STEP_PHASES = ("data", "agree", "forward", "backward", "forward", "backward", "optimizer")
 """Of a step with two micro-batches."""
@@ -168,6 +182,49 @@ def test_a_rank_that_never_began_is_named() -> None:
     ranks.pass_time(int(FIRST_S) + 5, {0: at(0, "set-up")})
     assert ranks.verdict is not None
     assert (ranks.verdict.rank, ranks.verdict.state) == (1, State.SILENT)
+
+
+def test_ranks_of_which_nobody_has_ever_heard_are_named() -> None:
+    """The worker group does not come to life, and the controller waits for it without a limit."""
+    ranks = Ranks(2)
+    ranks.beats.clear()
+    ranks.pass_time(int(FIRST_S) - 5)
+    assert ranks.verdict is None
+    ranks.pass_time(10)
+    assert ranks.verdict is not None
+    assert (ranks.verdict.ranks, ranks.verdict.state, ranks.verdict.phase) == ((0, 1), State.SILENT, "set-up")
+
+
+def test_a_rank_that_never_joins_is_named_though_another_waits_for_it_in_silence() -> None:
+    ranks = Ranks(2)
+    ranks.beats = {0: (0, UNHEARD)}
+    ranks.seen = {0: Seen.ALIVE}
+    ranks.pass_time(int(FIRST_S) + 5, silent=[0])
+    assert ranks.verdict is not None
+    assert ranks.verdict.ranks == (1,)
+
+
+@pytest.mark.parametrize(("seen", "state"), [(Seen.STOPPED, State.STOPPED), (Seen.GONE, State.SILENT)])
+def test_a_process_that_is_stopped_or_gone_before_its_first_beat_is_named_soon(seen: Seen, state: State) -> None:
+    ranks = Ranks(3)
+    ranks.beats = dict.fromkeys(range(3), (0, UNHEARD))
+    ranks.seen = {0: Seen.ALIVE, 1: seen, 2: Seen.NOTHING}
+    ranks.pass_time(30, silent=range(3))
+    assert ranks.verdict is not None
+    assert (ranks.verdict.ranks, ranks.verdict.state, ranks.verdict.phase) == ((1,), state, "set-up")
+
+
+@pytest.mark.parametrize("seen", [Seen.ALIVE, Seen.NOTHING])
+def test_a_slow_set_up_is_no_hang_and_one_without_end_is(seen: Seen) -> None:
+    """Libraries are imported from a cold share, and a node that does so is slow to answer whoever looks at it."""
+    ranks = Ranks(2)
+    ranks.beats[1] = (0, UNHEARD)
+    ranks.seen = {1: seen}
+    ranks.pass_time(int(FIRST_S) - 5, {0: at(0, "set-up")}, silent=[1])
+    assert ranks.verdict is None
+    ranks.pass_time(10, {0: at(0, "set-up")}, silent=[1])
+    assert ranks.verdict is not None
+    assert ranks.verdict.rank == 1
 
 
 def test_where_everybody_waits_the_last_to_come_is_named() -> None:

@@ -1,11 +1,13 @@
 """The retry policy: each kind that another attempt can cure within its own budget, the rest never."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ExitCode, InterruptedRunError, RetriesSpentError
-from launcher.policy import MAX_FAILURES_WITHOUT_PROGRESS, Budgets, Failure, FailureKind, GiveUp, History, Retry, decide
+from launcher.policy import MAX_FAILURES_WITHOUT_PROGRESS, WINDOW_S, Budgets, Failure, FailureKind, GiveUp, History, Retry, blame_newcomer, decide
 
 CURABLE = (FailureKind.INFRASTRUCTURE, FailureKind.PREEMPTION, FailureKind.NUMERIC)
 MANY = Budgets(100, 100, 100)
@@ -18,7 +20,7 @@ def failure(kind: FailureKind, code: ExitCode = ExitCode.FAILED) -> Failure:
 @pytest.mark.parametrize("kind", [kind for kind in FailureKind if kind not in {*CURABLE, FailureKind.GROWTH}])
 @pytest.mark.parametrize("code", [ExitCode.CONFIG, ExitCode.STORAGE, ExitCode.DIVERGED, ExitCode.INTERRUPTED])
 def test_what_would_fail_again_ends_with_its_own_code(kind: FailureKind, code: ExitCode) -> None:
-    decision = decide(failure(kind, code), History().after(failure(kind), progressed=True), MANY)
+    decision = decide(failure(kind, code), History().after(failure(kind), 0.0, progressed=True), MANY)
     assert isinstance(decision, GiveUp)
     assert (decision.error.exit_code, decision.error.cause, decision.error.remedy) == (code, "cause", "remedy")
 
@@ -27,7 +29,7 @@ def test_what_would_fail_again_ends_with_its_own_code(kind: FailureKind, code: E
 def test_a_run_never_fails_more_often_than_its_budgets(failures: list[tuple[FailureKind, bool]], limits: tuple[int, int, int]) -> None:
     history, budgets, counts, in_a_row = History(), Budgets(*limits), dict.fromkeys(CURABLE, 0), 0
     for kind, progressed in failures:
-        history = history.after(failure(kind), progressed=progressed)
+        history = history.after(failure(kind), 0.0, progressed=progressed)
         counts[kind] += 1
         in_a_row = 1 if progressed else in_a_row + 1
         decision = decide(failure(kind), history, budgets)
@@ -48,7 +50,7 @@ def test_a_run_never_fails_more_often_than_its_budgets(failures: list[tuple[Fail
 )
 def test_a_spent_budget_ends_the_run_in_its_own_way(kind: FailureKind, code: ExitCode) -> None:
     last = failure(kind, ExitCode.DIVERGED if kind is FailureKind.NUMERIC else ExitCode.FAILED)
-    decision = decide(last, History().after(last, progressed=True), Budgets(0, 0, 0))
+    decision = decide(last, History().after(last, 0.0, progressed=True), Budgets(0, 0, 0))
     assert isinstance(decision, GiveUp)
     assert decision.error.exit_code == code
     assert "cause" in decision.error.cause
@@ -58,16 +60,52 @@ def test_a_spent_budget_ends_the_run_in_its_own_way(kind: FailureKind, code: Exi
 def test_the_breaker_covers_all_that_is_retried() -> None:
     history = History()
     for number, kind in enumerate((*CURABLE, FailureKind.PREEMPTION), 1):
-        history = history.after(failure(kind), progressed=False)
+        history = history.after(failure(kind), 0.0, progressed=False)
         decision = decide(failure(kind), history, MANY)
         assert isinstance(decision, Retry) == (number <= MAX_FAILURES_WITHOUT_PROGRESS)
         if isinstance(decision, GiveUp):
             assert isinstance(decision.error, RetriesSpentError)
 
 
+@given(st.sampled_from([FailureKind.INFRASTRUCTURE, FailureKind.PREEMPTION]), st.integers(1, 4), st.integers(5, 30))
+def test_a_run_that_loses_a_machine_now_and_then_goes_on_for_ever(kind: FailureKind, budget: int, num_failures: int) -> None:
+    """As many as the budget within any day, however long the run; the next within the day ends it."""
+    history, pause_s = History(), WINDOW_S / (budget - 0.5)
+    for number in range(num_failures):
+        history = history.after(failure(kind), 1000.0 + number * pause_s, progressed=True)
+        assert isinstance(decide(failure(kind), history, Budgets(budget, budget, 0)), Retry)
+        assert len(history.failures) <= budget, "what no longer counts is not kept"
+    for _ in range(budget + 1):
+        history = history.after(failure(kind), 1000.0 + num_failures * pause_s, progressed=True)
+    assert isinstance(decide(failure(kind), history, Budgets(budget, budget, 0)), GiveUp)
+
+
+def test_numeric_trouble_is_not_forgotten() -> None:
+    """It is the model's, not a machine's, and its budget is that of the run."""
+    trouble, history = failure(FailureKind.NUMERIC), History()
+    for number in range(4):
+        history = history.after(trouble, number * 10 * WINDOW_S, progressed=True)
+        assert isinstance(decide(trouble, history, Budgets(0, 0, 3)), Retry) == (number < 3)
+
+
+def test_what_fails_only_since_a_node_has_come_is_the_nodes_fault() -> None:
+    grown, lost = failure(FailureKind.GROWTH), failure(FailureKind.INFRASTRUCTURE)
+    for kind in FailureKind:
+        found = replace(failure(kind), node="host7", node_id="id7")
+        blamed = blame_newcomer(found, grown, progressed=False)
+        if kind in {FailureKind.KNOWN, FailureKind.BUG}:
+            assert (blamed.kind, blamed.node_id) == (FailureKind.INFRASTRUCTURE, "id7")
+            assert "host7 is left out: cause" in blamed.cause
+        else:
+            assert blamed == found
+        assert blame_newcomer(found, grown, progressed=True) == found
+        assert blame_newcomer(found, lost, progressed=False) == blame_newcomer(found, None, progressed=False) == found
+        assert blame_newcomer(failure(kind), grown, progressed=False) == failure(kind), "nobody knows which node"
+
+
 def test_growth_costs_nothing_and_the_first_retry_is_immediate() -> None:
-    history = History().after(failure(FailureKind.GROWTH), progressed=True)
+    history = History().after(failure(FailureKind.GROWTH), 0.0, progressed=True)
     assert history == History()
     assert decide(failure(FailureKind.GROWTH), history, Budgets(0, 0, 0)) == Retry(0.0)
     lost = failure(FailureKind.INFRASTRUCTURE)
-    assert decide(lost, history.after(lost, progressed=True), MANY) == Retry(0.0)
+    assert decide(lost, history.after(lost, 0.0, progressed=True), MANY) == Retry(0.0)

@@ -14,6 +14,7 @@ from launcher import rank_watch
 from launcher.attempts import claim_attempt, stacks_folder
 from launcher.health import Beat
 from launcher.rank_watch import END, ENDED, SAVE, STACKS, RankWatch, Whereabouts, in_collective
+from tests.support.dead_storage import dead_storage
 from trainer.runlog import RunFolder
 
 
@@ -98,22 +99,51 @@ def test_commands_are_obeyed_once_and_that_is_said(make: Callable[[int], Rank], 
     assert rank.ends == [ENDED]
 
 
-def test_a_superseded_rank_zero_ends_all_ranks(make: Callable[[int], Rank], run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_watch, "_LOOK_FOR_SUCCESSOR_S", 0.0)
+def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def _curious(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "_LOOK_FOR_SUCCESSOR_S", 0.02)
+
+
+@pytest.mark.usefixtures("_curious")
+@pytest.mark.parametrize("commands", [(), None])
+def test_a_superseded_rank_zero_ends_all_ranks(make: Callable[[int], Rank], run: RunFolder, commands: tuple[str, ...] | None) -> None:
+    """Whether the board of its own driver answers or not."""
     rank = make(0)
-    rank.watch.look()
-    assert not rank.ends
-    claim_attempt(run)
-    rank.watch.look()
-    assert (rank.driver.told, rank.ends) == ([END], [ENDED])
+    rank.driver.commands = commands
+    with rank.watch.running():
+        until(lambda: rank.driver.beats)
+        assert not rank.ends
+        claim_attempt(run)
+        until(lambda: rank.ends)
+    assert (rank.driver.told[0], rank.ends[0]) == (END, ENDED)
 
 
-def test_other_ranks_leave_storage_alone(make: Callable[[int], Rank], run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_watch, "_LOOK_FOR_SUCCESSOR_S", 0.0)
+@pytest.mark.usefixtures("_curious")
+def test_other_ranks_leave_storage_alone(make: Callable[[int], Rank], run: RunFolder) -> None:
     rank = make(1)
     claim_attempt(run)
-    rank.watch.look()
+    with rank.watch.running():
+        until(lambda: len(rank.driver.beats) > 1)
     assert not rank.ends
+
+
+@pytest.mark.usefixtures("_curious")
+def test_beats_and_commands_go_on_while_storage_hangs(make: Callable[[int], Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "_WRITE_S", 0.1)
+    rank = make(0)
+    with dead_storage(), rank.watch.running():
+        until(lambda: len(rank.driver.beats) > 1)
+        rank.driver.commands = (STACKS,)
+        until(lambda: rank.driver.beats[-1][1] == (STACKS,))
+        rank.driver.commands = (STACKS, END)
+        until(lambda: rank.ends)
 
 
 def test_a_rank_whose_driver_is_gone_ends_within_the_bound(make: Callable[[int], Rank], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,20 +2,24 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import ConfigError, InterruptedRunError, UnreachableError
 from launcher.clusters import sizing
-from launcher.clusters.existing import has_token, require_token
-from launcher.clusters.local import Machine, Workers
+from launcher.clusters.existing import has_token, live_nodes, require_token
+from launcher.clusters.local import RAY_ENVIRONMENT, Machine, Workers
 from launcher.clusters.opening import workers_of
 from launcher.clusters.sizing import Sizing, TooFewWorkersError
 from launcher.config import LocalCluster, RayCluster
-from launcher.elastic import Node, Work
+from launcher.elastic import Node, Pace, Work
+from launcher.health import FIRST_S, SILENCE_S
 
 WORK = [Work(100, 8)]
+PACE = Pace(age_s=92.0, first_step=0, step=10, start_up_s=2.0, paced_from=1)
+"""Of an attempt whose steps take ten seconds: whatever makes them shorter pays."""
 
 
 @pytest.fixture(autouse=True)
@@ -54,22 +58,22 @@ def test_a_lost_node_shrinks_the_run_and_a_returned_one_grows_it() -> None:
     two, one = Workers(2, 1, False), Workers(1, 1, False)
     assert sizes.workers_now() == two
     cluster.nodes = (node(free=0), node(free=0))  # at work
-    assert sizes.larger_workers(two) is None
+    assert sizes.larger_workers(two, PACE) is None
     cluster.nodes = (node(),)
     assert sizes.workers_now() == one
     cluster.nodes = (node(free=0),)
-    assert sizes.larger_workers(one) is None
+    assert sizes.larger_workers(one, PACE) is None
     cluster.just_died = (node(),)  # Ray has not noticed yet
-    assert sizes.larger_workers(one) is None
+    assert sizes.larger_workers(one, PACE) is None
     cluster.nodes = (node(free=0), node())
-    assert sizes.larger_workers(one) == two
+    assert sizes.larger_workers(one, PACE) == two
     cluster.nodes = (node(free=0), node(), node())
-    assert sizes.larger_workers(one) == two  # num_workers is the most
+    assert sizes.larger_workers(one, PACE) == two  # num_workers is the most
 
 
 def test_a_group_that_is_not_placed_yet_is_not_counted_twice() -> None:
     sizes = sizing_of(Cluster(node(), node()), min_workers=1)
-    assert sizes.larger_workers(sizes.workers_now()) is None
+    assert sizes.larger_workers(sizes.workers_now(), PACE) is None
 
 
 def test_growth_only_where_it_pays() -> None:
@@ -77,9 +81,37 @@ def test_growth_only_where_it_pays() -> None:
     sizes = sizing_of(cluster, min_workers=1)
     assert sizes.workers_now() == Workers(4, 1, False)
     cluster.nodes = (*[node(free=0)] * 4, node(), node(), node())
-    assert sizes.larger_workers(Workers(4, 1, False)) is None  # 5, 6 or 7 ranks take the two rounds that 4 take
+    assert sizes.larger_workers(Workers(4, 1, False), PACE) is None  # 5, 6 or 7 ranks take the two rounds that 4 take
     cluster.nodes = (*cluster.nodes, node())
-    assert sizes.larger_workers(Workers(4, 1, False)) == Workers(8, 1, False)
+    assert sizes.larger_workers(Workers(4, 1, False), PACE) == Workers(8, 1, False)
+
+
+def test_growth_waits_until_an_attempt_has_worked() -> None:
+    """A node that comes and goes may not keep the run in start-ups."""
+    sizes = sizing_of(Cluster(node()), min_workers=1)
+    one = sizes.workers_now()
+    sizes.nodes = Cluster(node(free=0), node())
+    assert sizes.larger_workers(one, replace(PACE, age_s=2.0 + 1.9)) is None
+    assert sizes.larger_workers(one, replace(PACE, age_s=2.0 + 2.1)) == Workers(2, 1, False)
+
+
+def test_a_node_that_is_left_out_is_neither_used_nor_grown_to() -> None:
+    good, bad = Node("10.0.0.1", 1, 0, 1, 0, "good"), Node("10.0.0.2", 1, 0, 1, 0, "bad")
+    sizes = sizing_of(Cluster(good, bad), min_workers=1)
+    sizes.left_out.add("bad")
+    one = sizes.workers_now()
+    assert one == Workers(1, 1, False, ("bad",))
+    sizes.nodes = Cluster(replace(good, free_cpus=0), bad)
+    assert sizes.larger_workers(one, PACE) is None
+
+
+def test_no_growth_for_the_last_steps() -> None:
+    sizes = sizing_of(Cluster(node()), min_workers=1)
+    one = sizes.workers_now()
+    sizes.nodes = Cluster(node(free=0), node())
+    assert sizes.larger_workers(one, replace(PACE, step=90, paced_from=81)) == Workers(2, 1, False)
+    assert sizes.larger_workers(one, replace(PACE, step=98, start_up_s=30.0, age_s=30.0 + 97.0)) is None
+    assert sizes.larger_workers(one, Pace()) is None, "nothing is known of an attempt in set-up"
 
 
 def test_without_a_minimum_the_number_stays() -> None:
@@ -87,7 +119,7 @@ def test_without_a_minimum_the_number_stays() -> None:
     sizes = sizing_of(cluster)
     assert sizes.workers_now() == Workers(2, 1, False)
     cluster.nodes = (node(free=0), node(free=0), node(), node())
-    assert sizes.larger_workers(Workers(2, 1, False)) is None
+    assert sizes.larger_workers(Workers(2, 1, False), PACE) is None
     cluster.nodes = (node(),)
     with pytest.raises(TooFewWorkersError, match="room for 1 ranks of 1 CPU each, 2 are needed"):
         sizes.workers_now()
@@ -115,6 +147,31 @@ def test_too_few_nodes_say_what_there_is_and_what_is_needed() -> None:
     assert "1 live nodes with 3 of 4 CPUs free: room for 1 ranks of 2 CPUs each, 2 are needed" in caught.value.cause
     with pytest.raises(TooFewWorkersError, match="0 live nodes"):
         sizing_of(Cluster(), min_workers=1).workers_now()
+
+
+def test_a_head_that_restarts_is_waited_for_and_one_that_stays_away_counts_as_too_few_workers() -> None:
+    looks = 0
+
+    def nodes(sure: bool) -> Sequence[Node]:
+        nonlocal looks
+        looks += 1
+        if looks < 5:
+            raise UnreachableError("the head does not answer", "look at it")
+        return [node()]
+
+    assert sizing_of(nodes, min_workers=1).workers_now().num_workers == 1
+    looks = -1_000_000
+    with pytest.raises(TooFewWorkersError, match="the head does not answer"):
+        sizing_of(nodes, min_workers=1).workers_now()
+
+
+def test_whatever_ray_raises_says_that_the_head_does_not_answer() -> None:
+    with pytest.raises(UnreachableError, match="does not answer"):  # there is none
+        live_nodes(sure=True)
+
+
+def test_ray_does_not_kill_what_our_own_watch_still_allows() -> None:
+    assert float(RAY_ENVIRONMENT["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"]) > max(FIRST_S, *SILENCE_S.values())
 
 
 def test_a_stop_ends_the_wait() -> None:

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,11 @@ from data_pipeline.storage import Location
 from launcher import supervision
 from launcher.clusters.local import Machine, Workers
 from launcher.config import ClusterConfig
-from launcher.control import clear_stop, read_stop, request_stop
+from launcher.control import StopRequest, clear_stop, read_stop, request_stop
 from launcher.lease import Lease
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock, human
-from launcher.supervision import RayOnDemand, Supervisor
+from launcher.supervision import CtrlCError, RayOnDemand, Supervisor
+from tests.support.dead_storage import dead_storage
 from trainer.runlog import RunFolder
 
 
@@ -63,6 +66,70 @@ def test_a_stage_that_saves_is_given_its_grace_and_others_are_not(run: RunFolder
         with pytest.raises(InterruptedRunError, match="asked by test"):
             supervise(run, lease, stages, saves=False)
         assert time.monotonic() - started_at < 5
+    never.set()
+
+
+@pytest.mark.parametrize("clock_is_ahead_s", [-3600.0, 3600.0])
+def test_the_grace_is_counted_by_the_clock_of_who_gives_it(run: RunFolder, clock_is_ahead_s: float) -> None:
+    """`stop` may be given on another machine, whose clock is wrong."""
+    never = threading.Event()
+    with Lease.acquire(run) as lease:
+        request = StopRequest(time.time() + clock_is_ahead_s, 1.0, True, "test", lease.state.token)
+        run.stop_request.write_json(asdict(request))
+        started_at = time.monotonic()
+        with pytest.raises(InterruptedRunError):
+            supervise(run, lease, lambda: str(never.wait(20)), saves=True)
+        assert 0.9 <= time.monotonic() - started_at < 10
+    never.set()
+
+
+def interrupt(after_s: float) -> None:
+    """Ctrl-C, as the terminal sends it."""
+    threading.Timer(after_s, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+
+
+def test_ctrl_c_twice_ends_though_storage_hangs(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "ANSWER_S", 0.2)
+    never, said = threading.Event(), list[str]()
+    ray = RayOnDemand(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
+    with Lease.acquire(run) as lease, dead_storage():
+        supervisor = Supervisor(run, lease, ray, said.append, lambda: len(run.read_events()) and None, saves_on_stop=lambda: True)
+        interrupt(0.5)
+        interrupt(2.0)
+        started_at = time.monotonic()
+        with pytest.raises(CtrlCError, match="twice"):
+            supervisor.supervise(lambda: never.wait(20))
+        assert 1.9 <= time.monotonic() - started_at < 10
+    never.set()
+    assert "SIGINT: saving a checkpoint" in said[0]
+
+
+def test_a_signal_ends_the_run_in_time_though_storage_hangs(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "ANSWER_S", 0.2)
+    monkeypatch.setattr(supervision, "CTRL_C_GRACE_S", 1.0)
+    never = threading.Event()
+    with Lease.acquire(run) as lease, dead_storage():
+        interrupt(0.2)
+        with pytest.raises(CtrlCError, match="storage did not take the request"):
+            supervise(run, lease, lambda: str(never.wait(20)), saves=True)
+    never.set()
+
+
+def test_a_request_ends_the_run_in_time_though_storage_hangs_after_it(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervision, "ANSWER_S", 0.2)
+    never, dead = threading.Event(), ExitStack()
+
+    def stages() -> str:
+        time.sleep(0.7)
+        dead.enter_context(dead_storage())
+        return str(never.wait(20))
+
+    with Lease.acquire(run) as lease, dead:
+        request_stop(run, grace_s=2.0, save=True, by="test", lease=lease.state.token)
+        started_at = time.monotonic()
+        with pytest.raises(InterruptedRunError, match="asked by test"):
+            supervise(run, lease, stages, saves=True)
+        assert 1.9 <= time.monotonic() - started_at < 10
     never.set()
 
 
