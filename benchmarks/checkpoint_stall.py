@@ -11,7 +11,7 @@ NAME = "checkpoint_stall"
 TITLE = "Checkpoints: seconds that training stands still for a save, from the second on"
 _SIZES = {"layers": 12, "width": 768}
 _REPEATS = 3
-_OURS = "one rank, BERT-base, bf16, ZeRO 1"
+_OURS = "one rank, BERT-base, ZeRO 1"
 _GOAL = Goal("ratio", "≤", 0.15)
 _MEASURED = (
     ("stall_s", "training stands still for a save", "s", 1.0),
@@ -30,13 +30,14 @@ def main(options: Options) -> list[Claim]:
     contestant = Contestant(_OURS, sys.executable, "benchmarks.contestants.saving:stalls", arguments, is_ours=True)
     runs = measure([contestant], options.rounds, options.progress)[_OURS]
     rows = [(title, unit, number(None if (value := middle(runs.values(key))) is None else value * scale)) for key, title, unit, scale in _MEASURED]
-    options.table(f"{_OURS}: {number(middle(runs.values('num_parameters')))} parameters", ("of a save", "unit", "median"), rows)
+    found = runs.measurements[0]
+    options.table(f"{_OURS}, {found['precision']}: {number(found['num_parameters'])} parameters", ("of a save", "unit", "median"), rows)
     return _claims(options, runs)
 
 
 def _claims(options: Options, runs: Runs) -> list[Claim]:
-    size = {"num_parameters": middle(runs.values("num_parameters")), "num_bytes": middle(runs.values("num_bytes"))}
-    environment = {**options.environment, **size, "cores": "all: the writer takes what training leaves"}
+    state = {key: runs.measurements[0][key] for key in ("num_parameters", "num_bytes", "precision")}
+    environment = {**options.environment, **state, "cores": "all: the writer takes what training leaves"}
     stall = runs.values("stall_s")
     return [
         make_claim("training stands still for a checkpoint", "s", environment, stall, runs.values("synchronous_s"), "our synchronous commit", _GOAL),

@@ -16,16 +16,20 @@ class Goal:
     """The number that is judged: ours over the peer's, or ours alone."""
     sign: Literal["≥", ">", "<", "≤"]
     value: float
+    on_top_of: tuple[str, float] | None = None
+    """Name and amount of what was measured beside, and is allowed as well."""
 
     def __str__(self) -> str:
-        return f"{self.sign} {number(self.value)}{' ×' if self.of == 'ratio' else ''}"
+        base = f"{self.on_top_of[0]} + " if self.on_top_of else ""
+        return f"{self.sign} {base}{number(self.value)}{' ×' if self.of == 'ratio' else ''}"
 
     def is_met(self, ours: float | None, ratio: float | None) -> bool:
         """A number that could not be measured meets nothing."""
         found = ratio if self.of == "ratio" else ours
         if found is None:
             return False
-        return {"≥": found >= self.value, ">": found > self.value, "<": found < self.value, "≤": found <= self.value}[self.sign]
+        bound = self.value + (self.on_top_of[1] if self.on_top_of else 0.0)
+        return {"≥": found >= bound, ">": found > bound, "<": found < bound, "≤": found <= bound}[self.sign]
 
 
 @dataclass(frozen=True)

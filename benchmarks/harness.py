@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,8 @@ class Options:
     environment: dict[str, Any]
     """Goes into every claim: the machine, the command."""
     console: Console
+    parts: tuple[str, ...] = ()
+    """What is measured of a benchmark that can be measured in parts."""
 
     def progress(self, message: str) -> None:
         """One line about what is being done."""
@@ -44,17 +48,21 @@ _WIDTH = 150
 Measure = Callable[[Options], list[Claim]]
 
 
-def run_benchmark(name: str, title: str, measure: Measure, arguments: Sequence[str] | None = None) -> None:
-    """The command line of a benchmark: measure, print the table, write JSON where asked."""
+def run_benchmark(name: str, title: str, measure: Measure, arguments: Sequence[str] | None = None, parts: Sequence[str] = ()) -> None:
+    """The command line of a benchmark: measure, print the table, write JSON where asked. Where it has `parts`, some can be chosen."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=title)
     parser.add_argument("--short", action="store_true", help="fewer and shorter runs on a part of the text: a check that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the claims to FILE")
     parser.add_argument("--corpus", default="python-docs", metavar="PATH", help="text to measure on (default: %(default)s)")
     parser.add_argument("--runs", type=int, metavar="N", help="rounds; their median counts (default: 5, with --short 1)")
+    if parts:
+        parser.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART", help=f"some of {', '.join(parts)}")
     given = parser.parse_args(arguments)
     rounds = given.runs or (1 if given.short else 5)
     environment = {"command": command_line(name), **describe_machine()}
-    options = Options(given.short, given.corpus, rounds, 1.0 if given.short else 5.0, environment, _console())
+    seconds, chosen = 1.0 if given.short else 5.0, tuple(given.only if parts else ())
+    options = Options(given.short, given.corpus, rounds, seconds, environment, _console(), chosen)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what was started is ended: a cluster goes on by itself
     claims = measure(options)
     options.console.print(claims_table(title, claims))
     if given.json is not None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 START, END = "<!-- benchmarks: made by `make bench-table` -->", "<!-- end of benchmarks -->"
 
+FAULTS = "recovery"
+"""The benchmark whose claims have a table of their own."""
+FAULT_COLUMNS = ("fault", "ours", "Ray Train + DeepSpeed", "goal", "met")
+
 Record = dict[str, Any]
 
 
@@ -21,13 +25,13 @@ def read_results(folder: Path = RESULTS) -> dict[str, list[Record]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
-def render(results: dict[str, Sequence[Record]]) -> str:
-    """Markdown: the claims that have a goal, and below what they were measured on; pure."""
+def render(results: Mapping[str, Sequence[Record]]) -> str:
+    """Markdown: the claims that have a goal, the faults, and below what they were measured on; pure."""
     if not results:
         return "No results are kept yet; `make bench RESULTS=1` makes them."
     lines = ["| claim | ours | peer | ratio | goal | met |", "|---|--:|--:|--:|--:|---|"]
-    lines += [_row(record) for records in results.values() for record in records if record["goal"] is not None]
-    lines += ["", *_origins(results)]
+    lines += [_row(record) for name, records in results.items() if name != FAULTS for record in records if record["goal"] is not None]
+    lines += ["", *_faults(results.get(FAULTS, ())), *_origins(results)]
     return "\n".join(lines)
 
 
@@ -48,7 +52,37 @@ def _row(record: Record) -> str:
     return f"| {record['claim']} | {number(record['ours'])} {unit} | {peer} | {ratio} | {record['goal']} | {met} |"
 
 
-def _origins(results: dict[str, Sequence[Record]]) -> list[str]:
+def _faults(records: Sequence[Record]) -> list[str]:
+    """The table of faults, with the sentence that says how to read it."""
+    if not records:
+        return []
+    work, peer = records[0]["environment"]["work"], records[0]["environment"]["peer"]
+    said = (
+        f"Seconds from a fault to the next optimizer step, beside {peer} as their documentation has it. Start-up: of the same job's first "
+        f"group of workers, on a warm machine. Both train the same small BERT in {work['precision']} under ZeRO-{work['zero_stage']} on "
+        f"{work['ranks']} ranks, global batch {work['global_batch_size']}, and save every {work['checkpoint_every_steps']} steps."
+    )
+    rows = [list(FAULT_COLUMNS), ["---", "---", "---", "--:", "---"], *map(fault_cells, records)]
+    return [said, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def fault_cells(record: Record) -> list[str]:
+    """A claim of `recovery` as a row of FAULT_COLUMNS; pure."""
+    outcomes = record["environment"].get("outcomes", {})
+    ours, peer = (_outcome(record[key], outcomes.get(key)) for key in ("ours", "peer"))
+    met = "" if record["met"] is None else "yes" if record["met"] else "**no**"
+    return [record["claim"], ours, peer or record["peer_version"], f"{record['goal']} s" if record["goal"] else "", met]
+
+
+def _outcome(seconds: float | None, outcome: dict[str, Any] | None) -> str:
+    """Seconds and what belongs to them; of one that did not come back, what happened instead."""
+    if seconds is None:
+        return outcome["text"] if outcome else ""
+    said = f"{number(seconds)} s"
+    return said if outcome is None else f"{said} (start-up {number(outcome['start_up_s'])} s), {number(outcome['steps_again'])} steps again"
+
+
+def _origins(results: Mapping[str, Sequence[Record]]) -> list[str]:
     """One line a machine and text, with the commands whose results it holds."""
     commands: dict[str, list[str]] = {}
     for records in results.values():

@@ -15,12 +15,15 @@ from benchmarks.children import Measurement
 
 _WARM_UP_STEPS = 2
 _STEPS_ALONE = 4
+_SAMPLES, _TOKENS = 2, 16
+"""Of a step: few, so that a round is short. What is saved does not depend on them."""
 
 
 def stalls(repeats: int, layers: int, width: int) -> Measurement:
     """Medians of `repeats` rounds: seconds that training stands still for a save, seconds of the two synchronous ones, seconds of a step.
 
-    The process may use every core: the writer takes what training leaves. The first save, which allocates its memory, is not counted.
+    The process may use every core: the writer takes what training leaves. The first of each kind is not counted: ours allocates its memory,
+    and a disk may take its first gigabyte several times as slowly as the next.
     """
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
@@ -28,6 +31,8 @@ def stalls(repeats: int, layers: int, width: int) -> Measurement:
         for _ in range(_WARM_UP_STEPS):
             bench.step()
         first_stall_s, _ = bench.save()
+        bench.commit_synchronously()
+        bench.save_with_deepspeed()
         stall, write, beside, alone, ours, deepspeed = [], [], [], [], [], []
         for _ in range(repeats):
             alone += [bench.step() for _ in range(_STEPS_ALONE)]
@@ -47,6 +52,7 @@ def stalls(repeats: int, layers: int, width: int) -> Measurement:
             "written_in_s": median(write),
             "num_parameters": bench.num_parameters,
             "num_bytes": bench.num_bytes,
+            "precision": bench.precision,
             "counts": {"saves": repeats, "steps_beside": len(beside)},
         }
 
@@ -71,14 +77,16 @@ class _Bench:
         from trainer.saving import Saver
 
         torch.set_num_threads(1)
+        # A CPU without instructions for it computes bf16 some fifty times slower than fp32, and a save computes a forward pass, its probe.
+        self.precision = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
         dimensions = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": width // 64, "intermediate_size": 4 * width}
-        model = PretrainingBert(BertConfig(**dimensions, attn_implementation="eager")).to(torch.bfloat16)
-        config = RunConfig(name="bench")
+        model = PretrainingBert(BertConfig(**dimensions, attn_implementation="eager"))
+        config = RunConfig.model_validate({"name": "bench", "precision": self.precision})
         self._engine = Engine.build(model, config)
         self._run = RunFolder(Location.at(folder / "run"))
         self._saver = Saver.open(self._run, config, LocalContext(), 1)
-        self._batch = tensor_batches(random_micro_batch(1, num_samples=2, num_tokens=128))[0]
+        self._batch = tensor_batches(random_micro_batch(1, num_samples=_SAMPLES, num_tokens=_TOKENS))[0]
         self._folder, self._step = folder, 0
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.num_bytes = 0
@@ -88,7 +96,7 @@ class _Bench:
         from trainer.objectives import LossWeights
 
         started_at = time.perf_counter()
-        weights = LossWeights.for_step(num_masked=len(self._batch.mlm_labels_N), num_pairs=2, world_size=1)
+        weights = LossWeights.for_step(num_masked=len(self._batch.mlm_labels_N), num_pairs=_SAMPLES, world_size=1)
         self._engine.accumulate(self._batch, weights, last=True)
         self._engine.step(1e-4)
         self._step += 1

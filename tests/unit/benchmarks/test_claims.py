@@ -34,6 +34,12 @@ def test_signs_of_goals(sign: str, value: float, met: bool) -> None:
     assert make_claim("x", "s", {}, [2], goal=Goal("ours", sign, value)).met is met
 
 
+@pytest.mark.parametrize(("found", "met"), [(22.0, True), (22.1, False)])
+def test_a_goal_may_be_on_top_of_what_was_measured_beside(found: float, met: bool) -> None:
+    claim = make_claim("x", "s", {}, [found], goal=Goal("ours", "≤", 10, ("start-up", 12.0)))
+    assert (claim.goal, claim.met) == ("≤ start-up + 10", met)
+
+
 def test_a_goal_is_judged_before_rounding() -> None:
     assert make_claim("x", "s", {}, [39_999.9], goal=Goal("ours", "≥", 40_000)).met is False
 

@@ -1,11 +1,13 @@
 """The command line of a benchmark: its table, its JSON, and words that look like markup."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.children import ROOT
 from benchmarks.claims import KEYS, Claim, Goal, make_claim
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.machine import command_line
@@ -40,6 +42,41 @@ def test_short_runs_are_fewer_and_shorter(arguments: list[str], rounds: int, sec
 
     run_benchmark("x", "Reading", measure, arguments)
     assert (given[0].rounds, given[0].seconds, given[0].corpus) == (rounds, seconds, "python-docs")
+
+
+@pytest.mark.parametrize(("arguments", "chosen"), [([], ("one", "two")), (["--only", "two"], ("two",))])
+def test_parts_can_be_chosen(arguments: list[str], chosen: tuple[str, ...]) -> None:
+    given: list[Options] = []
+
+    def measure(options: Options) -> list[Claim]:
+        given.append(options)
+        return []
+
+    run_benchmark("x", "Reading", measure, arguments, parts=["one", "two"])
+    assert given[0].parts == chosen
+
+
+def test_an_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for parts in (["one"], []):
+        with pytest.raises(SystemExit):
+            run_benchmark("x", "Reading", lambda options: [], ["--only", "three"], parts=parts)
+    assert "invalid choice: 'three'" in capsys.readouterr().err
+
+
+def test_a_benchmark_that_is_told_to_end_cleans_up() -> None:
+    """`timeout` and `kill` send SIGTERM, which by itself runs no `finally`."""
+    program = (
+        "import os, signal\n"
+        "from benchmarks.harness import run_benchmark\n"
+        "def measure(options):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n"
+        "        print('cleaned up')\n"
+        "run_benchmark('x', 'Reading', measure, [])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("cleaned up", 143), done.stderr
 
 
 def test_the_command_of_a_result_has_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
