@@ -69,6 +69,10 @@ class UnreachableError(MaskwrightError):
     exit_code = ExitCode.UNREACHABLE
 
 
+class StorageUnreachableError(UnreachableError):
+    """Storage that gives no answer for now, or fails as storage does that is about to recover: trying again later may succeed."""
+
+
 class NotFoundError(MaskwrightError):
     """A run, corpus, model or file that is not there."""
 

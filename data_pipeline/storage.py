@@ -6,26 +6,29 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 
 from data_pipeline import remote
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import NotFoundError, StorageError
+from data_pipeline.errors import NotFoundError, StorageError, StorageUnreachableError
 from data_pipeline.remote_file import open_remote
+
+T = TypeVar("T")
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_FOLDER = {errno.ENOTDIR, errno.EEXIST}
 _PARTS_AT_ONCE = 64
+_REMOVAL_S = 120.0
 _STARTED_NS = time.time_ns() - time.monotonic_ns()
 
 
@@ -34,7 +37,7 @@ def storage_errors(path: str) -> Generator[None]:
     """Turn operating-system errors about `path` into errors with a remedy.
 
     Raises:
-        StorageError: the disk is full or the path cannot be written.
+        StorageError: the disk is full or the path cannot be written. StorageUnreachableError: the disk or mount fails for now.
     """
     try:
         yield
@@ -45,7 +48,14 @@ def storage_errors(path: str) -> Generator[None]:
             raise StorageError(f"cannot write {path}: {error.strerror}", "Check the permissions or choose another --storage.") from error
         if error.errno in _NO_FOLDER and not os.path.isdir(error.filename or ""):
             raise StorageError(f"cannot write {path}: a file is where a folder has to be", "Choose another --storage.") from error
+        if error.errno is not None and remote.is_passing(error):  # libraries raise OSErrors of their own, without a number
+            raise StorageUnreachableError(f"cannot use {path}: {error.strerror}", "Check the disk or mount, then run the command again.") from error
         raise
+
+
+def is_unwritable(error: BaseException) -> bool:
+    """Whether the operating system says that a disk is full or must not be written: another attempt fails alike."""
+    return isinstance(error, OSError) and error.errno in _NO_SPACE | _UNWRITABLE
 
 
 @dataclass(frozen=True)
@@ -94,23 +104,17 @@ class Location:
         """The fsspec filesystem and the path within it."""
         return url_to_fs(self.url)
 
-    def exists(self) -> bool:
-        """Whether a file or folder is there."""
+    def exists(self, patience_s: float | None = None) -> bool:
+        """Whether a file or folder is there. In a store this is tried for `patience_s` seconds, as all that follows is for some time."""
         if self.is_local:
             return self.path.exists()
-        store = remote.Store.of(self.url)
-        store.fs.invalidate_cache(store.path)
-        return remote.call(self.url, lambda: remote.exists(store), DataConfig())
+        return self._ask(remote.exists, "reach", remote.patience(patience_s))
 
     def children(self) -> list[str]:
         """Sorted names in this folder; empty when there is no such folder."""
         if self.is_local:
             return sorted(os.listdir(self.url)) if self.path.is_dir() else []
-        fs, path = self.filesystem()
-        fs.invalidate_cache(path)
-        with remote.store_errors(self.url):
-            entries: list[Any] = fs.ls(path, detail=False) if fs.exists(path) else []
-        return sorted(str(entry).rstrip("/").rsplit("/", 1)[-1] for entry in entries)
+        return sorted(self._ask(remote.names, "reach", remote.patience()))
 
     def read_bytes(self, settings: DataConfig | None = None) -> bytes:
         """The whole file; one in a store with the retries and time-outs of `settings`.
@@ -151,17 +155,16 @@ class Location:
         """
         return json.loads(self.read_bytes())
 
-    def write_bytes(self, data: bytes) -> None:
+    def write_bytes(self, data: bytes, patience_s: float | None = None) -> None:
         """Write the whole file so that a reader sees the old content, the new content, never a part of it.
 
         Raises:
-            StorageError: the disk is full or the path cannot be written.
+            StorageError: the disk is full or the path cannot be written. StorageUnreachableError: the disk or the store fails for now.
         """
+        if not self.is_local:
+            self._ask(lambda store: remote.put(store, data), "write", remote.patience(patience_s, len(data)))
+            return
         with storage_errors(self.url):
-            if not self.is_local:
-                fs, path = self.filesystem()
-                fs.pipe_file(path, data)
-                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_name(f".{self.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
@@ -175,15 +178,15 @@ class Location:
                 raise
             sync_folder(self.path.parent)
 
-    def write_json(self, value: Any) -> None:
+    def write_json(self, value: Any, patience_s: float | None = None) -> None:
         """Write `value` as indented JSON with sorted keys, atomically."""
-        self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+        self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), patience_s)
 
     def claim(self, data: bytes) -> bool:
-        """Create the file if nobody has; True for exactly one of several callers, whose `data` differ."""
+        """Create the file if nobody has; True for exactly one of several callers, whose `data` differ. Errors as `write_bytes` has them."""
+        if not self.is_local:
+            return self._ask(lambda store: remote.create(store, data), "write", remote.patience())
         with storage_errors(self.url):
-            if not self.is_local:
-                return self._claim_in_store(data)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = self.path.with_name(f".{self.name}.{uuid.uuid4().hex[:8]}.tmp")
             try:
@@ -196,29 +199,18 @@ class Location:
                 whole.unlink(missing_ok=True)
             return True
 
-    def _claim_in_store(self, data: bytes) -> bool:
-        """A conditional put. The store's client may send it twice when an answer is lost: what counts is whose file is there."""
-        fs, path = self.filesystem()
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return self.read_bytes() == data
-        return True
-
     def append_line(self, line: str) -> None:
         """Append one line in a single write. On an object store the file is a folder of parts, a folder for each hour, named by the time.
 
         A line that a full disk or a crash has cut is closed first: it spoils itself and not the one that follows.
 
-        Raises:
-            StorageError: the disk is full or the path cannot be written.
+        Errors as `write_bytes` has them. A part that is put again has the same name: a line is never there twice.
         """
+        data = (line + "\n").encode()
+        if not self.is_local:
+            (self / _next_part()).write_bytes(data)
+            return
         with storage_errors(self.url):
-            data = (line + "\n").encode()
-            if not self.is_local:
-                fs, path = self.filesystem()
-                fs.pipe_file(f"{path}/{_next_part()}", data)
-                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+", buffering=0) as file:
                 if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
@@ -249,10 +241,18 @@ class Location:
                 yield from remote.wait(read, url, settings).decode(errors="replace").splitlines()
 
     def remove(self) -> None:
-        """Remove the file or the whole folder; nothing happens when it is not there."""
-        if self.exists():
-            fs, path = self.filesystem()
-            fs.rm(path, recursive=True)
+        """Remove the file or the whole folder; nothing happens when it is not there. Errors as `write_bytes` has them."""
+        if not self.is_local:
+            self._ask(remote.remove, "write", remote.patience(_REMOVAL_S))
+            return
+        with storage_errors(self.url):
+            if self.exists():
+                fs, path = self.filesystem()
+                fs.rm(path, recursive=True)
+
+    def _ask(self, request: Callable[[remote.Store], Awaitable[T]], what: remote.What, settings: DataConfig) -> T:
+        store = remote.Store.of(self.url)
+        return remote.call(self.url, lambda: request(store), settings, what)
 
 
 def _next_part() -> str:

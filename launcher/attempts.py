@@ -1,15 +1,24 @@
 """Attempts of a run: their numbers, and how each rank's attempt failed (reads and writes the run folder)."""
 
-import errno
 import re
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
-from data_pipeline.errors import DataCorruptError, ExitCode, InterruptedRunError, MaskwrightError, NotFoundError, NumericTroubleError
-from data_pipeline.storage import Location
+from data_pipeline.errors import (
+    DataCorruptError,
+    ExitCode,
+    InterruptedRunError,
+    MaskwrightError,
+    NotFoundError,
+    NumericTroubleError,
+    StorageUnreachableError,
+)
+from data_pipeline.remote import is_passing
+from data_pipeline.storage import Location, is_unwritable
 from launcher.policy import Failure, FailureKind
 from trainer.runlog import RunFolder
 
@@ -26,7 +35,10 @@ _PEER_LOSS = (
 _ATTEMPT = re.compile(r"attempt-(\d+)")
 _BUGS = ("device-side assert",)
 """In errors of CUDA: what the program did. The rest (ECC, a lost device, a failed launch) is the machine's."""
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+_RECORD = re.compile(r"failure-(\d+)(?:-([a-z]+))?\.json")
+"""The kind is in the name, so that a listing finds what explains the others; records of earlier releases have none."""
+_MOST_READ = 32
+_READS_AT_ONCE = 16
 _PRECEDENCE = (
     FailureKind.KNOWN,
     FailureKind.DATA,
@@ -79,16 +91,16 @@ def record_failure(run: RunFolder, attempt: int, rank: int, error: BaseException
     kind = classify(error)
     if isinstance(error, MaskwrightError):
         code, cause, remedy = error.exit_code, error.cause, error.remedy
-    elif _is_full(error):
+    elif is_unwritable(error):
         code, cause = ExitCode.STORAGE, f"rank {rank}: {_first_line(error)}"
-        remedy = "Free space (`maskwright clean`) or choose another --storage."
+        remedy = "Free space (`maskwright clean`), check the permissions, or choose another --storage."
     else:
         code = ExitCode.FAILED
         cause = f"rank {rank}: {type(error).__name__}: {_first_line(error)}"
         remedy = f"See `maskwright logs {run.root.name} --rank {rank}`."
     text = "".join(traceback.format_exception(error))
     record = RankFailure(rank, kind.value, int(code), cause, remedy, text, time.time())
-    (attempt_folder(run, attempt) / f"failure-{rank:05d}.json").write_json(asdict(record))
+    (attempt_folder(run, attempt) / f"failure-{rank:05d}-{kind.value}.json").write_json(asdict(record))
 
 
 def classify(error: BaseException) -> FailureKind:
@@ -98,37 +110,52 @@ def classify(error: BaseException) -> FailureKind:
     for known, kind in _KINDS.items():
         if isinstance(error, known):
             return kind
-    if isinstance(error, OSError):
-        return FailureKind.KNOWN if _is_full(error) else FailureKind.INFRASTRUCTURE
-    return FailureKind.BUG
+    if is_unwritable(error):
+        return FailureKind.KNOWN
+    return FailureKind.INFRASTRUCTURE if isinstance(error, OSError) or is_passing(error) else FailureKind.BUG
 
 
 _KINDS = {
     InterruptedRunError: FailureKind.INTERRUPTED,
     DataCorruptError: FailureKind.DATA,
     NumericTroubleError: FailureKind.NUMERIC,
+    StorageUnreachableError: FailureKind.INFRASTRUCTURE,
     MaskwrightError: FailureKind.KNOWN,
 }
 """The first that fits."""
 
 
 def read_failure(run: RunFolder, attempt: int) -> Failure | None:
-    """The failure of an attempt as its ranks recorded it: the one that explains the others; None when nobody recorded any."""
-    records = sorted(_read_records(run, attempt), key=lambda record: (_PRECEDENCE.index(FailureKind(record.kind)), record.time))
+    """The failure of an attempt as its ranks recorded it: the one that explains the others; None when nobody recorded any.
+
+    Of a thousand records some dozens are read, those of the kinds that explain most.
+    """
+    folder = attempt_folder(run, attempt)
+    records = sorted(
+        _read_records(folder, _most_telling(folder.children())), key=lambda record: (_PRECEDENCE.index(FailureKind(record.kind)), record.time)
+    )
     if not records:
         return None
     first = records[0]
     return Failure(FailureKind(first.kind), first.cause, first.remedy, ExitCode(first.exit_code), first.rank, first.traceback)
 
 
-def _read_records(run: RunFolder, attempt: int) -> Iterator[RankFailure]:
-    folder = attempt_folder(run, attempt)
-    for name in folder.children():
-        if name.startswith("failure-"):
-            try:
-                yield RankFailure(**(folder / name).read_json())
-            except (NotFoundError, ValueError, TypeError):
-                continue  # the rank died while it wrote: the death itself is the news, and the driver sees it
+def _most_telling(names: Iterable[str]) -> list[str]:
+    """Of the files in an attempt's folder the failure records to read: by what their names say of the kind, then by rank."""
+    precedence = {kind.value: place for place, kind in enumerate(_PRECEDENCE)}
+    matches = filter(None, map(_RECORD.fullmatch, names))
+    return [match[0] for match in sorted(matches, key=lambda match: (precedence.get(match[2], -1), int(match[1])))[:_MOST_READ]]
+
+
+def _read_records(folder: Location, names: list[str]) -> list[RankFailure]:
+    def read(name: str) -> RankFailure | None:
+        try:
+            return RankFailure(**(folder / name).read_json())
+        except (NotFoundError, ValueError, TypeError):
+            return None  # the rank died while it wrote: the death itself is the news, and the driver sees it
+
+    with ThreadPoolExecutor(_READS_AT_ONCE) as pool:
+        return [record for record in pool.map(read, names) if record is not None]
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -142,10 +169,6 @@ def _is_lost_peer(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in text for word in _PEER_LOSS) and not any(word in text for word in _BUGS)
-
-
-def _is_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in _NO_SPACE
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
 """Stop requests, left in the run folder for whoever drives the run (reads and writes the run folder)."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from data_pipeline.errors import NotFoundError
 from trainer.runlog import RunFolder
@@ -19,9 +19,26 @@ class StopRequest:
     """Token of the lease whose holder is asked."""
 
     @property
+    def allowed_s(self) -> float:
+        """Seconds to save in."""
+        return self.grace_s if self.save else 0.0
+
+    @property
     def deadline(self) -> float:
-        """When the driver ends everything, saved or not."""
-        return self.time + (self.grace_s if self.save else 0.0)
+        """When the time is up by the clock of who asks."""
+        return self.time + self.allowed_s
+
+
+@dataclass
+class Grace:
+    """Counts a request's seconds from when its driver first sees it: the clock of who asks may be another machine's."""
+
+    _seen_at: dict[StopRequest, float] = field(default_factory=dict[StopRequest, float])
+
+    def is_over(self, request: StopRequest) -> bool:
+        """Whether everything has to end now, saved or not."""
+        seen_at = self._seen_at.setdefault(request, time.monotonic())
+        return time.monotonic() - seen_at >= request.allowed_s
 
 
 def request_stop(run: RunFolder, *, grace_s: float, save: bool, by: str, lease: str) -> StopRequest:
@@ -33,8 +50,6 @@ def request_stop(run: RunFolder, *, grace_s: float, save: bool, by: str, lease: 
 
 def read_stop(run: RunFolder) -> StopRequest | None:
     """The pending request; None when nobody asks."""
-    if not run.stop_request.exists():
-        return None
     try:
         return StopRequest(**run.stop_request.read_json())
     except (NotFoundError, ValueError, TypeError):

@@ -1,5 +1,6 @@
 """Who drives a run: a numbered lease with a heartbeat, so that a run never has two drivers (reads and writes the run folder)."""
 
+import logging
 import os
 import socket
 import threading
@@ -17,6 +18,10 @@ from trainer.runlog import RunFolder
 HEARTBEAT_S = 2.0
 STALE_AFTER_S = 30.0
 _LOOK_S = 0.5
+_BEAT_PATIENCE_S = 10.0
+"""A beat that comes later than the next is worth nothing, and must not be written when the lease may be somebody else's."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,16 +130,23 @@ class Lease:
         lease.beat()
         return lease
 
-    def beat(self, **changes: Any) -> None:
-        """Say that this process is alive, and what it does now (`stage`, `attempt`). A lease that was released stays so."""
+    def beat(self, patience_s: float | None = None, **changes: Any) -> None:
+        """Say that this process is alive, and what it does now (`stage`, `attempt`). A lease that was released stays so.
+
+        A store is given `patience_s` seconds for each request, or what is usual.
+        """
         with self._lock:
             if self._released.is_set():
                 return
             self.state = replace(self.state, time=time.time(), **changes)
-            if (self.run.root / "leases" / f"{self.state.number + 1:08d}").exists():
-                self.lost.set()
-            else:
-                self.run.lease.write_json(asdict(self.state))
+            if not self._is_superseded(patience_s):
+                self.run.lease.write_json(asdict(self.state), patience_s)
+
+    def _is_superseded(self, patience_s: float | None) -> bool:
+        """Whether another command has claimed the next number, which it does only when this process seems to be dead."""
+        if (self.run.root / "leases" / f"{self.state.number + 1:08d}").exists(patience_s):
+            self.lost.set()
+        return self.lost.is_set()
 
     def require_held(self) -> None:
         """Look whether this process still drives the run.
@@ -155,13 +167,20 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._released.set()
-            if not self.lost.is_set():
-                self.run.lease.remove()
+            with suppress(MaskwrightError, OSError):  # the lease goes stale instead; how the run ended matters more
+                if not self._is_superseded(_BEAT_PATIENCE_S):  # this process may have been stopped for longer than its lease lived
+                    self.run.lease.remove()
 
     def _beat_until_released(self) -> None:
+        fails = False
         while not self._released.wait(HEARTBEAT_S) and not self.lost.is_set():
-            with suppress(MaskwrightError, OSError):  # a full disk must not end the run by its heartbeat; the lease goes stale instead
-                self.beat()
+            try:
+                self.beat(_BEAT_PATIENCE_S)
+                fails = False
+            except Exception as error:  # noqa: BLE001 - a run must not end by its heartbeat; while it fails the lease goes stale, and then lives again
+                if not fails:
+                    _log.warning("the lease of run %s could not be renewed, which is tried again: %s", self.run.root.name, error)
+                fails = True
 
 
 def _taken(run: RunFolder, lease: LeaseState) -> ConflictError:

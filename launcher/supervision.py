@@ -16,7 +16,7 @@ from launcher.aside import Aside
 from launcher.clusters.local import Machine, Workers
 from launcher.clusters.opening import OpenCluster, open_cluster
 from launcher.config import Cluster
-from launcher.control import StopRequest, read_stop, request_stop
+from launcher.control import Grace, StopRequest, read_stop, request_stop
 from launcher.elastic import Pace, Work
 from launcher.lease import Lease
 from trainer.runlog import RunFolder
@@ -143,8 +143,7 @@ class Supervisor:
     _signalled_at: float | None = None
     _request: StopRequest | None = None
     """The newest that storage has told of."""
-    _seen_at: dict[StopRequest, float] = field(default_factory=dict[StopRequest, float])
-    """By the clock of this process: that of the machine that a request came from may be another."""
+    _grace: Grace = field(default_factory=Grace)
 
     def __post_init__(self) -> None:
         self._ticks, self._requests, self._held = Aside(self.tick), Aside(self._find_request), Aside(self.lease.require_held)
@@ -186,15 +185,14 @@ class Supervisor:
         request = self._request
         if request is None:
             return
-        seen_at = self._seen_at.setdefault(request, time.monotonic())
-        if not self.saves_on_stop() or time.monotonic() > seen_at + (request.grace_s if request.save else 0.0):
+        if self._grace.is_over(request) or not self.saves_on_stop():
             raise self._as_ctrl_c(_stopped(request))
 
     def _obey_signals(self) -> None:
         """The first asks for a stop, by way of storage, and a second Ctrl-C waits for nothing."""
         if self._signals.count(signal.SIGINT) > 1:
             raise CtrlCError("Ctrl-C twice: ended without saving", f"Run `maskwright resume {self.run.root.name}`.")
-        if self._seen_at:
+        if self._request is not None:
             return
         if self._signalled_at is None:
             self._signalled_at = time.monotonic()

@@ -35,6 +35,7 @@ from launcher.run_status import RunStatus, read_status
 from launcher.runs import find_run, read_cluster, read_config, reference, resolve_storage, run_ids
 from trainer.runlog import RunFolder
 
+_READ_BYTES = 8 << 20
 KILL_AFTER_S = 15.0
 """A driver that has not ended so long after its grace is killed."""
 
@@ -229,7 +230,9 @@ def logs(
 
 def _print_log(log: Location, shown: int, attempt: int, rank: int, *, as_json: bool, whole: bool) -> int:
     """Print what is new and return how far it goes; only whole lines while the log grows."""
-    data = log.read_range(shown, log.path.stat().st_size) if log.is_local else log.read_bytes()[shown:]
+    data = b""
+    while part := log.read_range(shown + len(data), shown + len(data) + _READ_BYTES):
+        data += part
     end = len(data) if whole else data.rfind(b"\n") + 1
     text = data[:end].decode(errors="replace")
     if as_json:

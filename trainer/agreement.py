@@ -8,7 +8,8 @@ from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
-from data_pipeline.errors import MaskwrightError, StorageError
+from data_pipeline.errors import MaskwrightError
+from trainer.writing import as_known
 
 T = TypeVar("T")
 
@@ -54,15 +55,8 @@ class Ranks:
     def _attempt(self, what: str, action: Callable[[], T]) -> tuple[_Outcome[T], Exception | None]:
         try:
             return _Outcome(action(), None), None
-        except MaskwrightError as error:
-            named = type(error)(f"rank {self.rank} could not {what}: {error.cause}", error.remedy)
-            return _Outcome(None, named), error
-        except OSError as error:
-            reason = f"rank {self.rank} could not {what}: {error}"
-            return _Outcome(None, StorageError(reason, "Check that the storage is mounted, writable and has free space.")), error
         except Exception as error:  # noqa: BLE001  # whatever it is, the other ranks wait for word of it
-            reason = f"rank {self.rank} could not {what}: {type(error).__name__}: {error}"
-            return _Outcome(None, MaskwrightError(reason, f"See the log of rank {self.rank}.")), error
+            return _Outcome(None, as_known(error, f"rank {self.rank} could not {what}")), error
 
     def _gather(self, outcome: _Outcome[T], what: str, original: Exception | None) -> list[_Outcome[T]]:
         if self.world_size == 1:

@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_pipeline.errors import EnvironmentMismatchError, StorageError
+from data_pipeline.errors import EnvironmentMismatchError, MaskwrightError, StorageError, StorageUnreachableError
+from data_pipeline.remote import is_passing
 from data_pipeline.storage import Location
 from trainer.state import TrainState
 
@@ -155,7 +156,7 @@ def read_manifest(folder: Path) -> Manifest | Problem:
 
     Raises:
         EnvironmentMismatchError: a newer release wrote it. That is not damage: the checkpoint stays where it is.
-        StorageError: it is there and cannot be read now, which says nothing about its contents.
+        StorageError, StorageUnreachableError: it is there and cannot be read now, which says nothing about its contents.
     """
     path = folder / MANIFEST
     try:
@@ -201,7 +202,7 @@ def check_files(folder: Path, files: dict[str, FileDigest], names: Iterable[str]
     """Compare files on disk with the expected sizes and digests. Sizes are looked at first: they cost nothing.
 
     Raises:
-        StorageError: a file is there and cannot be read now, which says nothing about its contents.
+        StorageError, StorageUnreachableError: a file is there and cannot be read now, which says nothing about its contents.
     """
     problems: list[Problem] = []
     for name in names:
@@ -221,8 +222,9 @@ def check_files(folder: Path, files: dict[str, FileDigest], names: Iterable[str]
     return problems
 
 
-def _cannot_read(path: Path, error: OSError) -> StorageError:
-    return StorageError(f"cannot read {path}: {error.strerror or error}", "Check the mount and the permissions, then run the command again.")
+def _cannot_read(path: Path, error: OSError) -> MaskwrightError:
+    kind = StorageUnreachableError if is_passing(error) else StorageError
+    return kind(f"cannot read {path}: {error.strerror or error}", "Check the mount and the permissions, then run the command again.")
 
 
 def shares(files: dict[str, FileDigest], num_parts: int) -> list[list[str]]:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import remote
-from data_pipeline.errors import MaskwrightError, StorageError
+from data_pipeline.errors import MaskwrightError, StorageError, StorageUnreachableError
 from data_pipeline.storage import Location, storage_errors
 from trainer.manifest import FileDigest
 from trainer.snapshot import Snapshot
 
-_HOPELESS = {errno.EFBIG, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
 _PART_BYTES = 16 << 20
 
 
@@ -23,8 +22,8 @@ def write_files(snapshot: Snapshot, part: Location, on_piece: Callable[[], None]
     `on_piece` is called before each piece; what it raises ends the writing.
 
     Raises:
-        StorageError: the disk is full or cannot be written.
-        OSError: it failed otherwise; also what the client of a store raises.
+        StorageError: the disk is full or cannot be written. StorageUnreachableError: it fails for now.
+        OSError: it failed otherwise. Whatever the client of a store raises.
     """
     write = _write_local if part.is_local else _upload
     with storage_errors(part.url):
@@ -33,15 +32,15 @@ def write_files(snapshot: Snapshot, part: Location, on_piece: Callable[[], None]
 
 def is_worth_a_retry(error: BaseException) -> bool:
     """Whether writing the same again may work in a moment: not on a full or read-only disk, not what was refused."""
-    if isinstance(error, MaskwrightError) or (isinstance(error, OSError) and error.errno in _HOPELESS):
-        return False
-    return remote.is_passing(error)
+    return isinstance(error, StorageUnreachableError) or (not isinstance(error, MaskwrightError) and remote.is_passing(error))
 
 
 def as_known(error: Exception, what: str) -> MaskwrightError:
     """The error that every rank will raise: its type, cause and remedy, and which rank could not do what."""
     if isinstance(error, MaskwrightError):
         return type(error)(f"{what}: {error.cause}", error.remedy)
+    if remote.is_passing(error):
+        return StorageUnreachableError(f"{what}: {error}", "Check the storage and the network to it, then `maskwright resume` the run.")
     if isinstance(error, OSError):
         return StorageError(f"{what}: {error}", "Check that the storage is mounted, writable and has free space.")
     return MaskwrightError(f"{what}: {type(error).__name__}: {error}", "See that rank's log for the traceback.")

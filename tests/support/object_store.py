@@ -39,7 +39,8 @@ class Fault:
     """What happens to the next `times` requests of a method (GET, PUT) whose path contains `path`.
 
     Kinds: `500`, `503` (SlowDown), `403`, `slow` (answers after `delay_s`), `truncated` (half of the body, then the connection ends; of a PUT
-    half is stored), `reset` (by the server, before an answer), `html` (a page with status 200), `wrong` (a flipped bit in the body).
+    half is stored), `reset` (by the server, before an answer), `lost` (carried out, and answered with 500), `html` (a page with status 200),
+    `wrong` (a flipped bit in the body).
     """
 
     kind: str
@@ -154,8 +155,10 @@ class Faults:
         if fault.kind == "slow":
             time.sleep(fault.delay_s)
             return self._application(environ, start_response)
-        fixed = {"500": ("500 Internal Server Error", _INTERNAL), "503": ("503 Slow Down", _SLOW_DOWN)}
-        fixed |= {"403": ("403 Forbidden", _DENIED), "html": ("200 OK", _HTML)}
+        if fault.kind == "lost":
+            list(self._application(environ, lambda *_: None))
+        fixed = {"500": ("500 Internal Server Error", _INTERNAL), "lost": ("500 Internal Server Error", _INTERNAL)}
+        fixed |= {"503": ("503 Slow Down", _SLOW_DOWN), "403": ("403 Forbidden", _DENIED), "html": ("200 OK", _HTML)}
         if fault.kind in fixed:
             status, body = fixed[fault.kind]
             kind = "text/html" if fault.kind == "html" else "application/xml"

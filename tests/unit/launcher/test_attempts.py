@@ -5,7 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ConnectionClosedError, EndpointConnectionError, NoCredentialsError
 
+from data_pipeline.config import DataConfig
 from data_pipeline.errors import (
     ConfigError,
     DataCorruptError,
@@ -15,6 +17,8 @@ from data_pipeline.errors import (
     MaskwrightError,
     NumericTroubleError,
     StorageError,
+    StorageUnreachableError,
+    UnreachableError,
 )
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, claim_attempt, classify, last_attempt, read_failure, record_failure
@@ -51,6 +55,13 @@ GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connec
         (RuntimeError("NCCL error: unhandled system error"), FailureKind.INFRASTRUCTURE),
         (OSError(errno.ENOSPC, "No space left on device"), FailureKind.KNOWN),
         (OSError(errno.EIO, "Input/output error"), FailureKind.INFRASTRUCTURE),
+        (OSError(errno.EROFS, "Read-only file system"), FailureKind.KNOWN),
+        (PermissionError(errno.EACCES, "Permission denied"), FailureKind.KNOWN),
+        (StorageUnreachableError("a", "b"), FailureKind.INFRASTRUCTURE),
+        (UnreachableError("a", "b"), FailureKind.KNOWN),
+        (EndpointConnectionError(endpoint_url="http://127.0.0.1:1"), FailureKind.INFRASTRUCTURE),
+        (ConnectionClosedError(endpoint_url="http://127.0.0.1:1"), FailureKind.INFRASTRUCTURE),
+        (NoCredentialsError(), FailureKind.BUG),
         (DataCorruptError("a", "b"), FailureKind.DATA),
         (NumericTroubleError("a", "b"), FailureKind.NUMERIC),
         (RuntimeError("The size of tensor a (3) must match"), FailureKind.BUG),
@@ -86,9 +97,51 @@ def test_a_full_disk_is_said_with_its_own_code(run: RunFolder) -> None:
     assert "/runs/step-5" in found.cause
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_storage_that_must_not_be_written_is_said_with_its_own_code(run: RunFolder, code: int) -> None:
+    record_failure(run, 1, 0, OSError(code, "no"))
+    found = read_failure(run, 1)
+    assert found is not None
+    assert (found.kind, found.exit_code) == (FailureKind.KNOWN, ExitCode.STORAGE)
+
+
+def test_of_a_thousand_records_some_are_read_and_the_rare_cause_is_found(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read, asked = attempt_folder(run, 1), Location.read_bytes, []
+
+    def reads(location: Location, settings: DataConfig | None = None) -> bytes:
+        asked.append(location.name)
+        return read(location, settings)
+
+    monkeypatch.setattr(Location, "read_bytes", reads)
+    record_failure(run, 1, 0, raised(GLOO))
+    lost = (folder / "failure-00000-infrastructure.json").read_bytes()
+    for rank in range(1, 1000):
+        (folder.path / f"failure-{rank:05d}-infrastructure.json").write_bytes(lost)
+    record_failure(run, 1, 700, StorageError("disk full", "free some"))
+    asked.clear()
+    found = read_failure(run, 1)
+    assert found is not None
+    assert (found.kind, found.rank, found.cause) == (FailureKind.KNOWN, 700, "disk full")
+    assert "failure-00700-known.json" in asked
+    assert len(asked) <= 32
+
+
+def test_records_of_an_earlier_release_are_read(run: RunFolder) -> None:
+    record_failure(run, 1, 1, raised(GLOO))
+    record_failure(run, 1, 2, StorageError("disk full", "free some"))
+    (attempt_folder(run, 1) / "failure-00002-known.json").path.rename((attempt_folder(run, 1) / "failure-00002.json").path)
+    found = read_failure(run, 1)
+    assert found is not None
+    assert (found.kind, found.rank) == (FailureKind.KNOWN, 2)
+
+
 def test_a_torn_record_is_not_a_failure_record(run: RunFolder) -> None:
-    (attempt_folder(run, 1) / "failure-00000.json").write_bytes(b'{"rank": 0, "ki')
+    (attempt_folder(run, 1) / "failure-00000-known.json").write_bytes(b'{"rank": 0, "ki')
     assert read_failure(run, 1) is None
+    record_failure(run, 1, 1, raised(GLOO))
+    found = read_failure(run, 1)
+    assert found is not None
+    assert found.rank == 1
 
 
 def test_attempt_numbers_are_claimed_once(run: RunFolder) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import ConflictError
+from data_pipeline.errors import ConflictError, StorageUnreachableError
 from data_pipeline.storage import Location
 from launcher import lease as lease_module
 from launcher.lease import STALE_AFTER_S, Lease, LeaseState, holder, process_start, read_lease, this_machine
@@ -139,6 +139,47 @@ def test_a_released_lease_is_never_written_again(run: RunFolder) -> None:
     assert read_lease(run) is None
     with pytest.raises(ConflictError):
         lease.require_held()
+
+
+def test_who_ends_after_another_has_taken_over_leaves_the_new_lease_alone(run: RunFolder) -> None:
+    """It was stopped for longer than its lease lived, and ends before its next beat."""
+    with Lease.acquire(run) as old:
+        run.lease.write_json(asdict(replace(old.state, time=time.time() - 2 * STALE_AFTER_S)))
+        new = Lease.acquire(run)
+        old.__exit__()
+        current = read_lease(run)
+        assert current is not None
+        assert current.token == new.state.token
+
+
+def test_a_heartbeat_that_fails_goes_on(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [RuntimeError("nobody foresaw it"), RuntimeError("nobody foresaw it")]
+    exists = Location.exists
+
+    def fails(location: Location, patience_s: float | None = None) -> bool:
+        if failures and threading.current_thread().name == "lease":
+            raise failures.pop()
+        return exists(location, patience_s)
+
+    monkeypatch.setattr(lease_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(Location, "exists", fails)
+    with Lease.acquire(run) as lease:
+        started_at, deadline = lease.state.started_at, time.monotonic() + 10
+        while failures or (read_lease(run) or lease.state).time <= started_at:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert not lease.lost.is_set()
+
+
+def test_how_a_run_ended_is_not_hidden_by_storage_that_is_gone(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(location: Location, patience_s: float | None = None) -> bool:
+        raise StorageUnreachableError("gone", "wait")
+
+    lease = Lease.acquire(run).__enter__()
+    monkeypatch.setattr(Location, "exists", fails)
+    lease.__exit__()
+    monkeypatch.undo()
+    assert read_lease(run) == lease.state  # it goes stale
 
 
 def test_superseded_holder_notices_and_leaves_the_new_lease_alone(run: RunFolder) -> None:

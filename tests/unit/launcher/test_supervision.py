@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from data_pipeline.storage import Location
 from launcher import supervision
 from launcher.clusters.local import Machine, Workers
 from launcher.config import ClusterConfig
-from launcher.control import StopRequest, clear_stop, read_stop, request_stop
+from launcher.control import Grace, StopRequest, clear_stop, read_stop, request_stop
 from launcher.lease import Lease
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock, human
 from launcher.supervision import CtrlCError, RayOnDemand, Supervisor
@@ -139,6 +139,19 @@ def test_a_request_to_a_command_that_has_hardly_begun_is_not_forgotten(run: RunF
     assert read_stop(run) == request
     clear_stop(run, "the next")
     assert read_stop(run) is None
+
+
+@pytest.mark.parametrize("skew_s", [-3600.0, 0.0, 3600.0])
+def test_grace_is_counted_from_when_the_request_is_seen(run: RunFolder, skew_s: float) -> None:
+    """The clock of who asks may be another machine's."""
+    grace, asked = Grace(), StopRequest(time.time() + skew_s, 0.3, save=True, by="test")
+    assert not grace.is_over(asked)
+    time.sleep(0.35)
+    assert grace.is_over(asked)
+    assert not grace.is_over(replace(asked, lease="of another request"))
+    assert grace.is_over(replace(asked, save=False))
+    request_stop(run, grace_s=60.0, save=True, by="test", lease="this")
+    assert run.stop_request.read_json()["grace_s"] == 60.0
 
 
 def test_storage_that_fails_for_a_moment_does_not_end_the_run(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

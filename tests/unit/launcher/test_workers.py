@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
-from launcher.attempts import claim_attempt, read_failure
+from launcher import worker_process
+from launcher.attempts import attempt_folder, claim_attempt, read_failure
 from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
 from launcher.config import ClusterConfig, LocalCluster
 from launcher.health import Beat
@@ -136,11 +139,11 @@ class QuietLine:
     def tell(self, command: str) -> None: ...
 
 
-def in_process(run: RunFolder, entry: str, *commands: str, rank: int = 0, **arguments: Any) -> int:
-    """Run a task as rank `rank` of 2 in a process of its own, because it takes over stdout; the process' exit code."""
+def in_process(run: RunFolder, entry: str, *commands: str, rank: int = 0, world_size: int = 2, **arguments: Any) -> int:
+    """Run a task as rank `rank` of `world_size` in a process of its own, because it takes over stdout; the process' exit code."""
     attempt = claim_attempt(run)
     task = WorkerTask(f"{__name__}:{entry}", arguments, run.root.url, attempt, threads=1, home=run.root.parent.url)
-    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, rank, 2, QuietLine(*commands)))
+    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, rank, world_size, QuietLine(*commands)))
     process.start()
     process.join(60)
     if process.is_alive():
@@ -182,6 +185,44 @@ def test_the_log_of_a_run_in_a_store_leaves_nothing_on_the_machine(tmp_path: Pat
     assert "hello 0 2 1" in run.rank_log(1, 0).read_bytes().decode()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scratch", "store"]
     assert list((tmp_path / "scratch").glob("maskwright-*")) == []
+
+
+def test_in_a_large_group_rank_0_and_ranks_that_fail_leave_a_log(run: RunFolder) -> None:
+    assert in_process(run, "entry_ok", rank=1, world_size=16, word="hello") == 0
+    assert in_process(run, "entry_ok", rank=0, world_size=17, word="hello") == 0
+    assert in_process(run, "entry_ok", rank=1, world_size=17, word="hello") == 0
+    assert in_process(run, "entry_stops", SAVE, rank=1, world_size=17) == 0
+    assert in_process(run, "entry_full", rank=16, world_size=17) == 1
+    logs = [[name for name in attempt_folder(run, attempt).children() if name.startswith("rank-")] for attempt in range(1, 6)]
+    assert logs == [["rank-00001.log"], ["rank-00000.log"], [], [], ["rank-00016.log"]]
+    log = run.rank_log(5, 16).read_bytes().decode()
+    assert "rank 16 of 17" in log
+    assert "disk full" in log
+
+
+def test_a_log_is_copied_out_while_it_grows_whatever_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, write, sizes, failures = Location.at(tmp_path / "log"), Location.write_bytes, list[int](), [RuntimeError("odd"), OSError("odd")]
+
+    def writes(location: Location, data: bytes, patience_s: float | None = None) -> None:
+        if failures:
+            raise failures.pop()
+        sizes.append(len(data))
+        write(location, data, patience_s)
+
+    monkeypatch.setattr(Location, "write_bytes", writes)
+    monkeypatch.setattr(worker_process, "_UPLOAD_S", 0.02)
+    with tempfile.TemporaryFile() as file:
+        done = threading.Event()
+        copier = threading.Thread(target=worker_process._copy_out, args=(file.fileno(), log, done))
+        copier.start()
+        os.write(file.fileno(), b"first\n")
+        time.sleep(0.4)
+        assert sizes == [6]
+        monkeypatch.setattr(worker_process, "_UPLOAD_S", 60.0)
+        os.write(file.fileno(), b"last\n")
+        done.set()
+        copier.join(10)
+    assert log.read_bytes() == b"first\nlast\n"
 
 
 def test_interrupted_rank_returns_and_failed_rank_raises(run: RunFolder) -> None:

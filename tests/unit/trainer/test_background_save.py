@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConflictError, MaskwrightError, StorageError
+from data_pipeline.errors import ConflictError, MaskwrightError, StorageError, StorageUnreachableError
 from tests.support.checkpoints import golden_run, run_folder, save_request, snapshot_of
 from trainer.background_save import Save
 from trainer.checkpoint import list_checkpoints, newest_usable, verify
@@ -77,7 +77,7 @@ def test_a_rank_that_never_answers_is_named_in_time(tmp_path: Path) -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), StorageError, 1),
         (OSError(errno.EROFS, "Read-only file system"), StorageError, 1),
-        (OSError(errno.EIO, "Input/output error"), StorageError, 4),
+        (OSError(errno.EIO, "Input/output error"), StorageUnreachableError, 4),
         (ValueError("odd"), MaskwrightError, 1),
     ],
 )

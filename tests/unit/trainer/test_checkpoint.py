@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConfigError, EnvironmentMismatchError, NoCheckpointError, NotFoundError, StorageError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, NoCheckpointError, NotFoundError, StorageUnreachableError
 from tests.support.checkpoints import GOLDEN, golden_run, run_config, run_folder, save_request, snapshot_of
 from trainer.background_save import Save
 from trainer.checkpoint import Checkpoint, has_same_layout, list_checkpoints, newest_usable, verify, why_not_exact
@@ -134,7 +134,7 @@ def test_a_checkpoint_that_cannot_be_read_now_stays(tmp_path: Path, monkeypatch:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(FileDigest, "of", fails)
-    with pytest.raises(StorageError, match="Input/output error"):
+    with pytest.raises(StorageUnreachableError, match="Input/output error"):
         newest(run)
     assert names(run) == ["step-00000001", "step-00000002"]
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import EnvironmentMismatchError, StorageError
+from data_pipeline.errors import EnvironmentMismatchError, MaskwrightError, StorageError, StorageUnreachableError
 from trainer.manifest import MANIFEST, Circumstances, FileDigest, Manifest, Problem, check_files, read_manifest, shares, write_manifest
 from trainer.state import TrainState
 
@@ -54,8 +54,12 @@ def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE])
-def test_what_cannot_be_read_now_is_no_problem_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.EIO, StorageUnreachableError), (errno.EACCES, StorageError), (errno.ESTALE, StorageUnreachableError)]
+)
+def test_what_cannot_be_read_now_is_no_problem_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[MaskwrightError]
+) -> None:
     write_manifest(tmp_path, manifest(a=b"1"))
     (tmp_path / "a").write_bytes(b"1")
 
@@ -64,9 +68,9 @@ def test_what_cannot_be_read_now_is_no_problem_of_the_checkpoint(tmp_path: Path,
 
     monkeypatch.setattr(Path, "open", fails)
     monkeypatch.setattr(Path, "read_bytes", fails)
-    with pytest.raises(StorageError, match=re.escape(f"cannot read {tmp_path / 'a'}: {os.strerror(number)}")):
+    with pytest.raises(error, match=re.escape(f"cannot read {tmp_path / 'a'}: {os.strerror(number)}")):
         check_files(tmp_path, manifest(a=b"1").files, ["a"])
-    with pytest.raises(StorageError, match=MANIFEST):
+    with pytest.raises(error, match=MANIFEST):
         read_manifest(tmp_path)
 
 
