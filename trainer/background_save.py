@@ -17,7 +17,7 @@ from data_pipeline.errors import ConflictError, MaskwrightError
 from data_pipeline.storage import Location
 from trainer.checkpoint_store import Checkpoints, checkpoints_of, name_of
 from trainer.config import CheckpointConfig, RunConfig
-from trainer.manifest import Circumstances, Manifest
+from trainer.manifest import Circumstances, Manifest, nothing
 from trainer.receipts import RECEIPTS, Receipt, new_receipts
 from trainer.retention import superfluous
 from trainer.runlog import RunFolder
@@ -32,6 +32,7 @@ _ATTEMPTS = 4
 _LONGEST_PAUSE_S = 10.0
 _POLL_S = (0.02, 0.5)
 """Pause between two looks for receipts: the first, and the longest."""
+_LOOK_S = 1.0
 _CLEAN_UP_S = 3.0
 _TOLD_RANKS = 8
 """A failure that all ranks share is recorded of no more than this many."""
@@ -52,7 +53,7 @@ class SaveRequest:
     require_current: Callable[[], None]
     """Raises ConflictError once a newer attempt has begun (R10); asked by rank 0 right before the commit."""
     validation_loss: float | None = None
-    """The newest at this step."""
+    """Measured at this step."""
     stall_s: float = 0.0
     """Seconds for which training stood still for it."""
     timeout_s: float = COMMIT_TIMEOUT_S
@@ -73,6 +74,8 @@ class Save:
     _cancelled: threading.Event = field(default_factory=threading.Event)
     _done: threading.Event = field(default_factory=threading.Event)
     _started_at: float = field(default_factory=time.monotonic)
+    _moves: int = 0
+    """Pieces written, and looks for the others' receipts."""
 
     def start(self) -> "Save":
         """Begin, in a thread: hashing and writing large pieces hold no GIL."""
@@ -84,17 +87,22 @@ class Save:
         """Whether this rank's part has come to an end: its files are written, on rank 0 the checkpoint is committed, or it has failed."""
         return self._done.is_set()
 
-    def wait(self, timeout_s: float) -> None:
-        """Wait for the end.
+    def wait(self, timeout_s: float, on_progress: Callable[[], None] = nothing) -> None:
+        """Wait for the end. `on_progress` is called now and then, as long as it gets on: a slow save is no hang.
 
         Raises:
             MaskwrightError: it failed, or did not end in time.
         """
-        if not self._done.wait(timeout_s):
-            raise MaskwrightError(
-                f"the checkpoint of step {self.request.state.step} was not committed in {timeout_s:.0f} s",
-                "Check the storage's speed and the other ranks' logs, then `maskwright resume` the run.",
-            )
+        deadline, seen = time.monotonic() + timeout_s, self._moves
+        while not self._done.wait(max(0.0, min(_LOOK_S, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline:
+                raise MaskwrightError(
+                    f"the checkpoint of step {self.request.state.step} was not committed in {timeout_s:.0f} s",
+                    "Check the storage's speed and the other ranks' logs, then `maskwright resume` the run.",
+                )
+            if self._moves != seen:
+                seen = self._moves
+                on_progress()
         if self.error is not None:
             raise self.error
 
@@ -129,6 +137,7 @@ class Save:
         return self._checkpoints.part(self.request.state.step, self.request.attempt)
 
     def _go_on(self) -> None:
+        self._moves += 1
         if self._cancelled.is_set():
             raise SaveCancelledError
 
@@ -189,7 +198,7 @@ class Save:
         manifest = Manifest(
             request.attempt, request.circumstances, files, request.state, request.config.model_dump(mode="json"), request.validation_loss
         )
-        request.require_current()
+        self._do("see that its attempt is the newest", request.require_current)
         with suppress(Exception):  # they have served, and are not in the manifest
             (self._part / RECEIPTS).remove()
         self._do("commit the checkpoint", lambda: self._checkpoints.publish(manifest))
@@ -224,7 +233,9 @@ class Save:
             pause_s = min(2 * pause_s, _POLL_S[1])
 
     def _after(self, manifest: Manifest) -> None:
+        """The event, then the removal of what is not kept: what is gone without an event that says so was lost."""
         request, seconds = self.request, time.monotonic() - self._started_at
+        doomed = self._not_kept(manifest)
         request.run.append_event(
             "checkpoint_committed",
             attempt=manifest.attempt,
@@ -234,8 +245,17 @@ class Save:
             seconds=round(request.stall_s + seconds, 3),
             stall_s=round(request.stall_s, 3),
             write_s=round(seconds, 3),
+            removed=doomed,
         )
-        retain(self._checkpoints, manifest, request.config.checkpoint)
+        for step in doomed:
+            self._checkpoints.remove(name_of(step), manifest.attempt)
+
+    def _not_kept(self, manifest: Manifest) -> list[int]:
+        try:
+            return not_kept(self._checkpoints, manifest, self.request.config.checkpoint)
+        except Exception:
+            log.exception("the checkpoint of step %d is committed, but which old ones to remove is not known", manifest.step)
+            return []
 
     def _give_up(self, error: MaskwrightError) -> None:
         """Remove what this rank has written and say so; rank 0 removes the folder, once nobody writes into it any more."""
@@ -256,11 +276,10 @@ class Save:
         return ended + 1 >= self.request.circumstances.world_size
 
 
-def retain(checkpoints: Checkpoints, newest: Manifest, config: CheckpointConfig) -> None:
-    """Remove the committed checkpoints that the configuration does not keep."""
+def not_kept(checkpoints: Checkpoints, newest: Manifest, config: CheckpointConfig) -> list[int]:
+    """Steps of the committed checkpoints that the configuration does not keep."""
     losses: dict[int, float | None] = {}
     for entry in checkpoints.committed():
         manifest = checkpoints.read(entry.name) if config.keep_best else None
         losses[entry.step] = manifest.validation_loss if isinstance(manifest, Manifest) else None
-    for step in superfluous(losses, newest.step, config):
-        checkpoints.remove(name_of(step), newest.attempt)
+    return superfluous(losses, newest.step, config)

@@ -6,8 +6,11 @@ Functions that take ranks are collective.
 import re
 import shutil
 import tempfile
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -16,8 +19,9 @@ from data_pipeline.storage import Location
 from trainer.agreement import Ranks
 from trainer.checkpoint_store import Checkpoints, checkpoints_of, step_of
 from trainer.config import RunConfig
-from trainer.manifest import Circumstances, Manifest, Problem, check_files, read_manifest, shares
+from trainer.manifest import MANIFEST, Circumstances, Manifest, Problem, check_files, nothing, read_manifest, shares
 from trainer.object_checkpoints import download
+from trainer.retention import committed_by
 from trainer.runlog import RunFolder
 from trainer.snapshot import ZERO_FOLDER
 from trainer.state import TrainState
@@ -77,7 +81,8 @@ def newest_usable(
     group: dist.ProcessGroup | None,
     timeout_s: float = 600.0,
     before_step: int | None = None,
-    zero_stage: int | None = None,
+    config: RunConfig | None = None,
+    on_piece: Callable[[], None] = nothing,
 ) -> Checkpoint | None:
     """The newest checkpoint that is complete and intact, the same on every rank; None when the run has none yet.
 
@@ -85,23 +90,26 @@ def newest_usable(
     file and the cause, and the one before it is tried. Ask `has_same_layout` how to load it.
 
     `before_step` goes back in history: to a checkpoint of at most that step. Those after it are renamed to `step-N.rewound-<attempt>`, once
-    there is one to go back to. Out of a store each rank copies what it needs into a folder of its own: with this `zero_stage` and as many
-    ranks its own part, else everything.
+    there is one to go back to. Out of a store each rank copies what it needs into a folder of its own: where the layout is that of `config` its
+    own part, else everything. `on_piece` is called before each piece that this rank reads.
 
     Raises:
-        NoCheckpointError: there were checkpoints, and none (of at most `before_step`) is intact.
+        ConfigError: see `has_same_layout`.
+        NoCheckpointError: there were checkpoints (or the run's events say so), and none (of at most `before_step`) is intact.
         EnvironmentMismatchError: the newest one was written by a newer release.
     """
     ranks, checkpoints = Ranks(rank, world_size, group, timeout_s), checkpoints_of(run)
-    names = ranks.rank_zero_does("list the checkpoints", lambda: _selectable(checkpoints, attempt))
+    names, committed = ranks.rank_zero_does("list the checkpoints", lambda: _selectable(run, checkpoints, attempt))
     later = [name for name in names if before_step is not None and step_of(name) > before_step]
     for name in names[len(later) :]:
         location = checkpoints.location(name)
         manifest = ranks.rank_zero_does("read the manifest", lambda name=name: checkpoints.read(name))
-        copy, problems = _obtain(ranks, location, manifest, zero_stage) if isinstance(manifest, Manifest) else (None, [manifest])
+        copy, problems = _obtain(ranks, location, manifest, config, on_piece) if isinstance(manifest, Manifest) else (None, [manifest])
         if isinstance(manifest, Manifest) and not problems:
-            ranks.rank_zero_does("set the later checkpoints aside", lambda: [checkpoints.set_aside(each, "rewound", attempt) for each in later])
-            return Checkpoint(location, manifest, copy)
+            found = Checkpoint(location, manifest, copy)
+            with _discarding(found):
+                ranks.rank_zero_does("set the later checkpoints aside", lambda: [checkpoints.set_aside(each, "rewound", attempt) for each in later])
+            return found
         ranks.rank_zero_does("set the damaged checkpoint aside", lambda n=name, p=problems: _quarantine(run, n, p, attempt))
     if later:
         raise NoCheckpointError(
@@ -113,11 +121,17 @@ def newest_usable(
             f"{run.checkpoints} has no intact checkpoint; the damaged ones are in its step-*.damaged-* folders, the causes in {run.events}",
             "Restore a checkpoint folder from a copy, or start again under another `name`.",
         )
+    lost = [step for step in committed if before_step is None or step <= before_step]
+    if lost:
+        raise NoCheckpointError(
+            f"{run.checkpoints} has no checkpoint, although by {run.events} some were committed, the newest at step {max(lost)}",
+            f"Restore a checkpoint folder from a copy, or start again under another `name`; to start this run over, remove {run.root} first.",
+        )
     return None
 
 
 def has_same_layout(manifest: Manifest, config: RunConfig, world_size: int) -> bool:
-    """Whether the files are laid out for as many ranks and the ZeRO stage of this attempt.
+    """Whether the files are laid out for as many ranks, the ZeRO stage and the `zero.deepspeed` of this attempt.
 
     Raises:
         ConfigError: the precision differs.
@@ -128,7 +142,13 @@ def has_same_layout(manifest: Manifest, config: RunConfig, world_size: int) -> b
             f"the checkpoint of step {manifest.step} was written in {then.precision}, this attempt has {config.precision}",
             f"Set precision to {then.precision} to continue this run.",
         )
-    return (then.world_size, then.zero_stage) == (world_size, config.zero.stage)
+    return _zero_layout(manifest) == (world_size, config.zero.stage, config.zero.deepspeed)
+
+
+def _zero_layout(manifest: Manifest) -> tuple[int, int, dict[str, Any]]:
+    """All that decides which part of what lies where: also `zero.deepspeed`, which orders parameters and cuts groups."""
+    then = manifest.circumstances
+    return then.world_size, then.zero_stage, manifest.config.get("zero", {}).get("deepspeed", {})
 
 
 def why_not_exact(manifest: Manifest, now: Circumstances, config: RunConfig | None = None) -> list[str]:
@@ -138,7 +158,7 @@ def why_not_exact(manifest: Manifest, now: Circumstances, config: RunConfig | No
         split = manifest.config.get("batch", {}).get("split", 1)
         if split != config.batch.split:
             reasons.append(f"batch.split: {split}, now {config.batch.split} (dropout is drawn for each part)")
-        if manifest.config.get("zero", {}).get("deepspeed", {}) != config.zero.deepspeed:
+        if _zero_layout(manifest)[2] != config.zero.deepspeed:
             reasons.append("zero.deepspeed differs")
         if manifest.config.get("model", {}).get("activation_checkpointing", False) != config.model.activation_checkpointing:
             reasons.append("model.activation_checkpointing differs")
@@ -178,7 +198,8 @@ def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
         problems = check_files(chosen.folder, files, files)
     else:
         chosen = replace(chosen, copy=Path(tempfile.mkdtemp(prefix=_COPY)))
-        problems = download(chosen.location, chosen.manifest, files, chosen.folder)
+        with _discarding(chosen):
+            problems = download(chosen.location, chosen.manifest, files, chosen.folder)
     if problems:
         chosen.discard_copy()
         raise NoCheckpointError(
@@ -194,25 +215,40 @@ def list_checkpoints(run: RunFolder) -> list[Checkpoint]:
     return [Checkpoint(checkpoints.location(name), manifest) for name, manifest in read if isinstance(manifest, Manifest)]
 
 
-def _selectable(checkpoints: Checkpoints, attempt: int) -> list[str]:
-    """Names of committed checkpoints, newest first, after what earlier attempts left half-done is finished or undone."""
-    checkpoints.tidy(attempt)
-    return [entry.name for entry in reversed(checkpoints.committed())]
+def _selectable(run: RunFolder, checkpoints: Checkpoints, attempt: int) -> tuple[list[str], list[int]]:
+    """Names of committed checkpoints, newest first, after what earlier attempts left half-done is finished or undone; and the steps at which
+    the run has ever committed one."""
+    events = run.read_events()
+    for name in checkpoints.tidy(attempt, committed_by(events)):
+        _quarantine(run, name, [Problem(MANIFEST, "missing")], attempt)
+    return [entry.name for entry in reversed(checkpoints.committed())], [e["step"] for e in events if e["kind"] == "checkpoint_committed"]
 
 
-def _obtain(ranks: Ranks, location: Location, manifest: Manifest, zero_stage: int | None) -> tuple[Path | None, list[Problem]]:
+def _obtain(
+    ranks: Ranks, location: Location, manifest: Manifest, config: RunConfig | None, on_piece: Callable[[], None]
+) -> tuple[Path | None, list[Problem]]:
     """What is wrong with any file. On a shared file system each is re-hashed by one rank; out of a store every rank copies what it needs."""
     if location.is_local:
-        return None, _verify_together(ranks, location.path, manifest)
-    then = manifest.circumstances
-    is_same = (then.world_size, then.zero_stage) == (ranks.world_size, zero_stage)
+        return None, _verify_together(ranks, location.path, manifest, on_piece)
+    is_same = config is not None and has_same_layout(manifest, config, ranks.world_size)
     names = [name for name in manifest.files if not is_same or rank_of(name) in (None, ranks.rank)]
-    target = Path(tempfile.mkdtemp(prefix=_COPY))
-    found = ranks.all_do("copy its part of the checkpoint", lambda: download(location, manifest, names, target))
+    copy = Checkpoint(location, manifest, Path(tempfile.mkdtemp(prefix=_COPY)))
+    with _discarding(copy):
+        found = ranks.all_do("copy its part of the checkpoint", lambda: download(location, manifest, names, copy.folder, on_piece))
     problems = [problem for problems in found for problem in problems]
     if problems:
-        shutil.rmtree(target, ignore_errors=True)
-    return target, problems
+        copy.discard_copy()
+    return copy.copy, problems
+
+
+@contextmanager
+def _discarding(checkpoint: Checkpoint) -> Generator[None]:
+    """Discard its copy when the block fails: nobody gets to know of it."""
+    try:
+        yield
+    except BaseException:
+        checkpoint.discard_copy()
+        raise
 
 
 def rank_of(name: str) -> int | None:
@@ -221,10 +257,10 @@ def rank_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest) -> list[Problem]:
+def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest, on_piece: Callable[[], None]) -> list[Problem]:
     """Re-hash the files, each on one rank; every rank gets all problems."""
     part = shares(manifest.files, ranks.world_size)[ranks.rank]
-    found = ranks.all_do("verify the checkpoint", lambda: check_files(folder, manifest.files, part))
+    found = ranks.all_do("verify the checkpoint", lambda: check_files(folder, manifest.files, part, on_piece))
     return [problem for problems in found for problem in problems]
 
 

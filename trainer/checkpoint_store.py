@@ -8,6 +8,7 @@ that was committed before.
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -84,8 +85,11 @@ class Checkpoints(Protocol):
         """Remove a committed checkpoint. Unselectable first, then gone: a removal that is killed must not look like damage."""
         ...
 
-    def tidy(self, attempt: int) -> None:
-        """Finish or undo what this attempt and earlier ones left half-done. Not while a save of this attempt is under way."""
+    def tidy(self, attempt: int, committed: Mapping[int, int]) -> list[str]:
+        """Finish or undo what this attempt and earlier ones left half-done. Not while a save of this attempt is under way.
+
+        What looks like a save that was not finished, although it is `committed` (the attempt, by step), stays: returns the names of those.
+        """
         ...
 
 
@@ -120,13 +124,17 @@ class FolderCheckpoints:
         return shutil.disk_usage(folder).free
 
     def publish(self, manifest: Manifest) -> None:
-        """The manifest last, then the rename."""
+        """The manifest last, then the rename. Tried again after the rename, it has nothing left to do but to make it durable."""
         part, target = self.part(manifest.step, manifest.attempt).path, self._folder / name_of(manifest.step)
+        aside = target.with_name(f"{target.name}.replaced-{manifest.attempt}")
+        if target.exists() and self.read(target.name) == manifest:
+            sync_folder(self._folder)
+            shutil.rmtree(aside, ignore_errors=True)
+            return
         _require_files(part, manifest)
         write_manifest(part, manifest)
         for folder in {part, *((part / name).parent for name in manifest.files)}:
             sync_folder(folder)
-        aside = target.with_name(f"{target.name}.replaced-{manifest.attempt}")
         if target.exists():
             require_older(self.read(target.name), manifest)
             target.rename(aside)  # killed here: `tidy` gives the old one its name back
@@ -147,15 +155,19 @@ class FolderCheckpoints:
         (self._folder / name).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def tidy(self, attempt: int) -> None:
+    def tidy(self, attempt: int, committed: Mapping[int, int]) -> list[str]:
+        """Of those that stay there are none: a folder is committed by its name, also without a manifest."""
+        del committed
         entries = self.entries()
-        committed = {entry.step for entry in entries if not entry.kind}
+        there = {entry.step for entry in entries if not entry.kind}
         with storage_errors(str(self._folder)):
             for entry in entries:
-                if entry.kind == "replaced" and entry.step not in committed:  # killed between the two renames of `publish`
+                if entry.kind == "replaced" and entry.step not in there:  # killed between the two renames of `publish`
                     (self._folder / entry.name).rename(self._folder / name_of(entry.step))
                 elif entry.kind == "replaced" or (entry.kind == "partial" and entry.attempt <= attempt):
-                    shutil.rmtree(self._folder / entry.name)
+                    # A rank of that attempt may still be dying, and write: what cannot be removed now cannot be selected either.
+                    shutil.rmtree(self._folder / entry.name, ignore_errors=True)
+        return []
 
     @property
     def _folder(self) -> Path:

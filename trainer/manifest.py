@@ -6,7 +6,7 @@ Reads and hashes files; imports no torch unless asked for the present circumstan
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -20,6 +20,10 @@ from trainer.state import TrainState
 FORMAT_VERSION = 1
 MANIFEST = "MANIFEST.json"
 _CHUNK_BYTES = 1 << 22
+
+
+def nothing() -> None:
+    """For who does not want to hear of progress."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,13 @@ class FileDigest:
     sha256: str
 
     @classmethod
-    def of(cls, path: Path) -> "FileDigest":
-        """Read and hash the whole file."""
+    def of(cls, path: Path, on_piece: Callable[[], None] = nothing) -> "FileDigest":
+        """Read and hash the whole file; `on_piece` is called before each piece."""
         digest = hashlib.sha256()
         num_bytes = 0
         with path.open("rb", buffering=0) as file:
             while chunk := file.read(_CHUNK_BYTES):
+                on_piece()
                 digest.update(chunk)
                 num_bytes += len(chunk)
         return cls(num_bytes, digest.hexdigest())
@@ -92,7 +97,7 @@ class Manifest:
     train_state: TrainState
     config: dict[str, Any]
     validation_loss: float | None = None
-    """Of the newest validation at its step or before; None where there was none, as in older checkpoints."""
+    """Of the validation at its step; None where there was none, as in older checkpoints."""
 
     @property
     def step(self) -> int:
@@ -198,8 +203,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     Location.at(folder / MANIFEST).write_json(manifest.to_json())
 
 
-def check_files(folder: Path, files: dict[str, FileDigest], names: Iterable[str]) -> list[Problem]:
-    """Compare files on disk with the expected sizes and digests. Sizes are looked at first: they cost nothing.
+def check_files(folder: Path, files: dict[str, FileDigest], names: Iterable[str], on_piece: Callable[[], None] = nothing) -> list[Problem]:
+    """Compare files on disk with the expected sizes and digests. Sizes are looked at first: they cost nothing. `on_piece`: see `FileDigest.of`.
 
     Raises:
         StorageError, StorageUnreachableError: a file is there and cannot be read now, which says nothing about its contents.
@@ -211,7 +216,7 @@ def check_files(folder: Path, files: dict[str, FileDigest], names: Iterable[str]
             size = path.stat().st_size
             if size != expected.bytes:
                 problems.append(Problem(name, f"has {size} bytes instead of {expected.bytes}"))
-            elif (found := FileDigest.of(path).sha256) != expected.sha256:
+            elif (found := FileDigest.of(path, on_piece).sha256) != expected.sha256:
                 problems.append(Problem(name, f"sha256 is {found[:12]}… instead of {expected.sha256[:12]}…"))
         except (FileNotFoundError, NotADirectoryError):
             problems.append(Problem(name, "missing"))

@@ -5,15 +5,16 @@ What is set aside keeps its files; its manifest is called `MANIFEST.damaged-A.js
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from data_pipeline.errors import NotFoundError, StorageError
 from data_pipeline.storage import Location
 from trainer.checkpoint_store import Entry, name_of, require_older
-from trainer.manifest import MANIFEST, FileDigest, Manifest, Problem, parse_manifest
+from trainer.manifest import MANIFEST, FileDigest, Manifest, Problem, nothing, parse_manifest
 from trainer.runlog import RunFolder
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -79,8 +80,11 @@ class ObjectCheckpoints:
 
     def set_aside(self, name: str, kind: str, attempt: int) -> str:
         folder, aside = self._location / name, f"MANIFEST.{kind}-{attempt}.json"
-        with suppress(NotFoundError):  # a manifest that is missing is one way of being damaged
-            (folder / aside).write_bytes((folder / MANIFEST).read_bytes())
+        try:
+            data = (folder / MANIFEST).read_bytes()
+        except NotFoundError:  # one way of being damaged; an empty one in its place keeps the files from being taken for an unfinished save
+            data = b""
+        (folder / aside).write_bytes(data)
         (folder / MANIFEST).remove()
         return f"{name}/{aside}"
 
@@ -89,20 +93,30 @@ class ObjectCheckpoints:
         (self._location / name / MANIFEST).remove()
         (self._location / name).remove()
 
-    def tidy(self, attempt: int) -> None:
+    def tidy(self, attempt: int, committed: Mapping[int, int]) -> list[str]:
         """Remove files of earlier attempts that no manifest names; where a manifest cannot be read they stay."""
         entries = self.entries()
+        there = {entry.step for entry in entries if not entry.kind}
+        lost: list[str] = []
+        for entry in self._unnamed(entries):
+            if committed.get(entry.step) == entry.attempt and entry.step not in there:
+                lost.append(name_of(entry.step))
+            elif entry.attempt <= attempt:
+                with suppress(Exception):  # a rank of that attempt may still be dying, and write: the next attempt tries again
+                    (self._location / entry.name).remove()
+        return lost
+
+    def _unnamed(self, entries: list[Entry]) -> list[Entry]:
+        """Files of attempts that no manifest of their step names, of those steps whose manifests can all be read."""
         named: dict[int, list[Manifest | Problem]] = {}
         for entry in entries:
             if entry.kind != "partial":
                 path = self._location / entry.name
                 named.setdefault(entry.step, []).append(self._read(path / MANIFEST if not entry.kind else path))
-        for entry in entries:
-            manifests = named.get(entry.step, [])
-            attempts = {manifest.attempt for manifest in manifests if isinstance(manifest, Manifest)}
-            is_known = all(isinstance(manifest, Manifest) for manifest in manifests)
-            if entry.kind == "partial" and entry.attempt <= attempt and entry.attempt not in attempts and is_known:
-                (self._location / entry.name).remove()
+        attempts = {step: {manifest.attempt for manifest in manifests if isinstance(manifest, Manifest)} for step, manifests in named.items()}
+        known = {step for step, manifests in named.items() if all(isinstance(manifest, Manifest) for manifest in manifests)}
+        partial = [entry for entry in entries if entry.kind == "partial" and (entry.step in known or entry.step not in named)]
+        return [entry for entry in partial if entry.attempt not in attempts.get(entry.step, set())]
 
     def _read(self, file: Location) -> Manifest | Problem:
         try:
@@ -111,16 +125,17 @@ class ObjectCheckpoints:
             return Problem(MANIFEST, "missing")
 
 
-def download(folder: Location, manifest: Manifest, names: Iterable[str], target: Path) -> list[Problem]:
+def download(folder: Location, manifest: Manifest, names: Iterable[str], target: Path, on_piece: Callable[[], None] = nothing) -> list[Problem]:
     """Copy files of a committed checkpoint into a local folder, hashing what comes; a file that comes damaged is read once more.
 
-    They lie in `target` as in a checkpoint's folder of a shared file system.
+    They lie in `target` as in a checkpoint's folder of a shared file system. `on_piece` is called before each piece that is written.
     """
     problems: list[Problem] = []
     for name in names:
         path = target / local_name(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        problem = _download(folder / name, path, manifest.files[name]) and _download(folder / name, path, manifest.files[name])
+        once = partial(_download, folder / name, path, manifest.files[name], on_piece)
+        problem = once() and once()
         if problem is not None:
             problems.append(Problem(name, problem))
     return problems
@@ -132,11 +147,12 @@ def local_name(name: str) -> str:
     return rest if _PART.fullmatch(head) else name
 
 
-def _download(file: Location, path: Path, expected: FileDigest) -> str | None:
+def _download(file: Location, path: Path, expected: FileDigest, on_piece: Callable[[], None]) -> str | None:
     digest, num_bytes = hashlib.sha256(), 0
     try:
         with file.open_binary() as source, path.open("wb") as copy:
             while part := source.read(_READ_BYTES):
+                on_piece()
                 digest.update(part)
                 copy.write(part)
                 num_bytes += len(part)

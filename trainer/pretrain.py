@@ -49,10 +49,11 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     """
     context.heartbeat(0, "set-up")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    folder, corpora = RunFolder(Location.at(run)), Mixture.open(Location.at(corpus), config.data)
+    folder = RunFolder(Location.at(run))
     config = settled(config, folder, training_device(), attempt)
+    saver = Saver.open(folder, config, context, attempt)  # before the corpus is missed on a host that does not see the storage: that is the cause
+    corpora = Mixture.open(Location.at(corpus), config.data)
     engine = build_engine(config, corpora)
-    saver = Saver.open(folder, config, context, attempt)
     soundness = Soundness.open(folder, config, saver, attempt)
     fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
     state = saver.resume(engine, fresh, before_step=soundness.resume_before)
@@ -104,6 +105,7 @@ def train(
         log.step(state, counts, losses, outcome, lr, wait_s=part.wait_s, stall_s=saver.take_stall_s())
         state = advanced(state, outcome, counts, part.num_micro_batches, with_loss(state.recent_losses, losses.loss, config.numerics))
 
+        validation_loss = None  # of these weights, and no others: what is kept as the best was measured
         if is_due(state.step, config.validation.every_steps, config):
             go_on = partial(context.heartbeat, state.step, "validation")
             held_out, skipped = validation.measure(engine, phase_of(config.phases, state.step - 1), state, go_on)

@@ -1,7 +1,8 @@
-"""Which committed checkpoints a run keeps (pure)."""
+"""Which committed checkpoints a run keeps, and which it has by the word of its events (pure)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from trainer.config import CheckpointConfig
 
@@ -20,3 +21,23 @@ def superfluous(committed: Mapping[int, float | None], newest: int, config: Chec
     if config.keep_best and measured:
         kept.add(min(measured, key=lambda step: (measured[step], -step)))
     return [step for step in others if step not in kept]
+
+
+def committed_by(events: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """The attempt that committed each checkpoint which must still be there, by step; from a run's events, oldest first.
+
+    Not those that were removed to keep no more than are wanted, were found damaged, or are of a history that a later attempt went back behind.
+    Events of releases that did not say what is removed vouch for the checkpoint that they are about, and for no other.
+    """
+    there: dict[int, int] = {}
+    for event in events:
+        if event["kind"] == "checkpoint_committed":
+            if "removed" not in event:
+                there.clear()
+            there[event["step"]] = event["attempt"]
+            there = {step: attempt for step, attempt in there.items() if step not in event.get("removed", ())}
+        elif event["kind"] == "checkpoint_damaged":
+            there.pop(event["step"], None)
+        elif event["kind"] == "resumed":
+            there = {step: attempt for step, attempt in there.items() if step <= event["step"]}
+    return there

@@ -3,6 +3,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,16 +81,20 @@ class Saver:
             attempt=self._attempt,
             group=self._ranks.group,
             before_step=before_step,
-            zero_stage=self._config.zero.stage,
+            config=self._config,
+            on_piece=partial(self._context.heartbeat, 0, "set-up"),
         )
         if found is None:
             return fresh
-        require_same_data(found.state, fresh)
-        require_same_position(found.state, self._config.phases)
-        load = engine.load if has_same_layout(found.manifest, self._config, world_size) else engine.load_from_other_layout
         started_at = time.monotonic()
-        load(found.zero_folder)
-        found.discard_copy()
+        try:
+            require_same_data(found.state, fresh)
+            require_same_position(found.state, self._config.phases)
+            load = engine.load if has_same_layout(found.manifest, self._config, world_size) else engine.load_from_other_layout
+            self._context.heartbeat(0, "set-up")
+            load(found.zero_folder)
+        finally:
+            found.discard_copy()
         self._saved_step = found.step
         if rank == 0:
             self._record_resume(found, load_s=time.monotonic() - started_at, rewinds=before_step is not None)
@@ -98,7 +103,7 @@ class Saver:
     def save(self, engine: Engine, state: TrainState, validation_loss: float | None = None) -> None:
         """Save `state`, unless the newest checkpoint is of it. Training stands still until it is copied; it is written and committed beside training.
 
-        A save that is still under way is waited for first: at most one is. `validation_loss` is the newest at this step, for `keep_best`.
+        A save that is still under way is waited for first: at most one is. `validation_loss` is what was measured at this step, for `keep_best`.
 
         Raises:
             StorageError: there is no room for it; nothing has been written. The same on every rank.
@@ -168,7 +173,8 @@ class Saver:
     def _wait(self) -> int | None:
         """Wait for this rank's part of the save under way; returns the free bytes of the storage, on rank 0."""
         if self._save is not None:
-            self._save.wait(self._timeout_s)
+            step = self._save.request.state.step
+            self._save.wait(self._timeout_s, on_progress=partial(self._context.heartbeat, step, "checkpoint"))
             self._save = None
         return checkpoints_of(self._run).free_bytes() if self._context.rank == 0 else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
-from trainer.zero_state import MASTER, MOMENTS, SavedState
+from trainer.zero_state import MASTER, MOMENTS, SavedState, stretches
 
 
 @dataclass(frozen=True)
@@ -77,15 +77,15 @@ def _owned_replicated(optimizer: Any, names: dict[int, str]) -> Iterator[Owned]:
 
 
 def _owned_fragments(optimizer: Any, names: dict[int, str]) -> Iterator[Owned]:
-    """Stages 1 and 2: a stretch of the flat vector of each group."""
+    """Stages 1 and 2: a stretch of the flat vector of each group, see `zero_state`."""
     flats: list[Tensor] = [group["params"][0] for group in optimizer.optimizer.param_groups]
-    groups: list[list[Any]] = getattr(optimizer, "bit16_groups", None) or optimizer.bf16_groups
-    for flat, group in zip(flats, groups, strict=True):
-        for parameter in group:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                whole = mapping.lp_fragment_address
-                yield Owned(names[id(parameter)], whole.start, whole.start + whole.numel, flat, mapping.hp_fragment_address.start)
+    groups: list[list[Any]] = getattr(optimizer, "round_robin_bit16_groups", None) or optimizer.bf16_groups
+    all_padding: list[list[int]] = getattr(optimizer, "round_robin_bit16_padding", None) or [[0] * len(group) for group in groups]
+    rank = torch.distributed.get_rank()
+    for flat, group, padding in zip(flats, groups, all_padding, strict=True):
+        sizes = {names[id(parameter)]: parameter.numel() for parameter in group}
+        for name, start, at, length in stretches(sizes, padding, rank * flat.numel(), (rank + 1) * flat.numel()):
+            yield Owned(name, start, start + length, flat, at)
 
 
 def _owned_equal_parts(optimizer: Any, names: dict[int, str]) -> Iterator[Owned]:

@@ -5,7 +5,7 @@ become pieces of parameters. The files are mapped, not read: only what is asked 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -116,12 +116,15 @@ def _require_rounding_to(module: dict[str, Tensor], weights: dict[str, Tensor], 
 
 
 def _partitioned(partitions: list[dict[str, Any]], saved: dict[str, Any]) -> SavedState:
-    shapes: dict[str, torch.Size] = {name: shape for group in saved["param_shapes"] for name, shape in group.items()}
+    groups: list[dict[str, torch.Size]] = saved["param_shapes"]
+    shapes = {name: shape for group in groups for name, shape in group.items()}
     is_stage_3 = "fp32_flat_groups" in partitions[0]
     pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+    before = [0] * len(groups)  # elements of each group's flat vector that lower ranks have
     for rank, partition in enumerate(partitions):
         flats, states = _flats(partition, is_stage_3)
-        places = _equal_parts(shapes, flats, rank, len(partitions)) if is_stage_3 else _fragments(partition, pieces)
+        places = _equal_parts(shapes, flats, rank, len(partitions)) if is_stage_3 else _fragments(partition, groups, flats, before)
+        before = [start + len(flat) for start, flat in zip(before, flats, strict=False)]
         for name, start, flat, at, length in places:
             kinds = {MASTER: flats[flat], **{kind: states[flat][kind] for kind in MOMENTS if states}}
             pieces[name].append(Piece(start, {kind: values.detach().narrow(0, at, length) for kind, values in kinds.items()}))
@@ -142,16 +145,29 @@ Place = tuple[str, int, int, int, int]
 """(parameter, start within it, flat vector, start within that, elements)."""
 
 
-def _fragments(partition: dict[str, Any], pieces: dict[str, list[Piece]]) -> list[Place]:
-    """Stages 1 and 2: a rank owns a stretch of each group's flat vector, and says which parts of it belong to which parameter.
+def _fragments(partition: dict[str, Any], groups: list[dict[str, torch.Size]], flats: list[Tensor], before: list[int]) -> list[Place]:
+    """Stages 1 and 2: a rank owns a stretch of each group's flat vector, in which parameters follow one another in the order of `groups`.
 
-    DeepSpeed's own `zero_to_fp32` cannot read what its bf16 optimizer with fp32 gradients writes at stage 1; both write these addresses.
+    The addresses that DeepSpeed saves with it are wrong under `round_robin_gradients`, and its own `zero_to_fp32` cannot read what its bf16
+    optimizer with fp32 gradients writes at stage 1.
     """
+    all_padding: list[list[int]] = partition.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
     return [
-        (name, pieces[name][-1].stop if pieces[name] else 0, flat, address.start, address.numel)
-        for flat, addresses in enumerate(partition["param_slice_mappings"])
-        for name, address in addresses.items()
+        (name, first, number, at, length)
+        for number, (group, padding, flat, start) in enumerate(zip(groups, all_padding, flats, before, strict=True))
+        for name, first, at, length in stretches({name: shape.numel() for name, shape in group.items()}, padding, start, start + len(flat))
     ]
+
+
+def stretches(sizes: Mapping[str, int], padding: Sequence[int], start: int, stop: int) -> Iterator[tuple[str, int, int, int]]:
+    """What lies in [start, stop) of parameters that follow one another, each with padding after it: (parameter, its first element there, place
+    after `start`, elements)."""
+    at = 0
+    for (name, size), pad in zip(sizes.items(), padding, strict=True):
+        first, last = max(at, start), min(at + size, stop)
+        if first < last:
+            yield name, first - at, first - start, last - first
+        at += size + pad
 
 
 def _equal_parts(shapes: dict[str, torch.Size], flats: list[Tensor], rank: int, num_ranks: int) -> list[Place]:

@@ -5,19 +5,22 @@ import shutil
 import time
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError, InterruptedRunError, MaskwrightError, UnreachableError
+from data_pipeline.errors import ConfigError, DataCorruptError, DivergedError, InterruptedRunError, MaskwrightError, StorageError, UnreachableError
 from data_pipeline.storage import Location
 from tests.support.batches import small_config
 from tests.support.contexts import StoppingContext
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, object_store
+from trainer import saving
+from trainer.checkpoint import list_checkpoints
 from trainer.config import RunConfig
 from trainer.context import LocalContext
 from trainer.pretrain import pretrain
@@ -112,6 +115,28 @@ def test_the_number_of_ranks_does_not_matter(corpus: str, tmp_path: Path) -> Non
         losses = [[event["mlm_loss"] for event in found.read_events() if event["kind"] == "validation"] for found in (run, runs[1])]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len({record["batch_digest"] for record in alone}) == STEPS
+
+
+def test_a_checkpoint_has_the_validation_loss_of_its_own_step(corpus: str, tmp_path: Path) -> None:
+    config = config_of(1, "fp32", checkpoint={"every_steps": 2, "keep_last": 9}, validation={"every_steps": 3, "micro_batches": 1})
+    run_distributed(train, 1, (config, corpus, str(tmp_path)), timeout_s=60)
+    run = RunFolder(Location.at(tmp_path))
+    assert [event["step"] for event in run.read_events() if event["kind"] == "validation"] == [3, 6]
+    losses = {checkpoint.step: checkpoint.manifest.validation_loss for checkpoint in list_checkpoints(run)}
+    assert {step: loss is not None for step, loss in losses.items()} == {2: False, 4: False, 6: True}
+
+
+def train_apart(rank: int, world_size: int, corpus: str, root: str) -> MaskwrightError | None:
+    """Rank 1 is on a host that has neither the run folder nor the corpus."""
+    saving.require_shared = partial(saving.require_shared, timeout_s=1.0)
+    folder = root if rank == 0 else f"{root}/elsewhere"
+    return caught(lambda: pretrain(config_of(1, "fp32"), corpus if rank == 0 else f"{folder}/corpus", folder, LocalContext(rank, world_size), 1))[0]
+
+
+def test_a_host_without_the_shared_storage_is_told_so_before_it_misses_the_corpus(corpus: str, tmp_path: Path) -> None:
+    for error in run_distributed(train_apart, 2, (corpus, str(tmp_path)), timeout_s=60):
+        assert isinstance(error, StorageError)
+        assert "the storage is not shared" in error.cause
 
 
 def test_packed_rows_and_a_growing_batch_train_the_same_model(corpus: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -62,6 +63,29 @@ def test_rank_0_waits_for_the_last_rank(tmp_path: Path) -> None:
     save_of(run, 5, 1).start().wait(10.0)
     first.wait(10.0)
     assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [5]
+
+
+def test_who_waits_hears_of_progress_and_not_of_a_standstill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.background_save._LOOK_S", 0.1)
+    run, heard, let_go, write = run_folder(tmp_path), list[float](), Event(), os.write
+
+    def hangs(descriptor: int, data: Any) -> int:
+        if "rank_1" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            let_go.wait(20)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", hangs)
+    hanging, waiting = save_of(run, 5, 1).start(), save_of(run, 5, 0).start()
+    with pytest.raises(MaskwrightError, match="not committed in 1 s"):
+        waiting.wait(1.0, on_progress=lambda: heard.append(1))
+    assert len(heard) >= 2  # rank 0 looks for the receipt
+    heard.clear()
+    with pytest.raises(MaskwrightError, match="not committed in 1 s"):
+        hanging.wait(1.0, on_progress=lambda: heard.append(1))
+    assert heard == []
+    let_go.set()
+    for save in (hanging, waiting):
+        save.wait(10.0)
 
 
 def test_a_rank_that_never_answers_is_named_in_time(tmp_path: Path) -> None:
@@ -120,6 +144,36 @@ def test_a_write_that_fails_once_is_said_and_repeated(tmp_path: Path, monkeypatc
     (checkpoint,) = list_checkpoints(run)
     assert verify(checkpoint.folder) == []
     assert kinds(run)[-1] == "checkpoint_committed"
+
+
+def test_a_rename_that_cannot_be_made_durable_at_once_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, failures, fsync = run_folder(tmp_path), [OSError(errno.EIO, "Input/output error")], os.fsync
+
+    def fails_once(descriptor: int) -> None:
+        if failures and os.readlink(f"/proc/self/fd/{descriptor}") == str(run.checkpoints.path) and list_checkpoints(run):
+            raise failures.pop()
+        fsync(descriptor)
+
+    monkeypatch.setattr("tenacity.wait.wait_random_exponential.__call__", lambda *_: 0.1)
+    monkeypatch.setattr(os, "fsync", fails_once)
+    save_both(run, 5)
+    assert not failures
+    (checkpoint,) = list_checkpoints(run)
+    assert verify(checkpoint.folder) == []
+    assert (kinds(run), run.checkpoints.children()) == (["checkpoint_failed", "checkpoint_committed"], ["step-00000005"])
+
+
+def test_a_look_for_newer_attempts_that_fails_once_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, failures = run_folder(tmp_path), [OSError(errno.EIO, "Input/output error")]
+
+    def fails_once() -> None:
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("tenacity.wait.wait_random_exponential.__call__", lambda *_: 0.1)
+    save_both(run, 5, require_current=fails_once)
+    assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [5]
+    assert kinds(run) == ["checkpoint_failed", "checkpoint_committed"]
 
 
 def test_a_superseded_attempt_never_publishes(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -89,6 +90,44 @@ def test_no_intact_checkpoint_is_an_error_also_the_next_time(tmp_path: Path) -> 
     assert names(run) == ["step-00000001.damaged-2", "step-00000002.damaged-2"]
 
 
+def test_checkpoints_that_vanished_are_not_a_fresh_start(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    for step in (5, 6):
+        save(run, step)
+    shutil.rmtree(run.checkpoints.path)
+    for attempt in (2, 3):
+        with pytest.raises(NoCheckpointError, match=r"although by .*events.jsonl some were committed, the newest at step 6") as error:
+            newest(run, attempt)
+        assert f"to start this run over, remove {run.root} first" in error.value.remedy
+    assert newest_usable(run, rank=0, world_size=1, attempt=4, group=None, before_step=0) is None  # a rewind to the start
+
+
+def test_a_newest_checkpoint_that_was_moved_away_is_not_missed(tmp_path: Path) -> None:
+    run = run_folder(tmp_path)
+    for step in (5, 6):
+        save(run, step)
+    shutil.move(run.checkpoints.path / "step-00000006", tmp_path / "elsewhere")
+    found = newest(run)
+    assert found is not None
+    assert (found.step, names(run)) == (5, ["step-00000005"])
+    assert {event["kind"] for event in run.read_events()} == {"checkpoint_committed"}
+
+
+def test_a_rank_that_still_writes_into_what_is_removed_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, rmdir = golden_run(tmp_path, 1), os.rmdir
+    shutil.copytree(GOLDEN, run.checkpoints.path / "step-00000002.partial-1")
+
+    def writes_first(path: Any, **options: Any) -> None:
+        if "partial" in str(path):
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+        rmdir(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", writes_first)
+    found = newest(run)
+    assert found is not None
+    assert found.step == 1
+
+
 def test_a_newer_format_is_refused_and_left_alone(tmp_path: Path) -> None:
     run = golden_run(tmp_path, 1, 2)
     path = run.checkpoints.path / "step-00000002" / MANIFEST
@@ -127,10 +166,17 @@ def test_the_oldest_goes_when_step_numbers_grow_longer(tmp_path: Path) -> None:
     assert [checkpoint.step for checkpoint in list_checkpoints(run)] == [100_000_000, 100_000_001]
 
 
+def test_every_piece_that_is_read_is_progress(tmp_path: Path) -> None:
+    run, pieces = golden_run(tmp_path, 1), list[int]()
+    found = newest_usable(run, rank=0, world_size=1, attempt=2, group=None, on_piece=lambda: pieces.append(1))
+    assert found is not None
+    assert len(pieces) >= len(found.manifest.files)
+
+
 def test_a_checkpoint_that_cannot_be_read_now_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = golden_run(tmp_path, 1, 2)
 
-    def fails(path: Path) -> FileDigest:
+    def fails(path: Path, on_piece: Any) -> FileDigest:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(FileDigest, "of", fails)
@@ -210,6 +256,15 @@ def test_another_layout_is_noticed(world_size: int, stage: int, same: bool) -> N
     manifest = read_manifest(GOLDEN)
     assert isinstance(manifest, Manifest)
     assert has_same_layout(manifest, run_config(stage), world_size) is same
+
+
+def test_what_moves_parameters_within_the_files_is_another_layout() -> None:
+    manifest = read_manifest(GOLDEN)
+    assert isinstance(manifest, Manifest)
+    overrides = {"zero_optimization": {"round_robin_gradients": True}}
+    turned = run_config(1, zero={"stage": 1, "deepspeed": overrides})
+    assert not has_same_layout(manifest, turned, 2)
+    assert has_same_layout(replace(manifest, config=turned.model_dump(mode="json")), turned, 2)
 
 
 def test_another_precision_is_refused() -> None:

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError
+from data_pipeline.errors import ConflictError, MaskwrightError, NoCheckpointError, NotFoundError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN_MODEL, golden_run, resign, run_config, save_request, snapshot_of
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, reachable_object_store
 from trainer.background_save import Save
-from trainer.checkpoint import Checkpoint, list_checkpoints, newest_usable
+from trainer.checkpoint import Checkpoint, list_checkpoints, newest_usable, open_checkpoint
 from trainer.checkpoint_store import checkpoints_of
+from trainer.manifest import MANIFEST
 from trainer.runlog import RunFolder
 from trainer.verification import verify_checkpoint, verify_model
 
@@ -69,12 +70,12 @@ def test_commit_and_copy_out(run: RunFolder) -> None:
 
 def test_a_rank_copies_its_own_part_only(run: RunFolder) -> None:
     save(run, 5)
-    found = newest_usable(run, rank=0, world_size=1, attempt=2, group=None, zero_stage=1)
+    found = newest_usable(run, rank=0, world_size=1, attempt=2, group=None, config=run_config(1))
     assert found is not None  # two ranks wrote it: this one reads for both
     assert len(list(found.zero_folder.iterdir())) == 3
     alone = save_request(run, 6, 0, 1)
     Save(alone, snapshot_of(FILES[0] | FILES[1])).start().wait(60.0)
-    found = newest_usable(run, rank=0, world_size=1, attempt=2, group=None, zero_stage=1)
+    found = newest_usable(run, rank=0, world_size=1, attempt=2, group=None, config=run_config(1))
     assert found is not None
     assert {path.name for path in found.zero_folder.iterdir()} == {Path(name).name for name in FILES[0] if name.startswith("zero")}
 
@@ -98,6 +99,51 @@ def test_damage_in_the_store_means_the_checkpoint_before(run: RunFolder) -> None
     assert (run.checkpoints / "step-00000006").children() == ["MANIFEST.damaged-2.json", "attempt-1"]
     event = run.read_events()[-1]
     assert (event["kind"], event["cause"]) == ("checkpoint_damaged", f"attempt-1/{WEIGHTS}: has 5 bytes instead of 350")
+
+
+def test_a_manifest_that_was_lost_is_said_and_the_files_stay(run: RunFolder) -> None:
+    for step in (4, 5, 6):
+        save(run, step, checkpoint={"keep_last": 2})
+    (run.checkpoints / "step-00000006" / MANIFEST).remove()
+    for attempt in (2, 3):
+        found = newest(run, attempt)
+        assert found is not None
+        assert (found.step, steps(run)) == (5, [5])
+        assert (run.checkpoints / "step-00000006").children() == ["MANIFEST.damaged-2.json", "attempt-1"]
+    (event,) = [event for event in run.read_events() if event["kind"] == "checkpoint_damaged"]
+    assert (event["step"], event["file"], event["cause"]) == (6, MANIFEST, "MANIFEST.json: missing")
+    save(run, 6, attempt=3, checkpoint={"keep_last": 2})
+    found = newest(run, 4)
+    assert found is not None
+    assert found.step == 6
+
+
+def test_a_removal_that_was_killed_half_way_is_no_loss(run: RunFolder) -> None:
+    for step in (4, 5, 6):
+        save(run, step, checkpoint={"keep_last": 2})
+    (run.checkpoints / "step-00000004/attempt-1" / WEIGHTS).write_bytes(b"left")
+    found = newest(run)
+    assert found is not None
+    assert run.checkpoints.children() == ["step-00000005", "step-00000006"]
+    assert {event["kind"] for event in run.read_events()} == {"checkpoint_committed"}
+
+
+def test_a_store_that_was_emptied_is_not_a_fresh_start(run: RunFolder) -> None:
+    save(run, 5)
+    run.checkpoints.remove()
+    with pytest.raises(NoCheckpointError, match="the newest at step 5"):
+        newest(run)
+
+
+def test_a_copy_that_fails_half_way_is_discarded(run: RunFolder, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    save(run, 5)
+    store.fail(Fault("403", ALWAYS, "rank_1_mp_rank_00_optim"))
+    with pytest.raises(MaskwrightError):
+        newest(run)
+    with pytest.raises(MaskwrightError):
+        open_checkpoint(run)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_going_back(run: RunFolder) -> None:

@@ -1,13 +1,14 @@
 """Which checkpoints are kept: the last, every so many steps, the best; the one just committed always."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config import CheckpointConfig
-from trainer.retention import superfluous
+from trainer.retention import committed_by, superfluous
 
 LOSSES = {10: 3.0, 20: 1.0, 30: None, 40: 2.0, 50: 1.5}
 
@@ -49,3 +50,28 @@ def test_the_one_just_committed_is_never_removed(
     assert newest not in gone
     assert len(committed) - len(gone) >= min(keep_last, len(committed))
     assert gone == sorted(set(gone) & committed.keys())
+
+
+def event(kind: str, attempt: int, step: int, **details: Any) -> dict[str, Any]:
+    return {"kind": kind, "attempt": attempt, "step": step, **details}
+
+
+def test_what_must_still_be_there_by_the_events() -> None:
+    events = [
+        event("checkpoint_committed", 1, 10, removed=[]),
+        event("checkpoint_committed", 1, 20, removed=[]),
+        event("checkpoint_committed", 1, 30, removed=[10]),
+        event("resumed", 2, 20),  # went back behind 30
+        event("checkpoint_committed", 2, 25, removed=[]),
+    ]
+    assert committed_by([]) == {}
+    assert committed_by(events[:3]) == {20: 1, 30: 1}
+    assert committed_by(events) == {20: 1, 25: 2}
+    assert committed_by([*events, event("checkpoint_damaged", 3, 25)]) == {20: 1}
+    assert committed_by([*events, event("checkpoint_committed", 3, 25, removed=[20])]) == {25: 3}
+
+
+def test_events_of_older_releases_vouch_for_the_newest_only() -> None:
+    events = [event("checkpoint_committed", 1, 10), event("checkpoint_committed", 1, 20)]
+    assert committed_by(events) == {20: 1}
+    assert committed_by([*events, event("checkpoint_committed", 2, 30, removed=[10])]) == {20: 1, 30: 2}
