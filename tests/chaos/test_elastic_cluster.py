@@ -2,7 +2,6 @@
 
 import json
 import random
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,13 +75,6 @@ def wait_for_attempt(rig: Rig, number: int, world_size: int, steps: int) -> None
     rig.wait_for(f"steps of attempt {number}", lambda: len([r for r in metrics(rig.run) if r["attempt"] == number]) >= steps)
 
 
-def stop(rig: Rig) -> int:
-    """Save and end; returns how many steps there are."""
-    rig.command.process.send_signal(signal.SIGTERM)
-    assert rig.command.wait() == 75, rig.command.text()
-    return int(rig.checkpoints()[-1].name.removeprefix("step-"))
-
-
 def assert_same_batches(rig: Rig, steps: int) -> None:
     """Every step of the surviving history has seen the batch that the pure function gives, and none is missing."""
     code, output = maskwright("inspect", "run.yaml", "--step", "0", "--steps", str(steps), "--json", folder=rig.folder)
@@ -112,7 +104,7 @@ def lose_and_return(rig: Rig, nodes: RayCluster) -> int:
     lost_s, warm_s = seconds_to_first_step(rig, 2, killed_at), seconds_to_first_step(rig, 3, started_at(rig, 3))
     print(f"node lost: {lost_s:.1f} s to the next optimizer step; warm start-up {warm_s:.1f} s")
     assert lost_s <= warm_s + 20
-    return stop(rig)
+    return rig.stop()
 
 
 LOOK = """
@@ -176,7 +168,7 @@ def test_the_losses_are_those_of_a_run_whose_nodes_all_stayed(rig: Rig, nodes: R
     undisturbed = Rig(folder, "undisturbed", nodes, random.Random(0), nodes.environment).start()
     try:
         undisturbed.wait_until_trained(steps)
-        stop(undisturbed)
+        undisturbed.stop()
     finally:
         undisturbed.command.kill_everything()
     ours, theirs = surviving(rig.run), surviving(undisturbed.run)
@@ -189,7 +181,7 @@ def test_a_drained_node_is_left_in_time_and_nothing_is_lost(rig: Rig, nodes: Ray
     wait_for_attempt(rig, 1, world_size=2, steps=25)
     nodes.drain(nodes.nodes[0], deadline_s=120)
     wait_for_attempt(rig, 2, world_size=1, steps=25)
-    steps = stop(rig)
+    steps = rig.stop()
     (preempted,) = rig.events("preempted")
     (resumed,) = rig.events("resumed")
     saved = next(event for event in rig.events("checkpoint_committed") if event["step"] == resumed["step"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.test_elastic_cluster import assert_same_batches, stop, wait_for_attempt, write_long_run
+from tests.chaos.test_elastic_cluster import assert_same_batches, wait_for_attempt, write_long_run
 from tests.support.namespaces import Machines
 from tests.support.ray_nodes import RayCluster
 from tests.support.rig import Rig
@@ -73,7 +73,7 @@ def test_a_cut_link_shrinks_the_run(machines: Machines, cluster: RayCluster, tmp
         machines.cut(2)
         wait_for_attempt(rig, 2, world_size=1, steps=25)
         machines.heal(2)  # its ranks, if they still live, must not write any more
-        steps = stop(rig)
+        steps = rig.stop()
         assert_same_batches(rig, steps)
         assert [(event["before"], event["after"]) for event in rig.events("resized")][:1] == [(2, 1)]
     finally:

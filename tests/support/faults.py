@@ -1,4 +1,4 @@
-"""Numeric faults for tests: a NaN into a gradient, a batch without a finite loss, a spike; once, or each time the batch comes.
+"""Faults in the middle of a step, for tests: a NaN into a gradient, a batch without a finite loss, a spike, a hang; once, or each time.
 
 A test's own processes call `install`. Worker processes of a real command have `tests/support/plugin` on their PYTHONPATH (see
 `environment_of`), whose `sitecustomize` installs the fault as soon as the trainer is imported: the product knows nothing of it.
@@ -7,6 +7,7 @@ A test's own processes call `install`. Worker processes of a real command have `
 import json
 import math
 import os
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +20,26 @@ ROOT = Path(__file__).parents[2]
 class NumericFault:
     """What goes wrong on the rank that computes a micro-batch, when it does."""
 
-    kind: Literal["gradient", "batch", "spike"]
-    """`gradient`: one NaN in one gradient; `batch`: neither loss nor gradients are finite; `spike`: a loss a hundred times as high."""
-    micro_batch: int
+    kind: Literal["gradient", "batch", "spike", "hang"]
+    """`gradient`: one NaN in one gradient; `batch`: neither loss nor gradients are finite; `spike`: a loss a hundred times as high; `hang`: the
+    rank's backward pass never ends, while its process lives."""
+    micro_batch: int | None = None
+    """None: whichever comes next."""
     once: str | None = None
     """A file that says that it has happened, in whatever attempt; None: it happens each time."""
+    armed: str | None = None
+    """A file without which it does not happen, and which it takes away."""
 
     def strikes(self, numbers: list[int]) -> bool:
         """Whether it happens while these micro-batches are computed."""
-        if self.micro_batch not in numbers:
+        if self.micro_batch is not None and self.micro_batch not in numbers:
             return False
-        if self.once is None:
-            return True
         try:
-            Path(self.once).touch(exist_ok=False)
-        except FileExistsError:
+            if self.armed is not None:
+                Path(self.armed).unlink()
+            if self.once is not None:
+                Path(self.once).touch(exist_ok=False)
+        except (FileNotFoundError, FileExistsError):
             return False
         return True
 
@@ -60,8 +66,9 @@ def install(fault: NumericFault) -> None:
         if not fault.strikes([batch.number for batch in part.batches]):
             return passes.forward_backward(engine, part, *arguments, **named)
         parameter = engine.model.get_parameter("bert.encoder.layer.0.output.dense.weight")
-        removal = parameter.register_hook(_with_nan) if fault.kind == "gradient" else None
-        if fault.kind != "gradient":
+        hooks = {"gradient": _with_nan, "hang": _hang}
+        removal = parameter.register_hook(hooks[fault.kind]) if fault.kind in hooks else None
+        if removal is None:
             engine.accumulate = accumulate_wrongly(engine)
         try:
             return passes.forward_backward(engine, part, *arguments, **named)
@@ -87,3 +94,8 @@ def _with_nan(gradient: Any) -> Any:
     spoiled = gradient.clone()
     spoiled.view(-1)[3] = math.nan
     return spoiled
+
+
+def _hang(gradient: Any) -> None:
+    del gradient
+    threading.Event().wait()

@@ -1,21 +1,27 @@
-"""A real training command on a real Ray cluster of several nodes, and the faults that are put into it (reads only what users can read)."""
+"""A real training command on a real Ray cluster of several nodes, and how a fault is put into it and followed (reads only what users can read)."""
 
 import json
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.support.commands import Command, maskwright, worker_pid
-from tests.support.ray_nodes import RayCluster
+from tests.support.ray_nodes import RayCluster, RayNode
 
 EVERY_STEPS = 10
-_RECOVERED_AFTER = 2 * EVERY_STEPS + 2
+RECOVERED_AFTER = 2 * EVERY_STEPS + 2
 """Steps of progress after a fault before the next: two checkpoints were committed by then, one of them after the recovery."""
+
+Event = dict[str, Any]
+
+
+class MissedError(Exception):
+    """A fault has not happened: its victim had ended."""
 
 
 @dataclass
@@ -31,17 +37,24 @@ class Rig:
     _offset: int = 0
     _step: int = -1
 
-    def start(self, *settings: str) -> "Rig":
+    def start(self, *settings: str, cluster: str = "cluster.yaml") -> "Rig":
         """`maskwright run`."""
         chosen = [argument for setting in (f"name={self.name}", *settings) for argument in ("--set", setting)]
-        self.command = Command(
-            ["run", "run.yaml", "--cluster", "cluster.yaml", *chosen], self.folder, self.environment, inside=self.cluster.inside
-        ).start()
+        return self._start("run", "run.yaml", "--cluster", cluster, *chosen)
+
+    def resume(self, *settings: str) -> None:
+        """`maskwright resume`, as the person or service does that watches the command."""
+        self._start("resume", self.name, "--storage", "storage", *[argument for setting in settings for argument in ("--set", setting)])
+
+    def _start(self, *arguments: str) -> "Rig":
+        self.command = Command(list(arguments), self.folder, self.environment, inside=self.cluster.inside).start()
         return self
 
-    def resume(self) -> None:
-        """`maskwright resume`, as the person or service does that watches the command."""
-        self.command = Command(["resume", self.name, "--storage", "storage"], self.folder, self.environment, inside=self.cluster.inside).start()
+    def stop(self) -> int:
+        """Save and end; returns how many steps there are."""
+        self.command.process.send_signal(signal.SIGTERM)
+        assert self.command.wait() == 75, self.command.text()
+        return int(self.checkpoints()[-1].name.removeprefix("step-"))
 
     @property
     def run(self) -> Path:
@@ -60,28 +73,54 @@ class Rig:
                 self._step = json.loads(line)["step"]
         return self._step
 
-    def events(self, *kinds: str, since: float = 0.0) -> list[dict[str, Any]]:
+    def first_record_after(self, attempt: int) -> Event | None:
+        """The first record of a step that a later attempt has made."""
+        path = self.run / "metrics.jsonl"
+        lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
+        return next((record for record in map(json.loads, lines) if record["attempt"] > attempt), None)
+
+    def events(self, *kinds: str, since: float = 0.0) -> list[Event]:
         """Events of these kinds (all without any) after a time."""
         path = self.run / "events.jsonl"
         lines = path.read_bytes().rpartition(b"\n")[0].splitlines() if path.exists() else []
         found = [json.loads(line) for line in lines if line.startswith(b"{")]
         return [event for event in found if event["time"] > since and (not kinds or event["kind"] in kinds)]
 
+    def attempt(self) -> int:
+        """The present one."""
+        return max((event["attempt"] for event in self.events("attempt_started")), default=0)
+
     def ranks(self) -> dict[int, int]:
         """Processes of the present attempt's ranks that are alive."""
-        attempt = max((event["attempt"] for event in self.events("attempt_started")), default=0)
+        attempt = self.attempt()
         world_size = next((e["world_size"] for e in reversed(self.events("attempt_started"))), 0)
         found = {rank: worker_pid(self.run, attempt, rank) for rank in range(world_size)}
         return {rank: pid for rank, pid in found.items() if pid is not None and Path(f"/proc/{pid}").exists()}
 
-    def any_rank(self) -> int:
-        """Process of one of them."""
+    def any_rank(self) -> tuple[int, int]:
+        """One of them, and its process.
+
+        Raises:
+            MissedError: there is none.
+        """
         ranks = self.ranks()
-        return ranks[self.chance.choice(sorted(ranks))]
+        if not ranks:
+            raise MissedError("no rank is alive")
+        rank = self.chance.choice(sorted(ranks))
+        return rank, ranks[rank]
+
+    def ranks_of(self, node: RayNode) -> dict[int, int]:
+        """Those of a node."""
+        there = set(node.processes())
+        return {rank: pid for rank, pid in self.ranks().items() if pid in there}
 
     def checkpoints(self) -> list[Path]:
         """Committed checkpoints, oldest first."""
         return sorted(path for path in (self.run / "checkpoints").glob("step-*") if "." not in path.name)
+
+    def is_saving(self) -> bool:
+        """Whether a checkpoint is being written, or an old one removed."""
+        return any(path.name.partition(".")[2].startswith(("partial", "replaced")) for path in (self.run / "checkpoints").glob("step-*.*"))
 
     def wait_for(self, what: str, condition: Callable[[], Any], timeout_s: float = 240.0) -> None:
         """Poll while the command runs; fails the test with all that the command printed."""
@@ -89,7 +128,8 @@ class Rig:
         while not condition():
             ended = self.command.process.poll()
             if ended is not None or time.monotonic() > deadline:
-                raise AssertionError(f"{what}: not in {timeout_s:.0f} s (exit code {ended}, step {self.step()})\n{self.command.text()[-4000:]}")
+                told = "\n".join(map(str, [*self.events()[-10:], self.command.text()[-4000:]]))
+                raise AssertionError(f"{what}: not in {timeout_s:.0f} s (exit code {ended}, step {self.step()})\n{told}")
             time.sleep(0.02)
 
     def wait_until_trained(self, steps: int) -> None:
@@ -98,36 +138,98 @@ class Rig:
         self.wait_for(f"step {target}", lambda: self.step() >= target)
 
 
+def send(pid: int, number: signal.Signals) -> None:
+    """A signal to a victim.
+
+    Raises:
+        MissedError: it has ended.
+    """
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        raise MissedError(f"process {pid} has ended") from None
+
+
+def says(**fields: Any) -> Callable[[Event], bool]:
+    """Whether an event says just this."""
+    return lambda event: all(event.get(name) == value for name, value in fields.items())
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A fault that has happened."""
+
+    victim: str
+    expected: Mapping[str, Callable[[Event], bool]] = field(default_factory=dict[str, Callable[[Event], bool]])
+    """Kinds of events, each of which must follow and fit the victim. None for a control: the run must go on as if nothing had been."""
+    undo: Callable[[], None] = lambda: None
+    """What somebody does once the run has recovered, such as to bring another machine."""
+    at: float = field(default_factory=time.time)
+
+
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong, and what the run must say about it."""
+    """One thing that goes wrong."""
 
     name: str
-    inject: Callable[[Rig], None]
-    detected_as: tuple[str, ...]
-    """Kinds of events, of which one must follow; none for a control, after which none of ALARMS may."""
+    inject: Callable[[Rig], Hit]
     changes_world: bool = False
+    takes_minutes: bool = False
     weight: int = 2
 
+
+@dataclass(frozen=True)
+class Struck:
+    """What became of a fault."""
+
+    fault: str
+    victim: str
+    detected_as: str
+    detected_s: float | None = None
+    """Until the run said so; None for what must not be noticed."""
+    next_step_s: float | None = None
+    """Until the next optimizer step."""
+
+    def __str__(self) -> str:
+        seconds = ["" if value is None else f"{value:.1f}" for value in (self.detected_s, self.next_step_s)]
+        return f"{self.fault:<36} {self.victim:<34} {self.detected_as:<34} {seconds[0]:>8} {seconds[1]:>9}"
+
+
+HEADER = f"{'fault':<36} {'victim':<34} {'detected as':<34} {'after s':>8} {'step at s':>9}"
 
 ALARMS = ("worker_failed", "rank_unhealthy", "checkpoint_damaged", "numeric_trouble", "preempted")
 
 
-def strike(rig: Rig, fault: Fault) -> float:
-    """Inject the fault, wait until it is noticed and training goes on; returns the seconds until the next new optimizer step."""
+def strike(rig: Rig, fault: Fault) -> Struck:
+    """Inject the fault, and wait until it is noticed as what it is and training has gone on for a while.
+
+    Raises:
+        MissedError: it has not happened.
+    """
     rig.wait_until_trained(1)
-    begun, attempt = time.time(), len(rig.events("attempt_started"))
-    fault.inject(rig)
-    if fault.detected_as:
-        rig.wait_for(f"{fault.name}: {' or '.join(fault.detected_as)}", lambda: rig.events(*fault.detected_as, since=begun))
-        rig.wait_for(f"{fault.name}: another attempt", lambda: len(rig.events("attempt_started")) > attempt)
-        started = rig.events("attempt_started")[attempt]["attempt"]
-        rig.wait_for(f"{fault.name}: training", lambda: rig.step() >= 0 and last_attempt_of(rig) >= started)
-    took = time.time() - begun
-    rig.wait_until_trained(_RECOVERED_AFTER)
-    if not fault.detected_as:
-        assert not (alarms := rig.events(*ALARMS, since=begun)), f"{fault.name} tripped {alarms}"
-    return took
+    begun, attempt = time.time(), rig.attempt()
+    hit = fault.inject(rig)
+    noticed: dict[str, float] = {}
+
+    def are_noticed() -> bool:
+        for kind, fits in hit.expected.items():
+            found = next((event["time"] for event in rig.events(kind, since=begun) if event["attempt"] >= attempt and fits(event)), None)
+            if found is not None:
+                noticed.setdefault(kind, found - hit.at)
+        return noticed.keys() == hit.expected.keys()
+
+    rig.wait_for(f"{fault.name} ({hit.victim}): {', '.join(hit.expected)}", are_noticed)
+    next_step_s = None
+    if hit.expected:
+        rig.wait_for(f"{fault.name}: training", lambda: last_attempt_of(rig) > attempt)
+        first = rig.first_record_after(attempt)
+        assert first is not None
+        next_step_s = first["time"] - hit.at
+    hit.undo()
+    rig.wait_until_trained(RECOVERED_AFTER)
+    others = [event for event in rig.events(*ALARMS, since=begun) if event["kind"] not in hit.expected]
+    assert not others, f"{fault.name} ({hit.victim}) tripped {others}"
+    return Struck(fault.name, hit.victim, ", ".join(hit.expected) or "-", min(noticed.values(), default=None), next_step_s)
 
 
 def last_attempt_of(rig: Rig) -> int:
@@ -137,86 +239,6 @@ def last_attempt_of(rig: Rig) -> int:
         file.seek(max(0, file.tell() - 4096))
         lines = file.read().rpartition(b"\n")[0].splitlines()
     return json.loads(lines[-1])["attempt"]
-
-
-def kill_rank(rig: Rig) -> None:
-    """SIGKILL."""
-    os.kill(rig.any_rank(), signal.SIGKILL)
-
-
-def stop_rank(rig: Rig) -> None:
-    """SIGSTOP, for good."""
-    os.kill(rig.any_rank(), signal.SIGSTOP)
-
-
-def slow_rank(rig: Rig) -> None:
-    """A control: a rank that is stopped half of the time for some seconds is slow, not broken."""
-    pid = rig.any_rank()
-    for _ in range(10):
-        os.kill(pid, signal.SIGSTOP)
-        time.sleep(0.3)
-        os.kill(pid, signal.SIGCONT)
-        time.sleep(0.3)
-
-
-def kill_driver(rig: Rig) -> None:
-    """The command dies; somebody resumes the run."""
-    rig.command.kill_driver()
-    rig.resume()
-
-
-def kill_node(rig: Rig) -> None:
-    """A node is gone, and another comes once the run goes on without it."""
-    rig.cluster.kill_node(rig.chance.choice(rig.cluster.nodes))
-    before = len(rig.events("attempt_started"))
-    rig.wait_for("an attempt without the node", lambda: len(rig.events("attempt_started")) > before)
-    rig.wait_until_trained(_RECOVERED_AFTER)
-    rig.cluster.add_node()
-    rig.wait_for("growth", lambda: rig.ranks().keys() == {0, 1})
-
-
-def kill_during_save(rig: Rig) -> None:
-    """SIGKILL while a checkpoint is being written."""
-    rig.wait_for("a save", lambda: list((rig.run / "checkpoints").glob("step-*.partial-*")))
-    kill_rank(rig)
-
-
-def _damage(how: Callable[[Rig, Path], None]) -> Callable[[Rig], None]:
-    def inject(rig: Rig) -> None:
-        newest = rig.checkpoints()[-1]
-        file = rig.chance.choice(sorted(path for path in newest.rglob("*") if path.is_file()))
-        how(rig, file)
-        kill_rank(rig)
-
-    return inject
-
-
-def _truncate(rig: Rig, file: Path) -> None:
-    os.truncate(file, rig.chance.randrange(file.stat().st_size))
-
-
-def _flip(rig: Rig, file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[rig.chance.randrange(len(data))] ^= 1 << rig.chance.randrange(8)
-    file.write_bytes(data)
-
-
-def _delete(rig: Rig, file: Path) -> None:
-    del rig
-    file.unlink()
-
-
-FAULTS = (
-    Fault("kill a rank", kill_rank, ("worker_failed",), weight=4),
-    Fault("stop a rank", stop_rank, ("rank_unhealthy",)),
-    Fault("kill the driver", kill_driver, ("worker_failed",)),
-    Fault("kill a node", kill_node, ("worker_failed",), changes_world=True),
-    Fault("kill a rank during a save", kill_during_save, ("worker_failed",), weight=3),
-    Fault("truncate a checkpoint's file", _damage(_truncate), ("checkpoint_damaged",)),
-    Fault("flip a bit of a checkpoint", _damage(_flip), ("checkpoint_damaged",)),
-    Fault("delete a checkpoint's file", _damage(_delete), ("checkpoint_damaged",)),
-    Fault("a slow rank (control)", slow_rank, ()),
-)
 
 
 def proof(run: Path, folder: Path) -> dict[str, Any]:
