@@ -154,7 +154,7 @@ def test_a_node_that_comes_with_other_packages_is_left_out(rig: Rig, nodes: RayC
     nodes.environment["PYTHONPATH"] = str(broken.parent)
     nodes.add_node()
     wait_for_attempt(rig, 4, world_size=1, steps=25)
-    steps = stop(rig)
+    steps = rig.stop()
     assert [event["world_size"] for event in rig.events("attempt_started")] == [2, 1, 2, 1]
     failed = rig.events("worker_failed")[-1]
     assert (failed["attempt"], failed["failure"]) == (3, "infrastructure")
