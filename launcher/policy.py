@@ -38,8 +38,7 @@ class Failure:
     rank: int | None = None
     traceback: str = ""
     node: str | None = None
-    """Host of the rank, where known; likewise Ray's id of its node, and what the rank was at."""
-    node_id: str | None = None
+    """Host of the rank, where known; likewise what it was at."""
     phase: str | None = None
     step: int | None = None
 
@@ -67,15 +66,18 @@ class Budgets:
         }.get(kind)
 
 
-def blame_newcomer(failure: Failure, last: Failure | None, *, progressed: bool) -> Failure:
-    """The failure as one of infrastructure when it met ranks that had just been joined by more, and is of a kind that would else end the run.
+def blame_newcomers(failure: Failure, last: Failure | None, *, progressed: bool) -> Failure | None:
+    """The failure as one of the nodes that came with growth: the ranks before them had no such trouble. None when they are not to blame.
 
-    The ranks before them had no such trouble: a node that has come may lack a mount, or have other packages.
+    A node that comes may lack a mount or have other packages: a rank there fails by an error that would else end the run, or the group
+    never starts. The loss of a rank is no such thing.
     """
-    blamed = last is not None and last.kind is FailureKind.GROWTH and not progressed and failure.kind in {FailureKind.KNOWN, FailureKind.BUG}
-    if not blamed or failure.node_id is None:
-        return failure
-    return replace(failure, kind=FailureKind.INFRASTRUCTURE, cause=f"after growth, {failure.node} is left out: {failure.cause}")
+    if last is None or last.kind is not FailureKind.GROWTH or progressed:
+        return None
+    never_started = failure.kind is FailureKind.INFRASTRUCTURE and failure.rank is None
+    if failure.kind not in {FailureKind.KNOWN, FailureKind.BUG} and not never_started:
+        return None
+    return replace(failure, kind=FailureKind.INFRASTRUCTURE, cause=f"{failure.cause} (since nodes have come, which are left out now)")
 
 
 WINDOW_S = 24 * 3600.0

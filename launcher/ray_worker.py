@@ -104,7 +104,7 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupW
             error = _fit(task, workers, scratch, group)
     finally:
         group.close()
-    recorded = _located(read_failure(RunFolder(Location(task.run)), task.attempt), watch)
+    recorded = read_failure(RunFolder(Location(task.run)), task.attempt)
     return recorded_reason(watch, recorded) if error is None else _diagnose(error, recorded, watch)
 
 
@@ -159,12 +159,6 @@ def _on_worker(settings: dict[str, Any]) -> None:
 def _resources(workers: Workers) -> dict[str, float]:
     resources: dict[str, float] = {"CPU": workers.threads_per_worker}
     return {**resources, "GPU": 1} if workers.use_gpu else resources
-
-
-def _located(recorded: Failure | None, watch: GroupWatch) -> Failure | None:
-    """A rank's own record, with the node that the rank was on."""
-    member = watch.members.get(recorded.rank) if recorded is not None and recorded.rank is not None else None
-    return replace(recorded, node=member.host, node_id=member.node) if recorded is not None and member is not None else recorded
 
 
 _OWN_WORDS = {FailureKind.KNOWN, FailureKind.DATA, FailureKind.NUMERIC}

@@ -13,7 +13,7 @@ from launcher.elastic import Pace
 from launcher.group_watch import GroupWatch, SaveReason
 from launcher.health import Deadlines, beat_interval_s
 from launcher.job import Job
-from launcher.policy import Budgets, Failure, FailureKind, History, Retry, blame_newcomer, decide
+from launcher.policy import Budgets, Failure, FailureKind, History, Retry, blame_newcomers, decide
 from launcher.run_status import committed_steps
 
 
@@ -27,21 +27,23 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
     history, newest = History(), max(committed_steps(job.run), default=0)
     budgets = Budgets(job.ray.config.max_failures, job.ray.config.max_preemptions, job.config.numerics.budget)
     failure: Failure | None = None
+    nodes: set[str] = set()
     while True:
-        last = failure
+        last, nodes_before = failure, nodes
         try:
-            failure = _attempt(job, entry, arguments)
+            failure, nodes = _attempt(job, entry, arguments)
+            started = True
         except TooFewWorkersError as error:
-            failure = _too_few(error, last)
+            failure, started = _too_few(error, last), False
         if failure is None and done():
             return
         if failure is None:
             failure = Failure(FailureKind.BUG, f"{entry} returned before it was done", "See `maskwright logs`.", ExitCode.INTERNAL)
         reached = max(committed_steps(job.run), default=0)
-        blamed = blame_newcomer(failure, last, progressed=reached > newest)
-        if blamed is not failure and blamed.node_id is not None:
-            job.ray.leave_out(blamed.node_id)
+        blamed = blame_newcomers(failure, last, progressed=reached > newest) if started else None
+        if blamed is not None:
             failure = blamed
+            job.ray.keep_to(nodes_before)
         history = history.after(failure, time.monotonic(), progressed=reached > newest)
         newest = reached
         _record(job, failure)
@@ -73,7 +75,8 @@ def _record(job: Job, failure: Failure) -> None:
     )
 
 
-def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
+def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure | None, set[str]]:
+    """How an attempt ended, and Ray's ids of the nodes that its ranks were on."""
     scratch = job.ray.scratch()
     from launcher.ray_worker import run_attempt
     from launcher.worker_process import WorkerTask
@@ -93,7 +96,8 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> Failure | None:
         device="cuda" if workers.use_gpu else "cpu",
     )
     task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
-    return run_attempt(task, workers, scratch, _watch(job, workers))
+    watch = _watch(job, workers)
+    return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
 
 
 def _too_few(error: TooFewWorkersError, last: Failure | None) -> Failure:

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,10 +84,10 @@ class RayOnDemand:
         sizing = self._open().sizing if self.workers is None else None
         return None if sizing is None else sizing.larger_workers(current, pace)
 
-    def leave_out(self, node_id: str) -> None:
-        """Place no rank of a later attempt on a node."""
+    def keep_to(self, node_ids: Set[str]) -> None:
+        """Place no rank of a later attempt on any other node that is there now."""
         if (sizing := self._open().sizing) is not None:
-            sizing.left_out.add(node_id)
+            sizing.keep_to(node_ids)
 
     def _open(self) -> OpenCluster:
         self._wanted.set()

@@ -1,7 +1,8 @@
 """Sizes the worker group of each attempt by what a live cluster offers, and waits for it within a bound (asks the cluster, sleeps)."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from data_pipeline.errors import InterruptedRunError, UnreachableError
@@ -72,6 +73,11 @@ class Sizing:
         if size is None or self._size_beyond(current, self._nodes_in_use(sure=True), pace) != size:
             return None
         return replace(current, num_workers=size)
+
+    def keep_to(self, node_ids: Set[str]) -> None:
+        """Leave out every other node that is there now; those that come later are other nodes."""
+        with suppress(UnreachableError):  # then the next attempt finds what it finds
+            self.left_out |= {node.id for node in self.nodes(False)} - node_ids
 
     def _nodes_in_use(self, *, sure: bool) -> Sequence[Node]:
         return [node for node in self.nodes(sure) if node.id not in self.left_out]

@@ -96,13 +96,15 @@ def test_growth_waits_until_an_attempt_has_worked() -> None:
 
 
 def test_a_node_that_is_left_out_is_neither_used_nor_grown_to() -> None:
-    good, bad = Node("10.0.0.1", 1, 0, 1, 0, "good"), Node("10.0.0.2", 1, 0, 1, 0, "bad")
+    good, bad, late = (Node(f"10.0.0.{number}", 1, 0, 1, 0, name) for number, name in enumerate(("good", "bad", "late")))
     sizes = sizing_of(Cluster(good, bad), min_workers=1)
-    sizes.left_out.add("bad")
+    sizes.keep_to({"good"})
     one = sizes.workers_now()
     assert one == Workers(1, 1, False, ("bad",))
     sizes.nodes = Cluster(replace(good, free_cpus=0), bad)
     assert sizes.larger_workers(one, PACE) is None
+    sizes.nodes = Cluster(replace(good, free_cpus=0), bad, late)
+    assert sizes.larger_workers(one, PACE) == replace(one, num_workers=2)
 
 
 def test_no_growth_for_the_last_steps() -> None:
