@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError
+from launcher.aside import Aside
 from trainer.runlog import RunFolder
 
 HEARTBEAT_S = 2.0
@@ -165,11 +166,14 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._released.set()
+        with suppress(MaskwrightError, OSError):  # the lease goes stale instead; how the run ended matters more, also on a dead mount
+            Aside(self._release).ask(_BEAT_PATIENCE_S)
+
+    def _release(self) -> None:
         with self._lock:
-            self._released.set()
-            with suppress(MaskwrightError, OSError):  # the lease goes stale instead; how the run ended matters more
-                if not self._is_superseded(_BEAT_PATIENCE_S):  # this process may have been stopped for longer than its lease lived
-                    self.run.lease.remove()
+            if not self._is_superseded(_BEAT_PATIENCE_S):  # this process may have been stopped for longer than its lease lived
+                self.run.lease.remove()
 
     def _beat_until_released(self) -> None:
         fails = False

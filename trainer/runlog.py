@@ -94,8 +94,14 @@ class RunFolder:
         return _records(self.metrics.iter_lines())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One record per optimizer step, ascending: the last attempt's where a step was repeated. For runs that fit in memory."""
-        by_step = {record["step"]: record for record in self.iter_metrics()}
+        """One record per optimizer step, ascending: the newest attempt's where a step was repeated, whatever one that it superseded wrote after it.
+
+        For runs that fit in memory.
+        """
+        by_step: dict[int, dict[str, Any]] = {}
+        for record in self.iter_metrics():
+            if record["attempt"] >= by_step.get(record["step"], record)["attempt"]:
+                by_step[record["step"]] = record
         return [by_step[step] for step in sorted(by_step)]
 
     def newest_metrics(self) -> dict[str, Any]:

@@ -123,12 +123,19 @@ def test_a_tokenizer_that_does_not_match_the_corpus_is_refused(tiny_corpus: Prep
 
 def test_a_record_cut_by_a_full_disk_does_not_stop_the_next_attempt(tmp_path: Path) -> None:
     run = RunFolder(Location.at(tmp_path))
-    run.append_metrics({"step": 0, "loss": 1.0})
+    run.append_metrics({"step": 0, "attempt": 1, "loss": 1.0})
     run.append_event("started", attempt=1)
     for path in (run.metrics.path, run.events.path):
         with path.open("a") as file:
             file.write('{"step": 1, "lo')
-    run.append_metrics({"step": 1, "loss": 0.5})
+    run.append_metrics({"step": 1, "attempt": 2, "loss": 0.5})
     run.append_event("resumed", attempt=2)
     assert [record["loss"] for record in run.read_metrics()] == [1.0, 0.5]
     assert [event["kind"] for event in run.read_events()] == ["started", "resumed"]
+
+
+def test_what_a_superseded_attempt_writes_late_does_not_count(tmp_path: Path) -> None:
+    run = RunFolder(Location.at(tmp_path))
+    for attempt in (1, 2, 1):
+        run.append_metrics({"step": 0, "attempt": attempt})
+    assert [record["attempt"] for record in run.read_metrics()] == [2]
