@@ -3,12 +3,23 @@
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.test_elastic_cluster import assert_same_batches, wait_for_attempt, write_long_run
+from launcher.health import SILENCE_S, Seen
+from launcher.lease import process_start
+from launcher.rank_watch import ORPHANED_AFTER_S
+from tests.chaos.test_elastic_cluster import (
+    assert_same_batches,
+    metrics,
+    seconds_to_first_step,
+    started_at,
+    wait_for_attempt,
+    write_long_run,
+)
 from tests.support.namespaces import Machines
 from tests.support.ray_nodes import RayCluster
 from tests.support.rig import Rig
@@ -64,17 +75,45 @@ def test_a_node_behind_a_cut_link_does_not_answer(machines: Machines) -> None:
 
 
 @pytest.mark.full
-def test_a_cut_link_shrinks_the_run(machines: Machines, cluster: RayCluster, tmp_path: Path) -> None:
+def test_a_cut_link_shrinks_the_run_and_what_was_cut_off_ends_in_silence(machines: Machines, cluster: RayCluster, tmp_path: Path) -> None:
+    """The link is put back while the next attempt trains: its ranks on the other side must not write any more, and end by themselves."""
     write_long_run(tmp_path)
     cluster.write_config(tmp_path / "cluster.yaml", num_workers=2, min_workers=1)
     rig = Rig(tmp_path, "cut", cluster, random.Random(0), cluster.environment).start()
     try:
         wait_for_attempt(rig, 1, world_size=2, steps=25)
+        beyond = rig.ranks_of(cluster.nodes[1])
+        cut_at = time.time()
         machines.cut(2)
         wait_for_attempt(rig, 2, world_size=1, steps=25)
-        machines.heal(2)  # its ranks, if they still live, must not write any more
+        machines.heal(2)
+        rig.wait_for("the end of what was cut off", lambda: not any(map(is_alive, beyond.values())), cut_at + ENDED_S - time.time())
+        gone_s = time.time() - cut_at
+        startup_s = seconds_to_first_step(rig, 1, started_at(rig, 1))
+        lost_s = seconds_to_first_step(rig, 2, cut_at)
+        print(f"link cut: {lost_s:.1f} s to the next optimizer step, ranks beyond it gone after {gone_s:.1f} s; start-up {startup_s:.1f} s")
+        assert beyond
+        assert lost_s <= SILENCE_S[Seen.NOTHING] + 20 + startup_s
         steps = rig.stop()
         assert_same_batches(rig, steps)
         assert [(event["before"], event["after"]) for event in rig.events("resized")][:1] == [(2, 1)]
+        assert_one_writer(rig)
     finally:
         rig.command.kill_everything()
+
+
+ENDED_S = ORPHANED_AFTER_S + 30
+"""After the cut: a rank beyond it has not heard of its driver for so long, and what its beats wait for."""
+
+
+def is_alive(pid: int) -> bool:
+    return bool(process_start(pid))
+
+
+def assert_one_writer(rig: Rig) -> None:
+    """Nothing of the first attempt was written after the second had begun."""
+    claimed_at = float((rig.run / "logs/attempt-0002/claim").read_text().split()[0])
+    attempts = [record["attempt"] for record in metrics(rig.run)]
+    assert attempts == sorted(attempts)
+    late = [line for line in [*metrics(rig.run), *rig.events()] if line["attempt"] == 1 and line["time"] > claimed_at]
+    assert not late
