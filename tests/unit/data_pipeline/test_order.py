@@ -139,7 +139,7 @@ def test_binary_spread_reverses_bits() -> None:
     assert binary_spread(5, 2).tolist() == [0.625, 0.375]
 
 
-_SHARES = st.lists(st.floats(0.02, 10), min_size=1, max_size=5)
+_SHARES = st.lists(st.floats(0.05, 10), min_size=1, max_size=5)
 
 
 @given(_SHARES, st.integers(0, 10**7), st.integers(0, 3000), st.integers(0, 10**5))
