@@ -93,7 +93,7 @@ class CheckpointConfig(Section):
     keep_every: int | None = Field(default=None, ge=1)
     """Also keep those whose step is a multiple of this; null keeps none for it."""
     keep_best: bool = False
-    """Also keep the one with the lowest validation loss, measured at its step or last before it."""
+    """Also keep the one with the lowest validation loss, of those whose step was validated."""
 
 
 class ValidationConfig(Section):

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trainer.config import NumericsConfig
 
-TroubleKind = Literal["non_finite_loss", "non_finite_gradients", "loss_spike"]
+TroubleKind = Literal["non_finite_loss", "non_finite_gradients", "loss_spike", "non_finite_weights"]
 Response = Literal["stop", "skip", "rewind"]
 
 _MAD_TO_DEVIATION = 1.4826  # the standard deviation of a normal distribution over its median absolute deviation
@@ -16,6 +16,7 @@ _SAID: dict[TroubleKind, str] = {
     "non_finite_loss": "the loss of step {step} is not finite ({value})",
     "non_finite_gradients": "the gradients of step {step} are not finite (norm {value}) although its loss is",
     "loss_spike": "the loss of step {step} is a spike ({value:.6g})",
+    "non_finite_weights": "the weights after step {step} give nothing finite ({value}) although its loss and gradients were",
 }
 
 
@@ -86,9 +87,15 @@ def with_loss(recent: tuple[float, ...], loss: float, config: NumericsConfig) ->
 
 
 def response(step: int, kind: TroubleKind, config: NumericsConfig, history: TroubleHistory) -> Response:
-    """What follows trouble at `step`. A step that is in trouble again after its rewind has a bad batch, not a bad machine: it is skipped."""
+    """What follows trouble at `step`. A step that is in trouble again after its rewind has a bad batch, not a bad machine: it is skipped.
+
+    Weights that are bad after it can be repaired by a rewind alone, once.
+    """
     if config.policy == "stop":
         return "stop"
+    if kind == "non_finite_weights":
+        can_rewind = config.rewind_checkpoints is not None and step not in history.rewound and history.spent < config.budget
+        return "rewind" if can_rewind else "stop"
     if step in history.skipped:
         return "skip"
     if history.spent >= config.budget or are_weights_bad(step, kind, config, history):

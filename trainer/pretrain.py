@@ -88,7 +88,7 @@ def train(
         if counts.failures:
             raise_together(part.error or saver.error, f"read the data of step {state.step}" if part.error else "save a checkpoint")
         if counts.stops:
-            saver.save(engine, state, validation_loss)
+            soundness.save(engine, state, validation_loss)
             saver.finish()
             log.stopped(state)
             raise stopped_at(state.step)
@@ -114,7 +114,7 @@ def train(
             soundness.require_finite(held_out, state)
             state, validation_loss = with_skipped(state, skipped, config.data.skip_budget), held_out.loss
         if is_due(state.step, config.checkpoint.every_steps, config):
-            saver.save(engine, state, validation_loss)
+            soundness.save(engine, state, validation_loss)
     saver.finish()
 
 

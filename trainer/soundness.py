@@ -56,16 +56,22 @@ class Soundness:
         return outcome
 
     def require_finite(self, held_out: StepLosses, state: TrainState) -> None:
-        """Refuse weights that give no finite loss on held-out text.
-
-        Raises:
-            DivergedError: they do.
-        """
+        """Refuse weights that give no finite loss on held-out text: they went bad after the step. Collective; raises as `step` does."""
         if not math.isfinite(held_out.loss):
-            raise DivergedError(
-                f"the validation loss after {state.step} steps is not finite ({held_out.loss})",
-                "Resume from an earlier checkpoint: move the newest folder of `checkpoints` away, then `maskwright resume`.",
-            )
+            self._answer(self._bad_weights(state, held_out.loss))
+
+    def save(self, engine: Engine, state: TrainState, validation_loss: float | None) -> None:
+        """`Saver.save`, which refuses weights that are not finite. Collective; for these it raises as `step` does."""
+        try:
+            self._saver.save(engine, state, validation_loss)
+        except NumericTroubleError:
+            self._answer(self._bad_weights(state, math.nan))
+
+    def _bad_weights(self, state: TrainState, value: float) -> Trouble:
+        last = state.step - 1
+        phase = next(phase for phase in reversed(self._config.phases) if phase.first_step <= last)
+        consumed = state.micro_batches_consumed
+        return Trouble(last, "non_finite_weights", value, (consumed - phase.num_micro_batches, consumed - 1))
 
     def _answer(self, trouble: Trouble) -> None:
         """Record the trouble, then skip its batch (return) or raise: the group ends with the first rank that does."""
@@ -107,11 +113,20 @@ class Soundness:
             reason = "numerics.policy is stop"
         elif self._history.spent >= config.budget:
             reason = f"numerics.budget {config.budget} is spent"
+        elif trouble.kind == "non_finite_weights":
+            reason = "that batch is learned from, and cannot be skipped" + (
+                ", nor was a rewind of help" if trouble.step in self._history.rewound else ""
+            )
         else:
             reason = "nor was that of the step before, whose batch was skipped: training has diverged"
         return f"{trouble}; its batch is micro-batches {first} to {last}; {reason}"
 
     def _inspect(self, trouble: Trouble) -> str:
+        if trouble.kind == "non_finite_weights":
+            return (
+                f"`maskwright resume {self._run.root.name}` goes on from the newest checkpoint; where that ends alike, set the newest folder of "
+                "`checkpoints` aside, lower optimizer.lr, or look for a machine that computes wrongly."
+            )
         return (
             f"`maskwright inspect {self._run.config} --step {trouble.step}` shows the batch. Go on without it by --set numerics.policy=skip_batch, "
             "or lower optimizer.lr or lengthen the warm-up."

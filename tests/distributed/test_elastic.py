@@ -126,35 +126,38 @@ def test_settings_that_move_parameters_within_the_files_lose_none(tmp_path: Path
             assert all(torch.equal(found[key], value) for key, value in expected.items()), (name, source)
 
 
-STEPS = 12
-LEGS = [(3, 2, 1), (6, 1, 3), (9, 3, 2), (STEPS, 2, 0)]
+SHORT = [(3, 2, 1), (6, 1, 3), (9, 3, 2), (12, 2, 0)]
+LONG = [(50, 2, 1), (100, 1, 3), (150, 3, 2), (200, 2, 2)]
 """(steps done at the end, world size, ZeRO stage) of each attempt."""
 
 
-def one_leg(rank: int, world_size: int, corpus: str, run: str, stage: int, precision: str, until: int, attempt: int) -> None:
-    config = _config(stage, precision)
+def one_leg(rank: int, world_size: int, corpus: str, run: str, stage: int, precision: str, until: int, steps: int, attempt: int) -> None:
+    schedule, validation = {"steps": steps, "warmup_steps": 2}, {"every_steps": 100, "micro_batches": 1}
+    config = config_of(stage, precision, schedule=schedule, validation=validation)
     try:
         pretrain(config, corpus, run, StoppingContext(rank, world_size, until), attempt)
     except InterruptedRunError:
-        assert until < STEPS
+        assert until < steps
 
 
-def _config(stage: int, precision: str) -> Any:
-    return config_of(stage, precision, schedule={"steps": STEPS, "warmup_steps": 2}, validation={"every_steps": 100, "micro_batches": 1})
-
-
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 1e-3), ("fp32", 1e-5)])
-def test_a_run_that_changes_ranks_and_stages_is_the_run_that_does_not(tmp_path: Path, precision: str, tolerance: float) -> None:
-    corpus = small_corpus(tmp_path / "corpus")
-    run_distributed(one_leg, 2, (corpus, str(tmp_path / "whole"), 1, precision, STEPS, 1), timeout_s=60)
-    for attempt, (until, world_size, stage) in enumerate(LEGS, 1):
-        run_distributed(one_leg, world_size, (corpus, str(tmp_path / "changing"), stage, precision, until, attempt), timeout_s=60)
+@pytest.mark.parametrize(
+    ("legs", "precision", "tolerance"),
+    [(SHORT, "bf16", 1e-3), (SHORT, "fp32", 1e-5), pytest.param(LONG, "fp32", 1e-3, marks=[pytest.mark.full, pytest.mark.timeout(400)])],
+)
+def test_a_run_that_changes_ranks_and_stages_is_the_run_that_does_not(
+    tmp_path: Path, legs: list[tuple[int, int, int]], precision: str, tolerance: float
+) -> None:
+    """With dropout."""
+    corpus, steps = small_corpus(tmp_path / "corpus"), legs[-1][0]
+    run_distributed(one_leg, 2, (corpus, str(tmp_path / "whole"), 1, precision, steps, steps, 1), timeout_s=100)
+    for attempt, (until, world_size, stage) in enumerate(legs, 1):
+        run_distributed(one_leg, world_size, (corpus, str(tmp_path / "changing"), stage, precision, until, steps, attempt), timeout_s=100)
     whole, changing = (RunFolder(Location.at(tmp_path / name)) for name in ("whole", "changing"))
     expected, found = whole.read_metrics(), changing.read_metrics()
-    assert [record["attempt"] for record in found] == [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    assert [record["attempt"] for record in found] == [attempt for attempt in (1, 2, 3, 4) for _ in range(steps // 4)]
     assert [record["batch_digest"] for record in found] == [record["batch_digest"] for record in expected]
     for name in ("loss", "mlm_loss"):
         assert [record[name] for record in found] == pytest.approx([record[name] for record in expected], rel=tolerance)
     resumed = [event for event in changing.read_events() if event["kind"] == "resumed"]
-    assert [event["step"] for event in resumed] == [3, 6, 9]
+    assert [event["step"] for event in resumed] == [until for until, _, _ in legs[:-1]]
     assert all(any("world size" in reason or "ZeRO" in reason or "zero" in reason for reason in event["not_bit_exact_because"]) for event in resumed)

@@ -11,7 +11,7 @@ from tests.support.batches import small_config
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
 from tests.support.faults import NumericFault, install
-from trainer.config import RunConfig
+from trainer.config import RunConfig, ValidationConfig
 from trainer.context import LocalContext
 from trainer.pretrain import pretrain
 from trainer.runlog import RunFolder
@@ -105,6 +105,29 @@ def test_a_transient_fault_leaves_no_trace_after_a_rewind(corpus: str, tmp_path:
     assert 0 < resumed["load_s"] < 60
     [continued] = events_of(tmp_path / "struck", "continued")
     assert (continued["step"], continued["same_step"], continued["relative_difference"]) == (4, True, 0.0)
+
+
+@pytest.mark.parametrize("validation", [{"every_steps": STEP + 1, "micro_batches": 2}, {"every_steps": 100, "micro_batches": 2}])
+def test_weights_that_a_machine_spoils_after_a_step_are_rewound(corpus: str, tmp_path: Path, validation: dict[str, int]) -> None:
+    """Found by the validation that follows, or by the save."""
+    rewinding, stopping = (config_of(policy).model_copy(update={"validation": ValidationConfig(**validation)}) for policy in ("rewind:1", "stop"))
+    cases = {
+        "undisturbed": (rewinding, NEVER),
+        "struck": (rewinding, NumericFault("weights", FAULTY, once=str(tmp_path / "fault-happened"))),
+        "stopped": (stopping, NumericFault("weights", FAULTY)),
+    }
+    ends = ends_of(corpus, tmp_path, cases)
+    assert ends["undisturbed"] == []
+    [end], [stopped] = ends["struck"], ends["stopped"]
+    assert isinstance(end, NumericTroubleError)
+    assert end.cause.startswith("the weights after step 5 give nothing finite (")
+    assert end.cause.endswith("; resuming from the checkpoint of step 4")
+    assert type(stopped) is DivergedError
+    assert "its batch is micro-batches 20 to 23; numerics.policy is stop" in stopped.cause
+    assert steps_of(tmp_path / "struck") == steps_of(tmp_path / "undisturbed")
+    assert digests_of(tmp_path / "struck") == digests_of(tmp_path / "undisturbed")
+    [trouble] = events_of(tmp_path / "struck", "numeric_trouble")
+    assert (trouble["step"], trouble["trouble"], trouble["rewind_to"]) == (STEP, "non_finite_weights", 4)
 
 
 def test_a_bad_batch(corpus: str, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 class NumericFault:
     """What goes wrong on the rank that computes a micro-batch, when it does."""
 
-    kind: Literal["gradient", "batch", "spike", "hang"]
-    """`gradient`: one NaN in one gradient; `batch`: neither loss nor gradients are finite; `spike`: a loss a hundred times as high; `hang`: the
-    rank's backward pass never ends, while its process lives."""
+    kind: Literal["gradient", "batch", "spike", "weights", "hang"]
+    """`gradient`: one NaN in one gradient; `batch`: neither loss nor gradients are finite; `spike`: a loss a hundred times as high; `weights`: a
+    NaN in a weight once the step is done; `hang`: the rank's backward pass never ends, while its process lives."""
     micro_batch: int | None = None
     """None: whichever comes next."""
     once: str | None = None
@@ -59,11 +59,14 @@ def install(fault: NumericFault) -> None:
     import torch
 
     from trainer import passes, pretrain
-    from trainer.engine import Engine
+    from trainer.engine import Engine, StepOutcome
     from trainer.objectives import LossSums, LossWeights
 
     def faulty(engine: Engine, part: Any, *arguments: Any, **named: Any) -> torch.Tensor:
         if not fault.strikes([batch.number for batch in part.batches]):
+            return passes.forward_backward(engine, part, *arguments, **named)
+        if fault.kind == "weights":
+            spoil_after_step(engine)
             return passes.forward_backward(engine, part, *arguments, **named)
         parameter = engine.model.get_parameter("bert.encoder.layer.0.output.dense.weight")
         hooks = {"gradient": _with_nan, "hang": _hang}
@@ -77,6 +80,17 @@ def install(fault: NumericFault) -> None:
                 removal.remove()
             else:
                 del engine.accumulate
+
+    def spoil_after_step(engine: Engine) -> None:
+        right = engine.step
+
+        def step(lr: float) -> StepOutcome:
+            outcome = right(lr)
+            next(engine.model.parameters()).data.view(-1)[0] = math.nan
+            del engine.step
+            return outcome
+
+        engine.step = step
 
     def accumulate_wrongly(engine: Engine) -> Any:
         right, factor = engine.accumulate, math.nan if fault.kind == "batch" else 100.0

@@ -77,6 +77,14 @@ def test_policies() -> None:
     assert response(8, "non_finite_loss", skip, skipped) == "skip"
 
 
+def test_bad_weights_are_rewound_once_and_never_skipped() -> None:
+    none, rewound = TroubleHistory(), TroubleHistory(rewound=(7,))
+    found = {policy: response(7, "non_finite_weights", NumericsConfig(policy=policy), none) for policy in ("stop", "skip_batch", "rewind:2")}
+    assert found == {"stop": "stop", "skip_batch": "stop", "rewind:2": "rewind"}
+    assert response(7, "non_finite_weights", NumericsConfig(policy="rewind:2"), rewound) == "stop"
+    assert response(8, "non_finite_weights", NumericsConfig(policy="rewind:2", budget=1), rewound) == "stop"
+
+
 def test_the_budget_counts_skips_and_rewinds_but_not_a_skip_that_is_repeated() -> None:
     config = NumericsConfig(policy="rewind:1", budget=2)
     spent = TroubleHistory(frozenset([7]), (7,))
