@@ -192,7 +192,7 @@ class Struck:
 
     def __str__(self) -> str:
         seconds = ["" if value is None else f"{value:.1f}" for value in (self.detected_s, self.next_step_s)]
-        return f"{self.fault:<36} {self.victim:<34} {self.detected_as:<34} {seconds[0]:>8} {seconds[1]:>9}"
+        return f"{self.fault:<36} {self.victim[-34:]:<34} {self.detected_as:<34} {seconds[0]:>8} {seconds[1]:>9}"
 
 
 HEADER = f"{'fault':<36} {'victim':<34} {'detected as':<34} {'after s':>8} {'step at s':>9}"
