@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(600)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all runs of this module live; they share one corpus."""
     path = tmp_path_factory.mktemp("kill")
-    write_run(path)
+    write_run(path, precision="bf16")
     return path
 
 

@@ -23,7 +23,7 @@ FAULTY = STEP * PER_STEP + 6
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where all runs of this module live; they share one corpus."""
     path = tmp_path_factory.mktemp("numeric")
-    write_run(path)
+    write_run(path, precision="bf16")
     batch = tiny_config()["batch"]
     assert batch["global_batch_size"] == PER_STEP * batch["micro_batch_size"]
     return path

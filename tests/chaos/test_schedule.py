@@ -43,6 +43,7 @@ def folder(tmp_path: Path) -> Path:
         tmp_path,
         schedule={"kind": "constant", "steps": 1_000_000, "warmup_steps": 5},
         checkpoint={"every_steps": EVERY_STEPS, "keep_last": 3},
+        precision="bf16",
         batch={"global_batch_size": 8, "micro_batch_size": 4, "sequence_length": 64},
         validation={"every_steps": 50, "micro_batches": 2},
         numerics={"budget": 10 + NUM_FAULTS},

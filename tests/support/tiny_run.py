@@ -40,7 +40,7 @@ def tiny_config(**sections: Any) -> dict[str, Any]:
     """The contents of a run.yaml; keyword arguments replace whole sections."""
     return {
         "name": "tiny",
-        "precision": "bf16",
+        "precision": "fp32",
         "storage": "storage",
         "corpus": {"name": "tiny", "source": "text.jsonl", "validation_fraction": 0.1},
         "tokenizer": {"vocab_size": 500},
