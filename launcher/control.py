@@ -23,11 +23,6 @@ class StopRequest:
         """Seconds to save in."""
         return self.grace_s if self.save else 0.0
 
-    @property
-    def deadline(self) -> float:
-        """When the time is up by the clock of who asks."""
-        return self.time + self.allowed_s
-
 
 @dataclass
 class Grace:
