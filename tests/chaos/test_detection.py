@@ -108,6 +108,7 @@ def rank_in_set_up(command: Command) -> int | None:
     return None
 
 
+@pytest.mark.full
 def test_a_rank_that_is_stopped_before_it_has_said_anything_is_named(folder: Path) -> None:
     """Its process group is not made, so that Ray's controller and all other ranks wait for it, without a limit."""
     run = folder / "storage/silent"

@@ -142,7 +142,11 @@ def one_leg(rank: int, world_size: int, corpus: str, run: str, stage: int, preci
 
 @pytest.mark.parametrize(
     ("legs", "precision", "tolerance"),
-    [(SHORT, "bf16", 1e-3), (SHORT, "fp32", 1e-5), pytest.param(LONG, "fp32", 1e-3, marks=[pytest.mark.full, pytest.mark.timeout(400)])],
+    [
+        pytest.param(SHORT, "bf16", 1e-3, marks=pytest.mark.full),
+        (SHORT, "fp32", 1e-5),
+        pytest.param(LONG, "fp32", 1e-3, marks=[pytest.mark.full, pytest.mark.timeout(400)]),
+    ],
 )
 def test_a_run_that_changes_ranks_and_stages_is_the_run_that_does_not(
     tmp_path: Path, legs: list[tuple[int, int, int]], precision: str, tolerance: float
