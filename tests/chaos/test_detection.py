@@ -9,14 +9,21 @@ from typing import Any
 
 import pytest
 
+from launcher.health import DEADLINES_S
 from launcher.lease import STALE_AFTER_S, process_start
 from tests.support.commands import Command, maskwright, worker_pid
+from tests.support.faults import NumericFault, environment_of
 from tests.support.ray_nodes import cluster_of
 from tests.support.tiny_run import write_run
 
 STEPS = 80
 SLOW_S = 14
 """Longer than a rank may be stopped."""
+HANGS_AT = 43
+PER_STEP = 8
+"""Micro-batches of a step."""
+HANG_SLACK_S = 30
+"""What the longest backward pass so far adds to the deadline, and the looks of the watch and the stacks."""
 SAME = ("step", "loss", "grad_norm", "lr", "batch_digest")
 
 pytestmark = pytest.mark.timeout(600)
@@ -130,6 +137,37 @@ def test_a_rank_that_is_stopped_before_it_has_said_anything_is_named(folder: Pat
     assert (failed["failure"], failed["attempt"]) == ("infrastructure", 1)
     assert failed["time"] - verdict["time"] < 20, "the launcher ends the group itself"
     assert [record[0] for record in surviving(run)] == list(range(10))
+
+
+@pytest.mark.full
+def test_a_rank_that_hangs_is_named_with_its_stacks(folder: Path, undisturbed: Path) -> None:
+    """Its process lives and says so, and the others wait for it inside a collective."""
+    run, once = folder / "storage/hung", folder / "hung"
+    hang = NumericFault("hang", micro_batch=HANGS_AT * PER_STEP + 6, once=str(once))
+    command = Command(["run", "run.yaml", "--cluster", "cluster.yaml", "--set", "name=hung"], folder, environment_of(hang)).start()
+    try:
+        assert command.wait() == 0, command.text()
+        hung_at = once.stat().st_mtime
+    finally:
+        command.kill_everything()
+    (verdict,) = events(run, "rank_unhealthy")
+    assert (verdict["rank"], verdict["pid"], verdict["state"]) == (1, process_of(run, 1), "hung")
+    assert (verdict["step"], verdict["phase"]) == (HANGS_AT, "backward")
+    seconds = verdict["time"] - hung_at
+    print(f"a hung rank was named after {seconds:.1f} s")
+    assert DEADLINES_S["backward"] <= seconds <= DEADLINES_S["backward"] + HANG_SLACK_S
+    assert "made no progress" in command.text()
+    stacks = Path(verdict["stacks"])
+    assert "in _hang" in (stacks / "rank-00001.txt").read_text()
+    assert "trainer/pretrain.py" in (stacks / "rank-00000.txt").read_text(), "the rank that waits says where"
+    (failed,) = events(run, "worker_failed")
+    assert (failed["rank"], failed["failure"]) == (1, "infrastructure")
+    assert failed["time"] - verdict["time"] < 10
+    (resumed,) = events(run, "resumed")
+    assert (resumed["repeated"], resumed["skipped"], resumed["step"]) == (0, 0, HANGS_AT // 10 * 10)
+    assert surviving(run) == surviving(undisturbed)
+    weights = "models/final/model.safetensors"
+    assert (run / weights).read_bytes() == (undisturbed / weights).read_bytes()
 
 
 @pytest.mark.full

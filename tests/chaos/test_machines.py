@@ -20,6 +20,7 @@ from tests.chaos.test_elastic_cluster import (
     wait_for_attempt,
     write_long_run,
 )
+from tests.support.commands import maskwright
 from tests.support.namespaces import Machines
 from tests.support.ray_nodes import RayCluster
 from tests.support.rig import Rig
@@ -117,3 +118,23 @@ def assert_one_writer(rig: Rig) -> None:
     assert attempts == sorted(attempts)
     late = [line for line in [*metrics(rig.run), *rig.events()] if line["attempt"] == 1 and line["time"] > claimed_at]
     assert not late
+
+
+@pytest.mark.full
+def test_a_node_that_does_not_see_the_storage_is_refused_by_name(machines: Machines, tmp_path: Path) -> None:
+    write_long_run(tmp_path)
+    code, output = maskwright("prepare", "run.yaml", folder=tmp_path)
+    assert code == 0, output
+    with RayCluster(tmp_path / "nodes", address=machines.address(0), inside=machines.inside(0)) as cluster:
+        cluster.add_node(address=machines.address(1), inside=machines.inside(1))
+        cluster.add_node(address=machines.address(2), inside=machines.inside(2, own_mount=str(tmp_path / "storage")))
+        cluster.write_config(tmp_path / "cluster.yaml", num_workers=2)
+        rig = Rig(tmp_path, "apart", cluster, random.Random(0), cluster.environment).start()
+        try:
+            assert rig.command.wait() == 7, rig.command.text()
+        finally:
+            rig.command.kill_everything()
+    said = " ".join(rig.command.text().split())
+    assert f"host {machines.host(2)} does not see" in said
+    assert "the storage is not shared" in said
+    assert rig.step() == -1

@@ -42,12 +42,17 @@ class Machines:
         """Of a machine, on its interface eth0."""
         return f"10.77.0.{number + 1}"
 
+    def host(self, number: int) -> str:
+        """Name of a machine, where it has a mount of its own."""
+        return self._name(number)
+
     def inside(self, number: int, own_mount: str | None = None) -> list[str]:
-        """Words before a command that is to run on a machine; with `own_mount` it alone sees what it writes below that folder."""
+        """Words before a command that is to run on a machine; with `own_mount` it alone sees what it writes below that folder, under its `host`."""
         words = ["ip", "netns", "exec", self._name(number)]
         if own_mount is None:
             return words
-        return [*words, "unshare", "--mount", "sh", "-c", 'mount -t tmpfs tmpfs "$0" && exec "$@"', own_mount]
+        script = 'mount -t tmpfs tmpfs "$0" && echo "$1" > /proc/sys/kernel/hostname && shift && exec "$@"'
+        return [*words, "unshare", "--mount", "--uts", "sh", "-c", script, own_mount, self.host(number)]
 
     def cut(self, number: int) -> None:
         """The machine's cable is pulled."""
