@@ -27,7 +27,7 @@ BATCH = BatchConfig(global_batch_size=96, micro_batch_size=16, sequence_length=L
 LANES = 6
 
 
-@pytest.fixture(scope="module", params=[2_500, pytest.param(20_000, marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=[2_500, pytest.param(20_000, marks=[pytest.mark.full, pytest.mark.timeout(400)])])
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CorpusIndex:
     corpus = CorpusConfig(source="python-docs", max_documents=request.param)
     storage = Location.at(tmp_path_factory.mktemp("ledger"))
