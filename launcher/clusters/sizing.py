@@ -83,10 +83,8 @@ class Sizing:
         return [node for node in self.nodes(sure) if node.id not in self.left_out]
 
     def _size_beyond(self, current: Workers, nodes: Sequence[Node], pace: Pace) -> int | None:
-        places, work = (
-            min(current.num_workers + self._places(nodes, free=True), self._places(nodes, free=False)),
-            after_steps(self._work, pace.num_steps),
-        )
+        places = min(current.num_workers + self._places(nodes, free=True), self._places(nodes, free=False))
+        work = after_steps(self._work, pace.num_steps)
         size = choose_size(places, self._minimum(), self._maximum(), work)
         return size if size is not None and pays(current.num_workers, size, work, pace) else None
 
