@@ -64,6 +64,13 @@ class SaveCancelledError(Exception):
     """Training has ended; what is half-written goes."""
 
 
+class _OtherRankFailedError(Exception):
+    """Rank 0 has read of another rank's failure for good."""
+
+    def __init__(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+
+
 @dataclass
 class Save:
     """A save under way on this rank. `start` it; then `is_done` says that it has come to an end, and `error` how."""
@@ -120,11 +127,14 @@ class Save:
             else:
                 self._do("leave its receipt", lambda: own.leave(self._part))
         except SaveCancelledError:
-            self._give_up(MaskwrightError(f"rank {self.request.rank} ended before it had saved", "See its log."))
+            self._give_up(self._failure(MaskwrightError(f"rank {self.request.rank} ended before it had saved", "See its log.")))
+        except _OtherRankFailedError as other:
+            self.error = other.receipt.error
+            self._give_up(other.receipt)
         except Exception as error:
             log.exception("the checkpoint of step %d is given up", self.request.state.step)
-            self.error = as_known(error, self._could_not("save")) if not isinstance(error, MaskwrightError) else error
-            self._give_up(self.error)
+            self.error = as_known(error, self._could_not("save"))
+            self._give_up(self._failure(self.error))
         finally:
             self._done.set()
 
@@ -162,13 +172,16 @@ class Save:
         except Exception as error:
             raise as_known(error, self._could_not(what)) from error
 
+    def _failure(self, error: MaskwrightError, is_final: bool = True) -> Receipt:
+        return Receipt(self.request.rank, {}, error, is_final)
+
     def _could_not(self, what: str) -> str:
         return f"rank {self.request.rank} could not {what}"
 
     def _say_retry(self, what: str, state: RetryCallState) -> None:
         reason = state.outcome and state.outcome.exception()
         if isinstance(reason, Exception):
-            self._tell(Receipt(self.request.rank, {}, as_known(reason, self._could_not(what)), is_final=False))
+            self._tell(self._failure(as_known(reason, self._could_not(what)), is_final=False))
 
     def _tell(self, receipt: Receipt) -> None:
         """Let rank 0, and through it the run, know of a failure; the storage may be what failed."""
@@ -216,7 +229,7 @@ class Save:
                 if receipt.error is None:
                     receipts[receipt.rank] = receipt
                 elif receipt.is_final:
-                    raise receipt.error
+                    raise _OtherRankFailedError(receipt)
                 elif receipt.error.cause not in told and len(told) < _TOLD_RANKS:
                     told.add(receipt.error.cause)
                     self._record_failure(receipt)
@@ -257,13 +270,13 @@ class Save:
             log.exception("the checkpoint of step %d is committed, but which old ones to remove is not known", manifest.step)
             return []
 
-    def _give_up(self, error: MaskwrightError) -> None:
-        """Remove what this rank has written and say so; rank 0 removes the folder, once nobody writes into it any more."""
+    def _give_up(self, failure: Receipt) -> None:
+        """Remove what this rank has written and say why; rank 0 removes the folder, once nobody writes into it any more."""
         for name in self.snapshot.sizes:
             with suppress(Exception):
                 (self._part / name).remove()
-        if not isinstance(error, ConflictError):
-            self._tell(Receipt(self.request.rank, {}, error))
+        if not isinstance(failure.error, ConflictError):
+            self._tell(failure)
         if self.request.rank == 0:
             deadline = time.monotonic() + _CLEAN_UP_S
             with suppress(Exception):

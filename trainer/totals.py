@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import MaskwrightError
+from trainer.writing import as_known
 
 if TYPE_CHECKING:
     from data_pipeline.stream import MicroBatch
@@ -99,7 +99,7 @@ def on_rank_zero(what: str, action: Callable[[], T]) -> T:
         try:
             result[0] = action()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for word of it
-            result[1] = _portable(error, f"rank 0 could not {what}")
+            result[1] = as_known(error, f"rank 0 could not {what}")
     dist.broadcast_object_list(result)
     if result[1] is not None:
         raise result[1]
@@ -113,14 +113,8 @@ def raise_together(error: Exception | None, what: str) -> None:
         MaskwrightError: always; with the type, cause and remedy of the original where it had them.
     """
     errors: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, None if error is None else _portable(error, f"rank {dist.get_rank()} could not {what}"))
+    dist.all_gather_object(errors, None if error is None else as_known(error, f"rank {dist.get_rank()} could not {what}"))
     raise next(other for other in errors if other is not None) from error
-
-
-def _portable(error: Exception, prefix: str) -> MaskwrightError:
-    if isinstance(error, MaskwrightError):
-        return type(error)(f"{prefix}: {error.cause}", error.remedy)
-    return MaskwrightError(f"{prefix}: {type(error).__name__}: {error}", "See that rank's log for the traceback.")
 
 
 def _summed(values: Tensor, device: torch.device) -> list[float]:

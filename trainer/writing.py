@@ -36,7 +36,9 @@ def is_worth_a_retry(error: BaseException) -> bool:
 
 
 def as_known(error: Exception, what: str) -> MaskwrightError:
-    """The error that every rank will raise: its type, cause and remedy, and which rank could not do what."""
+    """The error that every rank will raise: its type, cause and remedy, behind `what`, as "rank 1 could not save"; one that says as much stays."""
+    if isinstance(error, MaskwrightError) and error.cause.startswith("rank "):
+        return error
     if isinstance(error, MaskwrightError):
         return type(error)(f"{what}: {error.cause}", error.remedy)
     if remote.is_passing(error):

@@ -126,7 +126,7 @@ def test_a_rank_that_cannot_write_tells_rank_0_and_leaves_nothing(
     assert len(tried) == tries
     assert run.checkpoints.children() == []
     recorded = [(event["kind"], event["rank"], event["retried"]) for event in run.read_events()]
-    assert recorded[-1] == ("checkpoint_failed", 0, False)
+    assert recorded[-1] == ("checkpoint_failed", 1, False)
     assert all(event == ("checkpoint_failed", 1, True) for event in recorded[:-1])
     assert bool(recorded[:-1]) == (tries > 1)
 
