@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data_pipeline.errors import ConfigError, NoCheckpointError, NotFoundError
+from data_pipeline.errors import ConfigError, NoCheckpointError, NotFoundError, StorageUnreachableError
 from data_pipeline.storage import Location
 from trainer.agreement import Ranks
 from trainer.checkpoint_store import Checkpoints, checkpoints_of, step_of
@@ -97,6 +97,7 @@ def newest_usable(
         ConfigError: see `has_same_layout`.
         NoCheckpointError: there were checkpoints (or the run's events say so), and none (of at most `before_step`) is intact.
         EnvironmentMismatchError: the newest one was written by a newer release.
+        StorageUnreachableError: a rank reads a file otherwise than another one.
     """
     ranks, checkpoints = Ranks(rank, world_size, group, timeout_s), checkpoints_of(run)
     names, committed = ranks.rank_zero_does("list the checkpoints", lambda: _selectable(run, checkpoints, attempt))
@@ -258,9 +259,26 @@ def rank_of(name: str) -> int | None:
 
 
 def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest, on_piece: Callable[[], None]) -> list[Problem]:
-    """Re-hash the files, each on one rank; every rank gets all problems."""
-    part = shares(manifest.files, ranks.world_size)[ranks.rank]
-    found = ranks.all_do("verify the checkpoint", lambda: check_files(folder, manifest.files, part, on_piece))
+    """Re-hash the files, each on one rank; every rank gets all problems. What one finds damaged another one reads again: far away, for ranks of a
+    node are neighbours, and a node that reads badly must not cost the run its checkpoints.
+
+    Raises:
+        StorageUnreachableError: it is intact when another rank reads it.
+    """
+    parts, half = shares(manifest.files, ranks.world_size), ranks.world_size // 2
+    found = ranks.all_do("verify the checkpoint", lambda: check_files(folder, manifest.files, parts[ranks.rank], on_piece))
+    damaged = [{problem.file for problem in problems} for problems in found]
+    if not any(damaged):
+        return []
+    second = sorted(damaged[(ranks.rank + half) % ranks.world_size])
+    again = ranks.all_do("verify the checkpoint again", lambda: check_files(folder, manifest.files, second, on_piece))
+    for rank, names in enumerate(damaged):
+        other = (rank - half) % ranks.world_size
+        if healed := names - {problem.file for problem in again[other]}:
+            raise StorageUnreachableError(
+                f"rank {rank} finds {folder / min(healed)} damaged, and rank {other} finds it intact",
+                f"Check memory, mount and disk of the node of rank {rank}, then `maskwright resume` the run.",
+            )
     return [problem for problems in found for problem in problems]
 
 

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import DataCorruptError, MaskwrightError, NumericTroubleError, StorageError
+from data_pipeline.errors import DataCorruptError, MaskwrightError, NumericTroubleError, StorageError, StorageUnreachableError
 from tests.support.batches import write_tokenizer
 from tests.support.checkpoints import build_engine, golden_run, plant_payload, run_config, run_folder, save_checkpoint, train_step
 from tests.support.corpus import small_corpus
 from tests.support.distributed import DistributedFailure, run_distributed
 from trainer.agreement import Ranks, agreement_group
 from trainer.checkpoint import list_checkpoints, newest_usable
+from trainer.manifest import FileDigest
 from trainer.runlog import RunFolder
 
 
@@ -231,6 +232,23 @@ def test_damage_that_one_rank_finds_moves_both_to_the_checkpoint_before(tmp_path
     assert first[0] == 1
     assert [(event["step"], event["file"]) for event in run.read_events()] == [(3, damaged[1]), (2, damaged[0])]
     assert run.checkpoints.children() == ["step-00000001", "step-00000002.damaged-2", "step-00000003.damaged-2"]
+
+
+def resume_where_rank_1_reads_badly(rank: int, world_size: int, root: str) -> str:
+    if rank == 1:
+        setattr(FileDigest, "of", lambda path, on_piece: FileDigest(path.stat().st_size, "0" * 64))  # noqa: B010
+    with pytest.raises(StorageUnreachableError) as caught:
+        resume_together(rank, world_size, root)
+    return caught.value.cause
+
+
+def test_a_rank_that_reads_badly_is_named_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    run = golden_run(tmp_path, 1)
+    first, second = run_distributed(resume_where_rank_1_reads_badly, args=(str(tmp_path),), timeout_s=45)
+    assert first == second
+    assert first.startswith("rank 1 finds ")
+    assert first.endswith(" damaged, and rank 0 finds it intact")
+    assert (run.checkpoints.children(), run.read_events()) == (["step-00000001"], [])
 
 
 def read_payloads(rank: int, world_size: int, root: str, tokenizer: str, stage: int) -> dict[str, list[str]]:
