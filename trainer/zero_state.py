@@ -1,12 +1,13 @@
 """A checkpoint's weights and optimizer state by parameter, whatever ZeRO stage and however many ranks wrote them (reads files).
 
 Above stage 0 every rank saves flat vectors: its part of the fp32 weights and of AdamW's two moments, element for element alike. Here they
-become pieces of parameters. The files are mapped, not read: only what is asked for is.
+become pieces of parameters. Of a thousand ranks' files only those are opened that hold what is asked for, and they are mapped, not read.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,18 +21,19 @@ from trainer.zero_files import PARAM_NAMES, read_file, refusal
 MASTER, MOMENTS = "fp32", ("exp_avg", "exp_avg_sq")
 
 
+Vectors = list[dict[str, Tensor]]
+"""What a rank saved: the flat vectors of each group of parameters by kind, MASTER or one of MOMENTS; none of the latter before the first update."""
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of a flattened parameter."""
+    """Elements [start, stop) of a flattened parameter, and where they are: from `at` on in a flat vector of a rank."""
 
     start: int
-    values: Mapping[str, Tensor]
-    """By kind, MASTER or one of MOMENTS: 1-D and of one length; without moments before AdamW's first update."""
-
-    @property
-    def stop(self) -> int:
-        """First element after it."""
-        return self.start + len(self.values[MASTER])
+    stop: int
+    rank: int
+    vector: int
+    at: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class SavedState:
     shapes: dict[str, torch.Size]
     pieces: dict[str, list[Piece]]
     """In order; together they cover the parameter."""
+    vectors: Callable[[int], Vectors]
+    """Of a rank; its file is opened when this is first asked for."""
     step: float
     """Updates that AdamW has counted; 0 where it has no moments yet."""
     aliases: dict[str, str]
@@ -48,10 +52,17 @@ class SavedState:
     buffers: dict[str, Tensor]
 
     def read(self, name: str, kind: str = MASTER, start: int = 0, stop: int | None = None) -> Tensor:
-        """Elements [start, stop) of a flattened parameter. Touches no others."""
+        """Elements [start, stop) of a flattened parameter. Touches no others.
+
+        Raises:
+            DataCorruptError: a file is unreadable, or holds anything but tensors and plain values.
+        """
         end = self.shapes[name].numel() if stop is None else stop
         overlapping = [piece for piece in self.pieces[name] if piece.start < end and piece.stop > start]
-        return torch.cat([piece.values[kind][max(start - piece.start, 0) : end - piece.start] for piece in overlapping])
+        return torch.cat([self._part(piece, kind, max(start, piece.start), min(end, piece.stop)) for piece in overlapping])
+
+    def _part(self, piece: Piece, kind: str, start: int, stop: int) -> Tensor:
+        return self.vectors(piece.rank)[piece.vector][kind].narrow(0, piece.at + start - piece.start, stop - start)
 
     def weight(self, name: str) -> Tensor:
         """The fp32 weight of a parameter, in its shape."""
@@ -64,13 +75,10 @@ def open_state(folder: Path) -> SavedState:
     Raises:
         DataCorruptError: a file is missing, unreadable, or holds anything but tensors and plain values.
     """
-    partitions = [read_file(path, mmap=True)["optimizer_state_dict"] for path in _by_rank(folder, "*_optim_states.pt")]
+    files = _by_rank(folder, "*_optim_states.pt")
     saved = read_file(_by_rank(folder, "*_model_states.pt")[0], mmap=True)
     try:
-        if not partitions:
-            return _replicated(saved)
-        _require_all_ranks(partitions, folder)
-        return _partitioned(partitions, saved)
+        return _partitioned(files, saved) if files else _replicated(saved)
     except (KeyError, IndexError, RuntimeError, TypeError) as error:
         raise refusal(folder, error) from error
 
@@ -98,13 +106,6 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern), key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
 
 
-def _require_all_ranks(partitions: list[dict[str, Any]], folder: Path) -> None:
-    counts = partitions[0]["partition_count"]  # one number, or one for each group of parameters
-    expected = max(counts) if isinstance(counts, list) else counts
-    if expected != len(partitions):
-        raise DataCorruptError(f"{folder} has the optimizer's files of {len(partitions)} ranks instead of {expected}", "Restore the missing ones.")
-
-
 def _require_rounding_to(module: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
     """Below stage 3 the files also hold the weights that the network computed with: every one must be its master, rounded."""
     for name, master in weights.items():
@@ -115,37 +116,71 @@ def _require_rounding_to(module: dict[str, Tensor], weights: dict[str, Tensor], 
             )
 
 
-def _partitioned(partitions: list[dict[str, Any]], saved: dict[str, Any]) -> SavedState:
+def _partitioned(files: list[Path], saved: dict[str, Any]) -> SavedState:
+    """Above stage 0. Vectors of all ranks are as long as the first's, so its file says where everything is."""
+
+    @cache
+    def partition(rank: int) -> dict[str, Any]:
+        return read_file(files[rank], mmap=True)["optimizer_state_dict"]
+
+    @cache
+    def vectors(rank: int) -> Vectors:
+        found = _vectors(partition(rank))
+        if rank + 1 < len(files) and [len(each[MASTER]) for each in found] != lengths:  # the last saves no padding
+            raise DataCorruptError(f"{files[rank]} has vectors of other lengths than {files[0].name}", "Resume from another checkpoint.")
+        return found
+
+    first = partition(0)
+    _require_all_ranks(first, files)
+    lengths = [len(each[MASTER]) for each in _vectors(first)]
     groups: list[dict[str, torch.Size]] = saved["param_shapes"]
     shapes = {name: shape for group in groups for name, shape in group.items()}
-    is_stage_3 = "fp32_flat_groups" in partitions[0]
     pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
-    before = [0] * len(groups)  # elements of each group's flat vector that lower ranks have
-    for rank, partition in enumerate(partitions):
-        flats, states = _flats(partition, is_stage_3)
-        places = _equal_parts(shapes, flats, rank, len(partitions)) if is_stage_3 else _fragments(partition, groups, flats, before)
-        before = [start + len(flat) for start, flat in zip(before, flats, strict=False)]
-        for name, start, flat, at, length in places:
-            kinds = {MASTER: flats[flat], **{kind: states[flat][kind] for kind in MOMENTS if states}}
-            pieces[name].append(Piece(start, {kind: values.detach().narrow(0, at, length) for kind, values in kinds.items()}))
-    first = _flats(partitions[0], is_stage_3)[1]
-    step = float(first[0]["step"]) if first else 0.0
+    for rank in range(len(files)):
+        places = _equal_parts(shapes, lengths, rank, len(files)) if _is_stage_3(first) else _fragments(first, groups, lengths, rank)
+        for name, start, vector, at, length in places:
+            pieces[name].append(Piece(start, start + length, rank, vector, at))
     buffers = {name: saved["module"][name] for name in saved["buffer_names"]}
-    return SavedState(shapes, pieces, step, dict(saved["shared_params"]), buffers)
+    return SavedState(shapes, pieces, vectors, _step(_states(first)), dict(saved["shared_params"]), buffers)
 
 
-def _flats(partition: dict[str, Any], is_stage_3: bool) -> tuple[list[Tensor], dict[int, dict[str, Tensor]]]:
-    """A rank's flat vectors of fp32 weights, and AdamW's state of each."""
-    if is_stage_3:
-        return partition["fp32_flat_groups"], partition["optimizer_state_dict"]["state"]
-    return partition["single_partition_of_fp32_groups"], partition["base_optimizer_state"]["state"]
+def _require_all_ranks(partition: dict[str, Any], files: list[Path]) -> None:
+    counts = partition["partition_count"]  # one number, or one for each group of parameters
+    expected = max(counts) if isinstance(counts, list) else counts
+    if expected != len(files):
+        raise DataCorruptError(
+            f"{files[0].parent} has the optimizer's files of {len(files)} ranks instead of {expected}", "Restore the missing ones."
+        )
+
+
+def _is_stage_3(partition: dict[str, Any]) -> bool:
+    return "fp32_flat_groups" in partition
+
+
+def _states(partition: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state of each of a rank's vectors; empty before its first update."""
+    return partition["optimizer_state_dict" if _is_stage_3(partition) else "base_optimizer_state"]["state"]
+
+
+def _step(states: dict[int, dict[str, Tensor]]) -> float:
+    return float(states[0]["step"]) if states else 0.0
+
+
+def _vectors(partition: dict[str, Any]) -> Vectors:
+    masters: list[Tensor] = partition["fp32_flat_groups" if _is_stage_3(partition) else "single_partition_of_fp32_groups"]
+    return _by_kind(masters, _states(partition))
+
+
+def _by_kind(masters: list[Tensor], states: dict[int, dict[str, Tensor]]) -> Vectors:
+    together = [{MASTER: master, **{kind: states[number][kind] for kind in MOMENTS if states}} for number, master in enumerate(masters)]
+    return [{kind: values.detach().reshape(-1) for kind, values in each.items()} for each in together]
 
 
 Place = tuple[str, int, int, int, int]
 """(parameter, start within it, flat vector, start within that, elements)."""
 
 
-def _fragments(partition: dict[str, Any], groups: list[dict[str, torch.Size]], flats: list[Tensor], before: list[int]) -> list[Place]:
+def _fragments(partition: dict[str, Any], groups: list[dict[str, torch.Size]], lengths: list[int], rank: int) -> list[Place]:
     """Stages 1 and 2: a rank owns a stretch of each group's flat vector, in which parameters follow one another in the order of `groups`.
 
     The addresses that DeepSpeed saves with it are wrong under `round_robin_gradients`, and its own `zero_to_fp32` cannot read what its bf16
@@ -153,9 +188,11 @@ def _fragments(partition: dict[str, Any], groups: list[dict[str, torch.Size]], f
     """
     all_padding: list[list[int]] = partition.get("param_alignment_paddings") or [[0] * len(group) for group in groups]
     return [
-        (name, first, number, at, length)
-        for number, (group, padding, flat, start) in enumerate(zip(groups, all_padding, flats, before, strict=True))
-        for name, first, at, length in stretches({name: shape.numel() for name, shape in group.items()}, padding, start, start + len(flat))
+        (name, first, number, at, elements)
+        for number, (group, padding, length) in enumerate(zip(groups, all_padding, lengths, strict=True))
+        for name, first, at, elements in stretches(
+            {name: shape.numel() for name, shape in group.items()}, padding, rank * length, (rank + 1) * length
+        )
     ]
 
 
@@ -170,18 +207,18 @@ def stretches(sizes: Mapping[str, int], padding: Sequence[int], start: int, stop
         at += size + pad
 
 
-def _equal_parts(shapes: dict[str, torch.Size], flats: list[Tensor], rank: int, num_ranks: int) -> list[Place]:
+def _equal_parts(shapes: dict[str, torch.Size], lengths: list[int], rank: int, num_ranks: int) -> list[Place]:
     """Stage 3: a rank owns an equal, padded part of every parameter; its parts follow one another in the order of `shapes`, over all vectors."""
-    ends = list(accumulate(len(flat) for flat in flats))
+    ends = list(accumulate(lengths))
     places: list[Place] = []
-    flat, offset = 0, 0
+    vector, offset = 0, 0
     for name, shape in shapes.items():
         part = -(-shape.numel() // num_ranks)
-        while offset >= ends[flat]:
-            flat += 1
+        while offset >= ends[vector]:
+            vector += 1
         length = min(part, shape.numel() - rank * part)
         if length > 0:  # the last ranks may own nothing but padding
-            places.append((name, rank * part, flat, offset - (ends[flat] - len(flats[flat])), length))
+            places.append((name, rank * part, vector, offset - (ends[vector] - lengths[vector]), length))
         offset += part
     return places
 
@@ -193,12 +230,11 @@ def _replicated(saved: dict[str, Any]) -> SavedState:
     names = [name for group in saved[PARAM_NAMES] for name in group]
     masters: list[Tensor] = [tensor for group in optimizer.get("fp32_groups", []) for tensor in group] or [module[name] for name in names]
     states: dict[int, dict[str, Tensor]] = optimizer.get("optimizer_state_dict", optimizer)["state"]
-    pieces: dict[str, list[Piece]] = {}
-    for number, (name, master) in enumerate(zip(names, masters, strict=True)):
-        kinds = {MASTER: master, **{kind: states[number][kind] for kind in MOMENTS if states}}
-        pieces[name] = [Piece(0, {kind: values.detach().reshape(-1) for kind, values in kinds.items()})]
+    vectors = _by_kind(masters, states)
+    pieces = {name: [Piece(0, module[name].numel(), 0, number, 0)] for number, name in enumerate(names)}
     by_storage = {module[name].data_ptr(): name for name in names}
     others = {name: value for name, value in module.items() if name not in pieces}
     aliases = {name: by_storage[value.data_ptr()] for name, value in others.items() if value.data_ptr() in by_storage}
     buffers = {name: value for name, value in others.items() if name not in aliases}
-    return SavedState({name: module[name].shape for name in names}, pieces, float(states[0]["step"]) if states else 0.0, aliases, buffers)
+    shapes = {name: module[name].shape for name in names}
+    return SavedState(shapes, pieces, lambda _rank: vectors, _step(states), aliases, buffers)

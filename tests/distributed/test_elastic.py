@@ -18,6 +18,7 @@ from tests.support.distributed import run_distributed
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from trainer import zero_state
 from trainer.batch import tensor_batches
 from trainer.engine import Engine
 from trainer.model import build_model
@@ -87,6 +88,24 @@ def test_all_pairs_of_stages_carry_every_bit_over(tmp_path: Path, world_size: in
             assert all(torch.equal(loaded[name], value) for name, value in saved.items()), (before, after)
             for one, other in zip(logits[before, after], logits[before, before], strict=True):  # bf16 products depend on alignment
                 torch.testing.assert_close(one, other, rtol=0, atol=5e-3)
+
+
+def test_a_rank_opens_only_the_files_of_what_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a thousand ranks, all of them would otherwise open a million files."""
+    write_tokenizer(str(tmp_path / "tokenizer"))
+    run_distributed(save_each_stage, 3, (str(tmp_path / "tokenizer"), str(tmp_path), "bf16"), timeout_s=100)
+    opened: list[str] = []
+    read_file = zero_state.read_file
+    monkeypatch.setattr(zero_state, "read_file", lambda path, **options: opened.append(path.name) or read_file(path, **options))
+    for stage in (1, 2, 3):
+        opened.clear()
+        state = open_state(tmp_path / f"saved-{stage}")
+        for name, pieces in state.pieces.items():
+            for piece in pieces:
+                if piece.rank == 2:
+                    state.read(name, MASTER, piece.start, piece.stop)
+        ranks = sorted(int(name.partition("_pp_rank_")[2].partition("_")[0]) for name in opened if "optim" in name)
+        assert ranks == [0, 2]  # the first says where everything is
 
 
 ORDERS: dict[str, tuple[int, dict[str, Any]]] = {
