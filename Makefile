@@ -2,11 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
 STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
+# Unit tests share nothing and use one core each; the others bring their own processes.
+unit_OPTIONS := -n auto --maxprocesses 8
+ALONE := tests/distributed tests/e2e tests/chaos
+SAMPLE := -m "not full and not gpu"
+
 .PHONY: help setup demo check format test test-full unit distributed e2e chaos bench bench-table
 
 help:  ## List the targets
@@ -36,16 +42,18 @@ check: setup  ## Format, lint, types, layers
 	@rm -f .lint-imports.log
 
 unit distributed e2e: setup  ## One part of the tests
-	@$(BIN)/python -m pytest tests/$@ -m "not full and not gpu" -q
+	@$(PYTEST) tests/$@ $(SAMPLE) $($@_OPTIONS) -q
 
 chaos: setup  ## Faults into real runs on a real cluster (5 minutes), or FAULTS=50 of them
-	@MASKWRIGHT_FAULTS=$(or $(FAULTS),4) $(BIN)/python -m pytest tests/chaos/test_schedule.py -s
+	@MASKWRIGHT_FAULTS=$(or $(FAULTS),4) $(PYTEST) tests/chaos/test_schedule.py -s
 
 test: check  ## Everything that must hold before a change lands (at most 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not full and not gpu" --durations=15
+	@$(PYTEST) tests/unit $(SAMPLE) $(unit_OPTIONS) --durations=5
+	@$(PYTEST) $(ALONE) $(SAMPLE) --durations=15
 
 test-full: check  ## The same with every sweep
-	@$(BIN)/python -m pytest --durations=30
+	@$(PYTEST) tests/unit $(unit_OPTIONS) --durations=10
+	@$(PYTEST) $(ALONE) --durations=30
 
 bench: setup  ## Measure every claim, or BENCH=name; SHORT=1 to try, CORPUS=path, RESULTS=1 to keep the results
 	@$(BIN)/python -m benchmarks $(BENCH) $(if $(SHORT),--short) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(RUNS),--runs $(RUNS)) $(if $(RESULTS),--results)

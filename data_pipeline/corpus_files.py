@@ -1,7 +1,7 @@
 """Reads a corpus' files beside its blocks: verified, and from a store once more before damage counts; large ones are kept on the node."""
 
+import atexit
 import hashlib
-import tempfile
 from collections import deque
 from collections.abc import Callable
 from functools import cache, partial
@@ -15,6 +15,7 @@ from data_pipeline import remote
 from data_pipeline.block_cache import BlockCache
 from data_pipeline.config import DataConfig
 from data_pipeline.errors import DataCorruptError, NotFoundError
+from data_pipeline.scratch import Scratch
 from data_pipeline.storage import Location
 
 T = TypeVar("T")
@@ -60,20 +61,21 @@ def read_large(path: Location, num_bytes: int, sha256: str, settings: DataConfig
 
 
 @cache
-def local_copy(folder: Location, digests: tuple[tuple[str, str], ...], settings: DataConfig) -> tempfile.TemporaryDirectory[str]:
+def local_copy(folder: Location, digests: tuple[tuple[str, str], ...], settings: DataConfig) -> Path:
     """A private copy of files in a store with these SHA-256 digests; removed when the process ends.
 
     Raises:
         DataCorruptError: one is missing or is another one. UnreachableError: its store gave no answer in time.
     """
-    copy = tempfile.TemporaryDirectory(prefix="maskwright-tokenizer-")
+    copy = Scratch.make("maskwright-tokenizer-")
+    atexit.register(copy.remove)
     for name, sha256 in digests:
         try:
             data, _ = read_intact(folder / name, settings, partial(_require_digest, folder / name, sha256))
         except NotFoundError as error:
             raise DataCorruptError(f"{folder / name} is missing", _REMEDY) from error
-        (Path(copy.name) / name).write_bytes(data)
-    return copy
+        (copy.path / name).write_bytes(data)
+    return copy.path
 
 
 def _require_digest(path: Location, sha256: str, data: bytes) -> None:

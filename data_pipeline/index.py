@@ -124,7 +124,7 @@ class CorpusIndex:
         digests: dict[str, str] = self.manifest["digests"]["tokenizer_files"]
         if folder.is_local:
             return folder.url
-        return local_copy(folder, tuple(sorted(digests.items())), self.settings).name  # pyright: ignore[reportArgumentType]
+        return str(local_copy(folder, tuple(sorted(digests.items())), self.settings))  # pyright: ignore[reportArgumentType]
 
     def blocks(self, split: Split) -> NDArray[np.void]:
         """Records of the split's blocks."""

@@ -4,8 +4,6 @@ Functions that take ranks are collective.
 """
 
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data_pipeline.errors import ConfigError, NoCheckpointError, NotFoundError, StorageUnreachableError
+from data_pipeline.scratch import Scratch
 from data_pipeline.storage import Location
 from trainer.agreement import Ranks
 from trainer.checkpoint_store import Checkpoints, checkpoints_of, step_of
@@ -38,13 +37,13 @@ class Checkpoint:
 
     location: Location
     manifest: Manifest
-    copy: Path | None = None
+    copy: Scratch | None = None
     """This process' copy of what it needs out of a store."""
 
     @property
     def folder(self) -> Path:
         """The files, on this machine."""
-        return self.location.path if self.copy is None else self.copy
+        return self.location.path if self.copy is None else self.copy.path
 
     @property
     def step(self) -> int:
@@ -69,7 +68,7 @@ class Checkpoint:
     def discard_copy(self) -> None:
         """Remove the copy, if it is one, once it is loaded."""
         if self.copy is not None:
-            shutil.rmtree(self.copy, ignore_errors=True)
+            self.copy.remove()
 
 
 def newest_usable(
@@ -198,7 +197,7 @@ def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
     if chosen.location.is_local:
         problems = check_files(chosen.folder, files, files)
     else:
-        chosen = replace(chosen, copy=Path(tempfile.mkdtemp(prefix=_COPY)))
+        chosen = replace(chosen, copy=Scratch.make(_COPY))
         with _discarding(chosen):
             problems = download(chosen.location, chosen.manifest, files, chosen.folder)
     if problems:
@@ -227,13 +226,13 @@ def _selectable(run: RunFolder, checkpoints: Checkpoints, attempt: int) -> tuple
 
 def _obtain(
     ranks: Ranks, location: Location, manifest: Manifest, config: RunConfig | None, on_piece: Callable[[], None]
-) -> tuple[Path | None, list[Problem]]:
+) -> tuple[Scratch | None, list[Problem]]:
     """What is wrong with any file. On a shared file system each is re-hashed by one rank; out of a store every rank copies what it needs."""
     if location.is_local:
         return None, _verify_together(ranks, location.path, manifest, on_piece)
     is_same = config is not None and has_same_layout(manifest, config, ranks.world_size)
     names = [name for name in manifest.files if not is_same or rank_of(name) in (None, ranks.rank)]
-    copy = Checkpoint(location, manifest, Path(tempfile.mkdtemp(prefix=_COPY)))
+    copy = Checkpoint(location, manifest, Scratch.make(_COPY))
     with _discarding(copy):
         found = ranks.all_do("copy its part of the checkpoint", lambda: download(location, manifest, names, copy.folder, on_piece))
     problems = [problem for problems in found for problem in problems]

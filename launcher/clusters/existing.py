@@ -2,7 +2,6 @@
 
 import ipaddress
 import os
-import shutil
 import socket
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,8 @@ from data_pipeline.errors import UnreachableError
 from launcher.clusters.local import (
     RAY_ENVIRONMENT,
     environment,
-    open_session_folder,
     read_token_again,
-    remove_abandoned_folders,
+    session_folder,
     silence_driver,
     undisturbed,
 )
@@ -37,8 +35,7 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
     Raises:
         UnreachableError: there is no such cluster, this machine is not one of its nodes, or it would be talked to without a token.
     """
-    remove_abandoned_folders()
-    folder, lock = open_session_folder()
+    scratch = session_folder()
     token = {"RAY_AUTH_MODE": "token"} if has_token() else {}
     try:
         with environment({**RAY_ENVIRONMENT, **token}):
@@ -47,14 +44,13 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
             read_token_again()
             require_token(find_address(config.address), has_token=bool(token))
             try:
-                _join(ray, config.address, folder)
+                _join(ray, config.address, scratch.path)
                 silence_driver(ray)
-                yield folder
+                yield scratch.path
             finally:
                 ray.shutdown()
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        scratch.remove()
 
 
 def _join(ray: Any, address: str, folder: Path) -> None:

@@ -1,12 +1,10 @@
 """The embedded cluster: Ray started by this command on this machine, for the length of the command (starts and ends processes)."""
 
-import fcntl
 import glob
 import importlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import tempfile
 from collections.abc import Generator, Mapping
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
+from data_pipeline.scratch import Scratch
 from launcher.config import ClusterConfig, LocalCluster
 from launcher.elastic import require_work
 from launcher.health import FIRST_S
@@ -116,8 +115,8 @@ def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> G
     Raises:
         EnvironmentMismatchError: Ray does not start.
     """
-    remove_abandoned_folders()
-    folder, lock = open_session_folder()
+    scratch = session_folder()
+    folder = scratch.path
     with environment({**RAY_ENVIRONMENT, **_new_token(folder)}):
         import ray
 
@@ -137,8 +136,7 @@ def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> G
             yield folder
         finally:
             ray.shutdown()
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            scratch.remove()
 
 
 @contextmanager
@@ -211,18 +209,12 @@ def silence_driver(ray: Any) -> None:
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
 
 
-def open_session_folder() -> tuple[Path, int]:
-    """A new folder for Ray, and the open descriptor whose lock says that its owner lives: it goes with the process, in whatever container that is."""
+def session_folder() -> Scratch:
+    """A new folder for Ray's files."""
     base = tempfile.gettempdir()
     if len(base) + len("/maskwright-ray-abcdefgh/ray1") > _LONGEST_SOCKET_FOLDER:
         base = "/tmp"
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=base))
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        os.close(lock)  # another command found it before it was locked, and took it for abandoned
+    return Scratch.make(_FOLDER_PREFIX, base)
 
 
 def _new_token(folder: Path) -> dict[str, str]:
@@ -240,17 +232,3 @@ def read_token_again() -> None:
     with suppress(AttributeError):  # releases of Ray before token authentication have neither
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def remove_abandoned_folders() -> None:
-    """Remove session folders of commands that were killed: nobody holds their lock, and nothing else will remove them."""
-    for base in {tempfile.gettempdir(), "/tmp"}:
-        for folder in Path(base).glob(f"{_FOLDER_PREFIX}*"):
-            with suppress(OSError):  # somebody else's, gone, or in use
-                lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.fstat(lock).st_uid == os.getuid():
-                        shutil.rmtree(folder, ignore_errors=True)
-                finally:
-                    os.close(lock)

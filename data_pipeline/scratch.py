@@ -1,0 +1,50 @@
+"""`Scratch`, a temporary folder that outlives nobody: its owner holds a lock on it, and what killed processes leave the next one removes."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass
+class Scratch:
+    """A temporary folder of this process. The lock goes with the process, in whatever container that is; a process number would not."""
+
+    path: Path
+    _lock: int | None
+
+    @classmethod
+    def make(cls, prefix: str, base: str | None = None) -> "Scratch":
+        """A new folder in `base` (default: where temporary files go), after those of the same prefix whose owners were killed are removed."""
+        parent = base or tempfile.gettempdir()
+        remove_abandoned(prefix, parent)
+        while True:
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            lock = os.open(path, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return cls(path, lock)
+            os.close(lock)  # another process found it before it was locked, and took it for abandoned
+
+    def remove(self) -> None:
+        """Remove the folder; a second time does nothing."""
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def remove_abandoned(prefix: str, base: str) -> None:
+    """Remove this user's folders in `base` whose names begin with `prefix` and whose lock nobody holds."""
+    for folder in Path(base).glob(f"{prefix}*"):
+        with suppress(OSError):  # somebody else's, gone, or in use
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(lock).st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
