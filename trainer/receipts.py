@@ -1,6 +1,7 @@
 """Receipts: what each rank's background leaves beside its files when it has written them, or cannot, so that rank 0 knows without a collective."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ class Receipt:
         error = self.error and {"type": type(self.error).__name__, "cause": self.error.cause, "remedy": self.error.remedy}
         files = {name: asdict(file) for name, file in self.files.items()}
         value = {"rank": self.rank, "files": files, "error": error, "is_final": self.is_final}
-        (part / RECEIPTS / _name(self.rank)).write_json(value)
+        with suppress(FileNotFoundError):  # between its rename and its sync rank 0 may have read it, and removed the folder
+            (part / RECEIPTS / _name(self.rank)).write_json(value)
 
     @classmethod
     def read(cls, part: Location, rank: int) -> "Receipt":

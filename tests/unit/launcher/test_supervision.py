@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +29,14 @@ from trainer.runlog import RunFolder
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     return RunFolder(Location.at(tmp_path / "run"))
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """Test workers ignore it, and so would what is tested."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def supervise(run: RunFolder, lease: Lease, stages: Callable[[], str], *, saves: bool) -> str:

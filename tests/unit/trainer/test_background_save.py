@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import storage
 from data_pipeline.errors import ConflictError, MaskwrightError, StorageError, StorageUnreachableError
 from tests.support.checkpoints import golden_run, run_folder, save_request, snapshot_of
 from trainer.background_save import Save
@@ -52,6 +53,23 @@ def test_both_ranks_parts_are_committed(tmp_path: Path) -> None:
     (event,) = run.read_events()
     assert (event["kind"], event["step"], event["stall_s"]) == ("checkpoint_committed", 5, 0.5)
     assert event["seconds"] == pytest.approx(event["stall_s"] + event["write_s"], abs=0.002)
+
+
+def test_rank_0_may_commit_before_a_receipt_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, slow = run_folder(tmp_path), list[Path]()
+
+    def sync_slowly(folder: Path, sync: Callable[[Path], None] = storage.sync_folder) -> None:
+        if folder.name == "receipts":
+            slow.append(folder)
+            deadline = time.monotonic() + 5.0
+            while folder.exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+        sync(folder)
+
+    monkeypatch.setattr(storage, "sync_folder", sync_slowly)
+    save_both(run, 5)
+    assert [folder.exists() for folder in slow] == [False]
+    assert kinds(run) == ["checkpoint_committed"]
 
 
 def test_rank_0_waits_for_the_last_rank(tmp_path: Path) -> None:
