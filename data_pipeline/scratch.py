@@ -1,11 +1,14 @@
 """`Scratch`, a temporary folder that outlives nobody: its owner holds a lock on it, and what killed processes leave the next one removes."""
 
 import fcntl
+import hashlib
 import os
 import shutil
+import socket
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 
@@ -22,7 +25,7 @@ class Scratch:
         parent = base or tempfile.gettempdir()
         remove_abandoned(prefix, parent)
         while True:
-            path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            path = Path(tempfile.mkdtemp(prefix=f"{prefix}{_machine()}-", dir=parent))
             lock = os.open(path, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
@@ -38,8 +41,9 @@ class Scratch:
 
 
 def remove_abandoned(prefix: str, base: str) -> None:
-    """Remove this user's folders in `base` whose names begin with `prefix` and whose lock nobody holds."""
-    for folder in Path(base).glob(f"{prefix}*"):
+    """Remove this user's folders in `base` whose names begin with `prefix` and whose lock nobody holds; not those of other machines, which cannot be
+    seen: a network file system may keep locks of folders to itself."""
+    for folder in Path(base).glob(f"{prefix}{_machine()}-*"):
         with suppress(OSError):  # somebody else's, gone, or in use
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -48,3 +52,13 @@ def remove_abandoned(prefix: str, base: str) -> None:
                     shutil.rmtree(folder, ignore_errors=True)
             finally:
                 os.close(lock)
+
+
+@cache
+def _machine() -> str:
+    """Four letters for what shares a kernel, and with it locks: this machine, all its containers included, until it is started again."""
+    try:
+        identity = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        identity = socket.gethostname().encode()
+    return hashlib.sha256(identity).hexdigest()[:4]

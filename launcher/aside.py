@@ -1,10 +1,43 @@
-"""Calls that may never return, such as those to storage on a dead mount: made on a thread, with a limit to the wait."""
+"""Calls that storage may spoil: one that never returns, as on a dead mount, costs a limited wait; one that fails for now is made again."""
 
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
+from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_random_exponential
+
+from data_pipeline.errors import StorageUnreachableError
+from data_pipeline.remote import is_passing
+
 T = TypeVar("T")
+
+OUTAGE_S = 900.0
+"""How long storage may be away before a run that cannot go on without it ends."""
+_LONGEST_PAUSE_S = 30.0
+
+
+def through_outages(function: Callable[[], T]) -> T:
+    """Call `function`, again while storage is away. An outage ends attempts, but not who starts the next one.
+
+    Raises:
+        StorageUnreachableError: it is still away after OUTAGE_S seconds. Also whatever else the function raises.
+    """
+    retrying = Retrying(
+        retry=retry_if_exception(_is_outage),
+        stop=stop_after_delay(OUTAGE_S),
+        wait=wait_random_exponential(multiplier=1.0, max=_LONGEST_PAUSE_S),
+        reraise=True,
+    )
+    try:
+        return retrying(function)
+    except OSError as error:
+        if not is_passing(error):
+            raise
+        raise StorageUnreachableError(f"the run's storage fails: {error}", "Check the storage, then `maskwright resume` the run.") from error
+
+
+def _is_outage(error: BaseException) -> bool:
+    return isinstance(error, StorageUnreachableError) or (isinstance(error, OSError) and is_passing(error))
 
 
 class Aside(Generic[T]):

@@ -168,7 +168,8 @@ def _is_lost_peer(error: BaseException) -> bool:
     if type(error).__name__ in {"DistBackendError", "DistNetworkError", "DistStoreError"}:
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in _PEER_LOSS) and not any(word in text for word in _BUGS)
+    retold = type(error) is MaskwrightError  # by a rank that heard of it
+    return (retold or isinstance(error, RuntimeError)) and any(word in text for word in _PEER_LOSS) and not any(word in text for word in _BUGS)
 
 
 def _first_line(error: BaseException) -> str:

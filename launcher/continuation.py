@@ -46,7 +46,7 @@ def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool) -> li
     """
     found = changes(before, after)
     allowed = (*FREE, *DELIBERATE) if deliberate else FREE
-    refused = [change for change in found if not _within(change.path, allowed)]
+    refused = [change for change in found if not (_within(change.path, allowed) or _leaves_choice(change))]
     if not refused:
         return found
     listed = "; ".join(str(change) for change in refused)
@@ -55,6 +55,11 @@ def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool) -> li
     else:
         remedy = "Give the configuration another name to start a new run, or change it back."
     raise ConfigError(f"run {before.name!r} exists and cannot continue with {listed}", remedy)
+
+
+def _leaves_choice(change: Change) -> bool:
+    """`precision: auto` continues in what the run is computed in."""
+    return change.path == "precision" and "auto" in {change.before, change.after}
 
 
 def _setting(change: Change) -> str:

@@ -96,6 +96,10 @@ class RankWatch:
     _obeyed: tuple[str, ...] = ()
     _unanswered: int = 0
     _heard_at: float = field(default_factory=time.monotonic)
+    _stacks: Aside[None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._stacks = Aside(self._write_stacks)
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -136,14 +140,18 @@ class RankWatch:
                 self._obey(command)
 
     def _obey(self, command: str) -> None:
-        self._obeyed = (*self._obeyed, command)
         if command == SAVE:
             self.ask_to_stop()
         elif command == STACKS:
-            with suppress(MaskwrightError, OSError):
-                Aside(self._write_stacks).ask(_WRITE_S)
+            try:
+                self._stacks.ask(_WRITE_S)
+            except TimeoutError:
+                return  # said to be done when it is: the driver waits a little for it
+            except (MaskwrightError, OSError):
+                pass
         elif command == END:
             self._end_with("the driver ends attempt %d", self.attempt)
+        self._obeyed = (*self._obeyed, command)
 
     def _write_stacks(self) -> None:
         (stacks_folder(self.run, self.attempt) / f"rank-{self.rank:05d}.txt").write_bytes(stacks_of_threads().encode())

@@ -17,6 +17,7 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 
 from data_pipeline.errors import ExitCode, UnreachableError
 from data_pipeline.storage import Location
+from launcher.aside import through_outages
 from launcher.attempts import read_failure
 from launcher.clusters.existing import remove_placement_groups
 from launcher.clusters.local import Workers
@@ -104,7 +105,7 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupW
             error = _fit(task, workers, scratch, group)
     finally:
         group.close()
-    recorded = read_failure(RunFolder(Location(task.run)), task.attempt)
+    recorded = through_outages(lambda: read_failure(RunFolder(Location(task.run)), task.attempt))
     return recorded_reason(watch, recorded) if error is None else _diagnose(error, recorded, watch)
 
 

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from data_pipeline.errors import ExitCode, InterruptedRunError
+from launcher.aside import through_outages
 from launcher.attempts import claim_attempt
 from launcher.clusters.local import Workers
 from launcher.clusters.sizing import TooFewWorkersError
@@ -18,13 +20,13 @@ from launcher.run_status import committed_steps
 
 
 def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Callable[[], bool]) -> None:
-    """Run an entry on the workers until it is done, retrying what the policy retries.
+    """Run an entry on the workers until it is done, retrying what the policy retries. Storage that is away between attempts is waited for.
 
     Raises:
         MaskwrightError: the error that ended it, or RetriesSpentError.
     """
     job.workers = None
-    history, newest = History(), max(committed_steps(job.run), default=0)
+    history, newest = History(), _newest_step(job)
     budgets = Budgets(job.ray.config.max_failures, job.ray.config.max_preemptions, job.config.numerics.budget)
     failure: Failure | None = None
     nodes: set[str] = set()
@@ -35,22 +37,22 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
             started = True
         except TooFewWorkersError as error:
             failure, started = _too_few(error, last), False
-        if failure is None and done():
+        if failure is None and through_outages(done):
             return
         if failure is None:
             failure = Failure(FailureKind.BUG, f"{entry} returned before it was done", "See `maskwright logs`.", ExitCode.INTERNAL)
-        reached = max(committed_steps(job.run), default=0)
+        reached = _newest_step(job)
         blamed = blame_newcomers(failure, last, progressed=reached > newest) if started else None
         if blamed is not None:
             failure = blamed
             job.ray.keep_to(nodes_before)
         history = history.after(failure, time.monotonic(), progressed=reached > newest)
         newest = reached
-        _record(job, failure)
+        through_outages(partial(_record, job, failure))
         decision = decide(failure, history, budgets)
         if not isinstance(decision, Retry):
             raise decision.error
-        if read_stop(job.run) is not None:
+        if through_outages(lambda: read_stop(job.run)) is not None:
             raise InterruptedRunError(f"stopped after {failure.cause}", f"Run `maskwright resume {job.config.name}`.")
         where = f" from step {reached}" if job.stage == "pretrain" else ""
         job.say(f"  attempt {job.attempt} {_ENDED.get(failure.kind, 'failed')}: {failure.cause}; starting again{where}")
@@ -58,6 +60,11 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
 
 
 _ENDED = {FailureKind.PREEMPTION: "was preempted", FailureKind.GROWTH: "makes room for more ranks"}
+
+
+def _newest_step(job: Job) -> int:
+    """Of the committed checkpoints; 0 where there is none."""
+    return through_outages(lambda: max(committed_steps(job.run), default=0))
 
 
 def _record(job: Job, failure: Failure) -> None:
@@ -82,10 +89,17 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure |
     from launcher.worker_process import WorkerTask
 
     workers = job.ray.workers_now()
-    job.lease.require_held()  # a newer attempt ends the workers of an older one: never those of a driver that has taken over
-    _record_size(job, workers)
-    job.attempt = claim_attempt(job.run)
-    job.lease.beat(attempt=job.attempt)
+    through_outages(job.lease.require_held)  # a newer attempt ends the workers of an older one: never those of a driver that has taken over
+    through_outages(lambda: _record_size(job, workers))
+    job.attempt = through_outages(lambda: claim_attempt(job.run))
+    through_outages(lambda: job.lease.beat(attempt=job.attempt))
+    through_outages(lambda: _record_start(job, workers))
+    task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
+    watch = _watch(job, workers)
+    return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
+
+
+def _record_start(job: Job, workers: Workers) -> None:
     job.run.append_event(
         "attempt_started",
         attempt=job.attempt,
@@ -95,9 +109,6 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure |
         threads_per_worker=workers.threads_per_worker,
         device="cuda" if workers.use_gpu else "cpu",
     )
-    task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
-    watch = _watch(job, workers)
-    return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
 
 
 def _too_few(error: TooFewWorkersError, last: Failure | None) -> Failure:
@@ -109,10 +120,11 @@ def _too_few(error: TooFewWorkersError, last: Failure | None) -> Failure:
 
 def _record_size(job: Job, workers: Workers) -> None:
     """Say that the cluster gives this attempt more or fewer ranks than the one before."""
-    before, job.workers = job.workers, workers
+    before = job.workers
     if before is not None and before.num_workers != workers.num_workers:
         job.run.append_event("resized", attempt=job.attempt, before=before.num_workers, after=workers.num_workers)
         job.say(f"  {before.num_workers} ranks before, {workers.num_workers} now; the global batch stays the same")
+    job.workers = workers
 
 
 def _watch(job: Job, workers: Workers) -> GroupWatch:

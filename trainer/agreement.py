@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch.distributed as dist
 
@@ -49,8 +49,16 @@ class Ranks:
 
     def rank_zero_does(self, what: str, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 only and return its result on every rank; its failure is raised on every rank."""
-        results = self.all_do(what, lambda: action() if self.rank == 0 else None)
-        return results[0]  # pyright: ignore[reportReturnType]  # rank 0 ran the action
+        box: list[Any] = [None]
+
+        def act() -> None:
+            if self.rank == 0:
+                box[0] = action()
+
+        self.all_do(what, act)  # gathers outcomes; the result, which may be large, goes out once
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def _attempt(self, what: str, action: Callable[[], T]) -> tuple[_Outcome[T], Exception | None]:
         try:

@@ -211,10 +211,14 @@ class Save:
         manifest = Manifest(
             request.attempt, request.circumstances, files, request.state, request.config.model_dump(mode="json"), request.validation_loss
         )
-        self._do("see that its attempt is the newest", request.require_current)
         with suppress(Exception):  # they have served, and are not in the manifest
             (self._part / RECEIPTS).remove()
-        self._do("commit the checkpoint", lambda: self._checkpoints.publish(manifest))
+
+        def commit() -> None:
+            request.require_current()  # asked each time: a newer attempt may have begun while this one waited for storage
+            self._checkpoints.publish(manifest)
+
+        self._do("commit the checkpoint", commit)
         try:
             self._after(manifest)
         except Exception:  # it is committed, and the next save tries again to remove the old ones
@@ -278,15 +282,16 @@ class Save:
         if not isinstance(failure.error, ConflictError):
             self._tell(failure)
         if self.request.rank == 0:
-            deadline = time.monotonic() + _CLEAN_UP_S
             with suppress(Exception):
-                while time.monotonic() < deadline and not self._have_others_ended():
-                    time.sleep(_POLL_S[1])
+                self._wait_for_others(_CLEAN_UP_S)
                 self._part.remove()
 
-    def _have_others_ended(self) -> bool:
-        ended = sum(receipt.is_final for receipt in new_receipts(self._part, {0}))
-        return ended + 1 >= self.request.circumstances.world_size
+    def _wait_for_others(self, timeout_s: float) -> None:
+        """Until every rank has ended its part, one way or another."""
+        deadline, ended = time.monotonic() + timeout_s, {0}
+        while time.monotonic() < deadline and len(ended) < self.request.circumstances.world_size:
+            ended |= {receipt.rank for receipt in new_receipts(self._part, ended) if receipt.is_final}
+            time.sleep(_POLL_S[1])
 
 
 def not_kept(checkpoints: Checkpoints, newest: Manifest, config: CheckpointConfig) -> list[int]:

@@ -235,10 +235,18 @@ def _obtain(
     copy = Checkpoint(location, manifest, Scratch.make(_COPY))
     with _discarding(copy):
         found = ranks.all_do("copy its part of the checkpoint", lambda: download(location, manifest, names, copy.folder, on_piece))
-    problems = [problem for problems in found for problem in problems]
+        problems = _confirmed(ranks, location, found, lambda doubtful: _download_again(location, manifest, doubtful, on_piece))
     if problems:
         copy.discard_copy()
     return copy.copy, problems
+
+
+def _download_again(location: Location, manifest: Manifest, names: list[str], on_piece: Callable[[], None]) -> list[Problem]:
+    scratch = Scratch.make(_COPY)
+    try:
+        return download(location, manifest, names, scratch.path, on_piece)
+    finally:
+        scratch.remove()
 
 
 @contextmanager
@@ -258,19 +266,23 @@ def rank_of(name: str) -> int | None:
 
 
 def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest, on_piece: Callable[[], None]) -> list[Problem]:
-    """Re-hash the files, each on one rank; every rank gets all problems. What one finds damaged another one reads again: far away, for ranks of a
-    node are neighbours, and a node that reads badly must not cost the run its checkpoints.
+    """Re-hash the files, each on one rank; every rank gets all problems."""
+    part = shares(manifest.files, ranks.world_size)[ranks.rank]
+    found = ranks.all_do("verify the checkpoint", lambda: check_files(folder, manifest.files, part, on_piece))
+    return _confirmed(ranks, Location.at(folder), found, lambda names: check_files(folder, manifest.files, names, on_piece))
+
+
+def _confirmed(ranks: Ranks, folder: Location, found: list[list[Problem]], check: Callable[[list[str]], list[Problem]]) -> list[Problem]:
+    """All problems that ranks have `found`, once another rank has found them too with `check`: far away, for ranks of a node are neighbours, and
+    a node that reads badly must not cost the run its checkpoints.
 
     Raises:
-        StorageUnreachableError: it is intact when another rank reads it.
+        StorageUnreachableError: what is damaged for one rank is intact for another.
     """
-    parts, half = shares(manifest.files, ranks.world_size), ranks.world_size // 2
-    found = ranks.all_do("verify the checkpoint", lambda: check_files(folder, manifest.files, parts[ranks.rank], on_piece))
-    damaged = [{problem.file for problem in problems} for problems in found]
+    damaged, half = [{problem.file for problem in problems} for problems in found], ranks.world_size // 2
     if not any(damaged):
         return []
-    second = sorted(damaged[(ranks.rank + half) % ranks.world_size])
-    again = ranks.all_do("verify the checkpoint again", lambda: check_files(folder, manifest.files, second, on_piece))
+    again = ranks.all_do("verify the checkpoint again", lambda: check(sorted(damaged[(ranks.rank + half) % ranks.world_size])))
     for rank, names in enumerate(damaged):
         other = (rank - half) % ranks.world_size
         if healed := names - {problem.file for problem in again[other]}:

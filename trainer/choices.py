@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 
 from data_pipeline.errors import NotFoundError
+from trainer.checkpoint import list_checkpoints
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 from trainer.totals import on_rank_zero
@@ -34,7 +35,7 @@ def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt:
         if config.precision == "bf16" and device.type == "cpu" and attempt == 1 and (slower := 1 / bf16_gain()) > _SLOWER:
             run.append_event("slow_precision", attempt=attempt, precision="bf16", faster="fp32", factor=round(slower, 1))
         return config.precision
-    known = _read(run).get("precision")
+    known = _read(run).get("precision") or _trained_in(run)
     if known is not None:
         return known
     precision = fastest_precision(device)
@@ -48,6 +49,12 @@ def _read(run: RunFolder) -> dict[str, Any]:
         return run.choices.read_json()
     except NotFoundError:
         return {}
+
+
+def _trained_in(run: RunFolder) -> str | None:
+    """What the newest checkpoint was computed in: of a run that began before it made choices, or that has lost them."""
+    checkpoints = list_checkpoints(run)
+    return checkpoints[-1].manifest.circumstances.precision if checkpoints else None
 
 
 def fastest_precision(device: torch.device) -> Precision:

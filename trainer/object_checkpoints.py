@@ -149,15 +149,16 @@ def local_name(name: str) -> str:
 
 def _download(file: Location, path: Path, expected: FileDigest, on_piece: Callable[[], None]) -> str | None:
     digest, num_bytes = hashlib.sha256(), 0
-    try:
-        with file.open_binary() as source, path.open("wb") as copy:
-            while part := source.read(_READ_BYTES):
-                on_piece()
-                digest.update(part)
-                copy.write(part)
-                num_bytes += len(part)
-    except FileNotFoundError:
-        return "missing"
+    with path.open("wb") as copy:
+        try:
+            with file.open_binary() as source:
+                while part := source.read(_READ_BYTES):
+                    on_piece()
+                    digest.update(part)
+                    copy.write(part)
+                    num_bytes += len(part)
+        except FileNotFoundError:
+            return "missing"
     if num_bytes != expected.bytes:
         return f"has {num_bytes} bytes instead of {expected.bytes}"
     if digest.hexdigest() != expected.sha256:

@@ -1,8 +1,10 @@
 """Receipts: what each rank's background leaves beside its files when it has written them, or cannot, so that rank 0 knows without a collective."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from data_pipeline import errors
@@ -11,6 +13,7 @@ from data_pipeline.storage import Location
 from trainer.manifest import FileDigest
 
 RECEIPTS = "receipts"
+_READS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,18 @@ class Receipt:
 
 def new_receipts(part: Location, seen: set[int]) -> Iterator[Receipt]:
     """The receipts of ranks that are not in `seen`: one listing, whatever the number of ranks."""
-    for name in (part / RECEIPTS).children():
-        rank = int(name.removeprefix("rank-").removesuffix(".json")) if name.startswith("rank-") else None
-        if rank is not None and rank not in seen:
-            try:
-                yield Receipt.read(part, rank)
-            except NotFoundError:
-                continue
+    names = [name for name in (part / RECEIPTS).children() if name.startswith("rank-")]
+    new = [rank for rank in (int(name.removeprefix("rank-").removesuffix(".json")) for name in names) if rank not in seen]
+    if new:
+        with ThreadPoolExecutor(min(len(new), _READS_AT_ONCE)) as pool:
+            yield from filter(None, pool.map(partial(_read, part), new))
+
+
+def _read(part: Location, rank: int) -> Receipt | None:
+    try:
+        return Receipt.read(part, rank)
+    except NotFoundError:
+        return None
 
 
 def _name(rank: int) -> str:

@@ -113,7 +113,7 @@ class Saver:
             return
         started_at = time.monotonic()
         self._context.heartbeat(state.step, "checkpoint")
-        free_bytes = self._ranks.all_do("save the checkpoint before", self._wait)[0]
+        free_bytes = self._ranks.all_do("save the checkpoint before", lambda: self._wait(state.step))[0]
         sizes = self._ranks.all_do("copy its part of the checkpoint", lambda: self._take_snapshot(engine, state))
         require_room(self._run, state.step, sum(sizes), free_bytes)
         request = SaveRequest(
@@ -145,7 +145,7 @@ class Saver:
         if self._save is not None:
             started_at = time.monotonic()
             self._context.heartbeat(self._saved_step, "checkpoint")
-            self._ranks.all_do("save the checkpoint", self._wait)
+            self._ranks.all_do("save the checkpoint", lambda: self._wait(self._saved_step))
             self._stall_s += time.monotonic() - started_at
 
     @property
@@ -170,10 +170,9 @@ class Saver:
         stall_s, self._stall_s = self._stall_s, 0.0
         return stall_s
 
-    def _wait(self) -> int | None:
-        """Wait for this rank's part of the save under way; returns the free bytes of the storage, on rank 0."""
+    def _wait(self, step: int) -> int | None:
+        """Wait at `step` for this rank's part of the save under way; returns the free bytes of the storage, on rank 0."""
         if self._save is not None:
-            step = self._save.request.state.step
             self._save.wait(self._timeout_s, on_progress=partial(self._context.heartbeat, step, "checkpoint"))
             self._save = None
         return checkpoints_of(self._run).free_bytes() if self._context.rank == 0 else None

@@ -212,7 +212,7 @@ def silence_driver(ray: Any) -> None:
 def session_folder() -> Scratch:
     """A new folder for Ray's files."""
     base = tempfile.gettempdir()
-    if len(base) + len("/maskwright-ray-abcdefgh/ray1") > _LONGEST_SOCKET_FOLDER:
+    if len(base) + len("/maskwright-ray-1234-abcdefgh/ray1") > _LONGEST_SOCKET_FOLDER:
         base = "/tmp"
     return Scratch.make(_FOLDER_PREFIX, base)
 

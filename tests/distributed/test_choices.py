@@ -6,7 +6,9 @@ import torch
 
 from data_pipeline.storage import Location
 from tests.support.batches import small_config
+from tests.support.checkpoints import golden_run, run_folder
 from tests.support.distributed import run_distributed
+from trainer import choices
 from trainer.choices import settled
 from trainer.runlog import RunFolder
 
@@ -21,6 +23,17 @@ def choose_twice(rank: int, world_size: int, root: str) -> tuple[str, str, str]:
     if rank == 0:
         run.choices.write_json({**run.choices.read_json(), "precision": other})
     return first, settled(auto, run, CPU, attempt=2).precision, settled(small_config(precision="bf16"), run, CPU, attempt=1).precision
+
+
+def choose_after_a_checkpoint(rank: int, world_size: int, root: str) -> str:
+    setattr(choices, "fastest_precision", None)  # noqa: B010  # nothing is measured
+    return settled(small_config(precision="auto"), run_folder(root), CPU, attempt=2).precision
+
+
+def test_a_run_that_made_no_choice_goes_on_in_what_its_checkpoint_was_computed_in(tmp_path: Path) -> None:
+    """It began with an earlier release, or its choices were lost."""
+    golden_run(tmp_path, 1)
+    assert run_distributed(choose_after_a_checkpoint, args=(str(tmp_path),), timeout_s=60) == ["bf16", "bf16"]
 
 
 def test_all_ranks_and_attempts_compute_in_what_was_chosen_first(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline import scratch
 from data_pipeline.scratch import Scratch, remove_abandoned
 
 PREFIX = "maskwright-test-"
@@ -55,10 +56,10 @@ def test_a_folder_lives_as_long_as_its_process_whatever_its_number(tmp_path: Pat
 
 
 def test_a_link_and_other_names_are_left_alone(tmp_path: Path) -> None:
-    precious, other = tmp_path / "precious", tmp_path / "maskwright-other-1"
-    precious.mkdir()
-    other.mkdir()
-    (tmp_path / f"{PREFIX}link").symlink_to(precious)
+    precious, others = tmp_path / "precious", [tmp_path / "maskwright-other-1", tmp_path / f"{PREFIX}0000-of-another-machine"]
+    for folder in (precious, *others):
+        folder.mkdir()
+    (tmp_path / f"{PREFIX}{scratch._machine()}-link").symlink_to(precious)
     remove_abandoned(PREFIX, str(tmp_path))
     assert precious.exists()
-    assert other.exists()
+    assert all(other.exists() for other in others)

@@ -48,6 +48,8 @@ GLOO = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connec
         (InterruptedRunError("a", "b"), FailureKind.INTERRUPTED),
         (GLOO, FailureKind.INFRASTRUCTURE),
         (raised(MaskwrightError("not all ranks answered", "b"), GLOO), FailureKind.INFRASTRUCTURE),
+        (MaskwrightError("rank 3 could not save: RuntimeError: CUDA error: uncorrectable ECC error", "b"), FailureKind.INFRASTRUCTURE),
+        (StorageError("rank 3 could not write to /mnt/nccl", "b"), FailureKind.KNOWN),
         (ConnectionResetError("reset"), FailureKind.INFRASTRUCTURE),
         (RuntimeError("CUDA error: device-side assert triggered"), FailureKind.BUG),
         (RuntimeError("NCCL watchdog: CUDA error: device-side assert triggered"), FailureKind.BUG),

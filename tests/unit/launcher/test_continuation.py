@@ -59,7 +59,6 @@ def test_the_command_that_is_named_can_be_pasted() -> None:
         "objective.mask_rate=0.3",
         "batch.micro_batch_size=16",
         "batch.global_batch_size=512",
-        "precision=fp32",
     ],
 )
 @pytest.mark.parametrize("deliberate", [True, False])
@@ -69,7 +68,15 @@ def test_refused_changes(override: str, deliberate: bool) -> None:
     assert override.partition("=")[0] in caught.value.cause
 
 
+def test_a_precision_may_be_left_to_the_run_and_not_changed() -> None:
+    chosen = changed("precision=bf16")
+    assert [change.path for change in resolve_diff(chosen, BASE, deliberate=False)] == ["precision"]
+    assert [change.path for change in resolve_diff(BASE, chosen, deliberate=False)] == ["precision"]
+    with pytest.raises(ConfigError, match="precision: 'bf16' -> 'fp32'"):
+        resolve_diff(chosen, changed("precision=fp32"), deliberate=True)
+
+
 def test_all_refusals_are_listed_and_nothing_changed_is_nothing() -> None:
     assert changes(BASE, BASE) == []
-    with pytest.raises(ConfigError, match=r"precision.*seed"):
-        resolve_diff(BASE, changed("seed=1", "precision=fp32", "zero.stage=2"), deliberate=False)
+    with pytest.raises(ConfigError, match=r"mask_rate.*seed"):
+        resolve_diff(BASE, changed("seed=1", "objective.mask_rate=0.3", "zero.stage=2"), deliberate=False)

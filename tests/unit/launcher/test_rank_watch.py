@@ -99,6 +99,20 @@ def test_commands_are_obeyed_once_and_that_is_said(make: Callable[[int], Rank], 
     assert rank.ends == [ENDED]
 
 
+def test_stacks_are_said_to_be_written_when_they_are(make: Callable[[int], Rank], run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "_WRITE_S", 0.05)
+    rank = make(1)
+    rank.driver.commands = (STACKS,)
+    back, write = threading.Event(), Location.write_bytes
+    monkeypatch.setattr(Location, "write_bytes", lambda *arguments: back.wait(20) and write(*arguments))
+    for _ in range(3):
+        rank.watch.look()
+    assert rank.driver.beats[-1][1] == ()
+    back.set()
+    until(lambda: rank.watch.look() or rank.driver.beats[-1][1] == (STACKS,))
+    assert (stacks_folder(run, 1) / "rank-00001.txt").exists()
+
+
 def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -141,7 +155,8 @@ def test_beats_and_commands_go_on_while_storage_hangs(make: Callable[[int], Rank
     with dead_storage(), rank.watch.running():
         until(lambda: len(rank.driver.beats) > 1)
         rank.driver.commands = (STACKS,)
-        until(lambda: rank.driver.beats[-1][1] == (STACKS,))
+        told = len(rank.driver.beats)
+        until(lambda: len(rank.driver.beats) > told + 1)
         rank.driver.commands = (STACKS, END)
         until(lambda: rank.ends)
 

@@ -17,6 +17,7 @@ from data_pipeline.errors import ConflictError, MaskwrightError, StorageError, S
 from tests.support.checkpoints import golden_run, run_folder, save_request, snapshot_of
 from trainer.background_save import Save
 from trainer.checkpoint import list_checkpoints, newest_usable, verify
+from trainer.checkpoint_store import FolderCheckpoints
 from trainer.runlog import RunFolder
 
 FILES = {
@@ -205,6 +206,24 @@ def test_a_superseded_attempt_never_publishes(tmp_path: Path) -> None:
         saves[1].wait(10.0)
     assert run.checkpoints.children() == ["step-00000001"]
     assert kinds(run) == []
+
+
+def test_an_attempt_that_is_superseded_while_its_commit_is_tried_again_does_not_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = run_folder(tmp_path), list[int]()
+
+    def superseded_later() -> None:
+        asked.append(1)
+        if len(asked) > 1:
+            raise ConflictError("attempt 1 is superseded by attempt 2", "Follow the other.")
+
+    def fails(self: FolderCheckpoints, manifest: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("tenacity.wait.wait_random_exponential.__call__", lambda *_: 0.1)
+    monkeypatch.setattr(FolderCheckpoints, "publish", fails)
+    with pytest.raises(ConflictError, match="superseded"):
+        save_both(run, 5, require_current=superseded_later)
+    assert run.checkpoints.children() == []
 
 
 def test_a_newer_attempt_s_checkpoint_of_the_step_is_not_replaced(tmp_path: Path) -> None:

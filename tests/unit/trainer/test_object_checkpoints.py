@@ -6,19 +6,21 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_pipeline.errors import ConflictError, MaskwrightError, NoCheckpointError, NotFoundError
+from data_pipeline.errors import ConflictError, MaskwrightError, NoCheckpointError, NotFoundError, StorageUnreachableError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN_MODEL, golden_run, resign, run_config, save_request, snapshot_of
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, reachable_object_store
+from trainer import checkpoint as checkpoint_module
 from trainer.background_save import Save
 from trainer.checkpoint import Checkpoint, list_checkpoints, newest_usable, open_checkpoint
 from trainer.checkpoint_store import checkpoints_of
-from trainer.manifest import MANIFEST
+from trainer.manifest import MANIFEST, Problem
 from trainer.runlog import RunFolder
 from trainer.verification import verify_checkpoint, verify_model
 
@@ -99,6 +101,30 @@ def test_damage_in_the_store_means_the_checkpoint_before(run: RunFolder) -> None
     assert (run.checkpoints / "step-00000006").children() == ["MANIFEST.damaged-2.json", "attempt-1"]
     event = run.read_events()[-1]
     assert (event["kind"], event["cause"]) == ("checkpoint_damaged", f"attempt-1/{WEIGHTS}: has 5 bytes instead of 350")
+
+
+def test_what_a_later_reading_finds_intact_is_not_damage(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here by the same rank; of several another one reads again."""
+    save(run, 5)
+    download, calls = checkpoint_module.download, list[int]()
+
+    def fails_first(*arguments: Any) -> list[Problem]:
+        calls.append(1)
+        return [Problem(f"attempt-1/{WEIGHTS}", "sha256 is other")] if len(calls) == 1 else download(*arguments)
+
+    monkeypatch.setattr(checkpoint_module, "download", fails_first)
+    with pytest.raises(StorageUnreachableError, match=r"rank 0 finds .* damaged, and rank 0 finds it intact"):
+        newest(run)
+    assert steps(run) == [5]
+    assert "checkpoint_damaged" not in [event["kind"] for event in run.read_events()]
+
+
+def test_no_room_for_a_copy_is_no_damage(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(run, 5)
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(FileNotFoundError("the folder was taken away")))
+    with pytest.raises(MaskwrightError, match="the folder was taken away"):
+        newest(run)
+    assert steps(run) == [5]
 
 
 def test_a_manifest_that_was_lost_is_said_and_the_files_stay(run: RunFolder) -> None:
