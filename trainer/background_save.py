@@ -289,8 +289,10 @@ class Save:
     def _wait_for_others(self, timeout_s: float) -> None:
         """Until every rank has ended its part, one way or another."""
         deadline, ended = time.monotonic() + timeout_s, {0}
-        while time.monotonic() < deadline and len(ended) < self.request.circumstances.world_size:
+        while time.monotonic() < deadline:
             ended |= {receipt.rank for receipt in new_receipts(self._part, ended) if receipt.is_final}
+            if len(ended) >= self.request.circumstances.world_size:
+                return
             time.sleep(_POLL_S[1])
 
 
