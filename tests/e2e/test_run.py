@@ -112,8 +112,8 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_there(folder: Path, finished: 
     command = Command(arguments, folder).start()
     try:
         command.wait_until(lambda: (run / "lease.json").exists() and (run / "run.yaml").exists())
-        assert maskwright("run", *arguments[1:], folder=folder)[0] == 8
-        assert maskwright("resume", "interrupted", "--storage", "storage", folder=folder)[0] == 8
+        others = [Command(words, folder).start() for words in (arguments, ["resume", "interrupted", "--storage", "storage"])]
+        assert [other.wait() for other in others] == [8, 8], [other.text() for other in others]
         command.wait_until(lambda: steps_done(run) >= 1)
         os.killpg(command.process.pid, signal.SIGINT)  # as a terminal does: to every process in the foreground
         assert command.wait() == 130, command.text()
