@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from tests.support.commands import Command, maskwright, worker_pid
-from tests.support.tiny_run import STEPS, write_run, write_task, write_text
+from tests.support.tiny_run import write_run, write_task, write_text
+
+STEPS = 100
+"""Some seconds of training, so that it can be interrupted."""
 
 pytestmark = pytest.mark.timeout(600)
 ON_CLUSTER = ["--cluster", "cluster.yaml"]
@@ -25,7 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_task(path)
     task = {"name": "words", "path": "task"}
     corpus = {"name": "tiny", "source": ["first.jsonl", "second.jsonl"], "validation_fraction": 0.1}
-    write_run(path, corpus=corpus, finetune={"tasks": [task], "num_seeds": 2, "epochs": 2, "batch_size": 16, "lr": 1e-3, "max_length": 32})
+    write_run(
+        path,
+        corpus=corpus,
+        schedule={"steps": STEPS, "warmup_steps": 5},
+        finetune={"tasks": [task], "num_seeds": 2, "epochs": 2, "batch_size": 16, "lr": 1e-3, "max_length": 32},
+    )
     (path / "trainer").mkdir()  # a folder of the user's that is called like ours must not be imported by workers
     (path / "trainer/__init__.py").write_text("raise ImportError('the wrong trainer')\n")
     return path
