@@ -7,12 +7,12 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.DEFAULT_GOAL := help
 # Unit tests share nothing and use one core each; the others bring their own processes.
 unit_OPTIONS := -n auto --maxprocesses 8
 ALONE := tests/distributed tests/e2e tests/chaos
 SAMPLE := -m "not full and not gpu"
 
+.DEFAULT_GOAL := help
 .PHONY: help setup demo check format test test-full unit distributed e2e chaos bench bench-table
 
 help:  ## List the targets
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup  ## Pretrain and fine-tune a small encoder on this machine (under ten minutes)
+demo: setup  ## Pretrain and fine-tune a small encoder on this machine (budget: ten minutes)
 	@$(BIN)/maskwright run cluster_configs/runs/demo.yaml
 
 format: setup  ## Format and fix what can be fixed
@@ -47,7 +47,7 @@ unit distributed e2e: setup  ## One part of the tests
 chaos: setup  ## Faults into real runs on a real cluster (5 minutes), or FAULTS=50 of them
 	@MASKWRIGHT_FAULTS=$(or $(FAULTS),4) $(PYTEST) tests/chaos/test_schedule.py -s
 
-test: check  ## Everything that must hold before a change lands (at most 15 minutes on 2 cores)
+test: check  ## Everything that must hold before a change lands (budget: 15 minutes on 2 cores)
 	@$(PYTEST) tests/unit $(SAMPLE) $(unit_OPTIONS) --durations=5
 	@$(PYTEST) $(ALONE) $(SAMPLE) --durations=15
 

@@ -147,7 +147,7 @@ class RankWatch:
                 self._stacks.ask(_WRITE_S)
             except TimeoutError:
                 return  # said to be done when it is: the driver waits a little for it
-            except (MaskwrightError, OSError):
+            except (MaskwrightError, OSError):  # the group is ended without them; the log, on the same storage, could hold up this thread
                 pass
         elif command == END:
             self._end_with("the driver ends attempt %d", self.attempt)

@@ -159,6 +159,7 @@ def test_beats_and_commands_go_on_while_storage_hangs(make: Callable[[int], Rank
         until(lambda: len(rank.driver.beats) > told + 1)
         rank.driver.commands = (STACKS, END)
         until(lambda: rank.ends)
+    assert set(rank.ends) == {ENDED}
 
 
 def test_a_rank_whose_driver_is_gone_ends_within_the_bound(make: Callable[[int], Rank], monkeypatch: pytest.MonkeyPatch) -> None:
