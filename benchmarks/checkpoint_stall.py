@@ -37,7 +37,7 @@ def main(options: Options) -> list[Claim]:
 
 def _claims(options: Options, runs: Runs) -> list[Claim]:
     state = {key: runs.measurements[0][key] for key in ("num_parameters", "num_bytes", "precision")}
-    environment = {**options.environment, **state, "cores": "all: the writer takes what training leaves"}
+    environment = {**options.environment, **state, "cores_used": "all: the writer takes what training leaves"}
     stall = runs.values("stall_s")
     return [
         make_claim("training stands still for a checkpoint", "s", environment, stall, runs.values("synchronous_s"), "our synchronous commit", _GOAL),
