@@ -2,7 +2,7 @@
 
 import re
 from itertools import groupby
-from typing import Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -159,9 +159,20 @@ class DataConfig(Section):
     """Size of that folder; the blocks not used for longest go first. 0 keeps nothing."""
 
 
-class ObjectiveConfig(Section):
-    """What the model learns to predict."""
+def _or_a_word(schema: dict[str, Any]) -> None:
+    """Let the JSON schema of a section admit its `kind` alone."""
+    whole = dict(schema)
+    schema.clear()
+    schema["anyOf"] = [{"type": "string", "enum": whole["properties"]["kind"]["enum"]}, whole]
 
+
+class ObjectiveConfig(Section):
+    """What the model learns to predict. `objective: clm` stands for `objective: {kind: clm}`."""
+
+    model_config = ConfigDict(json_schema_extra=_or_a_word)
+
+    kind: Literal["mlm", "clm"] = "mlm"
+    """`mlm`: masked tokens (Devlin et al. 2019), each from all others of its sample. `clm`: every next token, from those before it."""
     mask_rate: float = Field(default=0.15, gt=0.0, lt=1.0)
     """Share of ordinary tokens chosen for prediction, whatever the unit; 80 % become [MASK], 10 % a random token, 10 % stay."""
     mask_unit: Literal["token", "whole_word", "span"] = "token"
@@ -170,6 +181,22 @@ class ObjectiveConfig(Section):
     sentence_objective: Literal["nsp", "sop", "none"] = "nsp"
     """`nsp`: does the second segment follow the first; negatives of equal length come from other documents. `sop`: are the two in order (ALBERT, Lan
     et al. 2020). `none`: single segments."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_word(cls, value: Any) -> Any:
+        given: Any = {"kind": value} if isinstance(value, str) else value
+        if isinstance(given, dict) and given.get("kind") == "clm":
+            return {"sentence_objective": "none", **cast(dict[str, Any], given)}
+        return given
+
+    @model_validator(mode="after")
+    def _masks_nothing(self) -> Self:
+        if self.kind == "clm" and (self.mask_rate, self.mask_unit) != (0.15, "token"):
+            raise ValueError("objective clm masks nothing; remove mask_rate and mask_unit")
+        if self.kind == "clm" and self.sentence_objective != "none":
+            raise ValueError(f"objective clm has no sentence pairs; remove sentence_objective {self.sentence_objective}")
+        return self
 
 
 class Phase(Section):

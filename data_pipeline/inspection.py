@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.config import Phase
+from data_pipeline.config import ObjectiveConfig, Phase
 from data_pipeline.micro_batch import MicroBatch, step_digest
 from data_pipeline.order import micro_batches_of_step, rank_micro_batches
 from data_pipeline.stream import MicroBatchStream
@@ -52,16 +52,18 @@ def sample_texts(stream: MicroBatchStream, phases: tuple[Phase, ...], step: int,
 
     tokenizer: Any = load_tokenizer(stream.mixture.tokenizer_folder)
     for number in micro_batches_of_step(phases, step):
-        for text in _texts(stream[number], tokenizer, stream.objective.sentence_objective):
+        for text in _texts(stream[number], tokenizer, stream.objective):
             if count <= 0:
                 return
             count -= 1
             yield text
 
 
-def _texts(batch: MicroBatch, tokenizer: Any, objective: str) -> Iterator[SampleText]:
+def _texts(batch: MicroBatch, tokenizer: Any, objective: ObjectiveConfig) -> Iterator[SampleText]:
     samples = batch.samples
-    labels = dict(zip(samples.mlm_positions.tolist(), tokenizer.convert_ids_to_tokens(samples.mlm_labels.tolist()), strict=True))
+    labels: dict[int, str] = {}
+    if objective.kind == "mlm":  # the next token stands there anyway
+        labels = dict(zip(samples.mlm_positions.tolist(), tokenizer.convert_ids_to_tokens(samples.mlm_labels.tolist()), strict=True))
     tokens: list[str] = tokenizer.convert_ids_to_tokens(samples.token_ids.tolist())
     start = 0
     for length, label in zip(samples.lengths.tolist(), samples.nsp_labels.tolist(), strict=True):
@@ -73,7 +75,7 @@ def _texts(batch: MicroBatch, tokenizer: Any, objective: str) -> Iterator[Sample
                 words[-1] += token[2:]
             else:
                 words.append(token)
-        yield SampleText(" ".join(words), _RELATIONS.get(label, {}).get(objective, "a single segment"))
+        yield SampleText(" ".join(words), _RELATIONS.get(label, {}).get(objective.sentence_objective, "a single segment"))
         start += length
 
 

@@ -1,4 +1,4 @@
-"""Chooses the tokens to predict by stateless hashes: tokens, whole words or spans; 80 % [MASK], 10 % random, 10 % kept (pure)."""
+"""Chooses the tokens to predict: by stateless hashes tokens, whole words or spans, 80 % [MASK], 10 % random, 10 % kept; or each next one (pure)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.chunks import IntArray
+from data_pipeline.errors import ConfigError
 from data_pipeline.hashing import UInt64Array, mix64, threshold64
 
 MaskUnit = Literal["token", "whole_word", "span"]
@@ -30,7 +31,8 @@ class Vocabulary:
     unk: int
     cls: int
     sep: int
-    mask: int
+    mask: int | None
+    """None: the tokenizer is made for causal models."""
     ordinary_ranges: tuple[tuple[int, int], ...]
     """Ordinary ids as ascending [start, stop) ranges: every real token that is neither special nor a placeholder."""
 
@@ -54,7 +56,13 @@ class Masking:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, mask_rate: float, unit: MaskUnit = "token", continues_word: NDArray[np.bool_] | None = None) -> "Masking":
-        """Tables for `vocabulary`; each ordinary token is chosen with probability `mask_rate`, whatever the unit."""
+        """Tables for `vocabulary`; each ordinary token is chosen with probability `mask_rate`, whatever the unit.
+
+        Raises:
+            ConfigError: the vocabulary has no mask token.
+        """
+        if vocabulary.mask is None:
+            raise ConfigError("the corpus' tokenizer has no mask token", "Choose `objective: clm`, or a tokenizer made for masked language models.")
         if unit != "token" and continues_word is None:
             raise ValueError(f"masking by {unit} needs to know which tokens continue a word")
         ordinary_ids = vocabulary.ordinary_ids
@@ -94,6 +102,13 @@ def mask_tokens(tokens: Tokens, masking: Masking) -> tuple[IntArray, NDArray[np.
     replaced = np.where(share < 0.8, masking.mask_id, np.where(share < 0.9, masking.ordinary_ids[drawn.astype(np.int64)], labels))
     tokens.ids[positions] = replaced.astype(tokens.ids.dtype)
     return positions, labels
+
+
+def next_tokens(tokens: Tokens) -> tuple[IntArray, NDArray[np.integer]]:
+    """What causal language modelling predicts: from every token but the last of a sample the next one. Returns as `mask_tokens` does."""
+    ends = np.cumsum(tokens.lengths)
+    positions = np.delete(np.arange(int(ends[-1])), ends - 1)
+    return positions, tokens.ids[positions + 1]
 
 
 def _position_hashes(tokens: Tokens) -> UInt64Array:

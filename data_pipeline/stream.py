@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +13,7 @@ from data_pipeline.config import ObjectiveConfig, Phase
 from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError
 from data_pipeline.hashing import mix64
 from data_pipeline.index import TOKENIZER, CorpusIndex, Split
-from data_pipeline.masking import Masking
+from data_pipeline.masking import Masking, mask_tokens, next_tokens
 from data_pipeline.micro_batch import MicroBatch, SkippedBlock, empty_micro_batch, step_digest
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import (
@@ -31,7 +31,7 @@ from data_pipeline.order import (
 from data_pipeline.packing import LAYOUTS, Packing
 from data_pipeline.pairs import make_samples
 from data_pipeline.shards import Block
-from data_pipeline.window import EMPTY, Finished, finish, joined
+from data_pipeline.window import EMPTY, Choose, Finished, finish, joined
 from data_pipeline.words import continues_word
 
 __all__ = ["MicroBatch", "MicroBatchStream", "build_loader", "empty_micro_batch", "micro_batches_of_step", "step_digest"]
@@ -228,7 +228,7 @@ class MicroBatchStream:
         chosen = Chunks(chunks.piece_ends, chunks.first_piece[rows], chunks.stop_piece[rows], chunks.document[rows])
         samples = make_samples(chosen, keys, length, self.objective.sentence_objective)
         ordered = samples[balanced_order(samples.lengths, samples.keys, binary_spread(window.first, len(samples)), _NEIGHBOURS)]
-        return finish(block.ids, ordered, index.vocabulary, self._masking), skipped
+        return finish(block.ids, ordered, index.vocabulary, self._choose), skipped
 
     def _read_blocks(
         self, index: CorpusIndex, records: NDArray[np.void], expected: NDArray[np.integer]
@@ -249,12 +249,14 @@ class MicroBatchStream:
         return blocks, tuple(skipped)
 
     @cached_property
-    def _masking(self) -> Masking:
-        vocabulary, unit = self.mixture.vocabulary, self.objective.mask_unit
-        if unit == "token":
-            return Masking.of(vocabulary, self.objective.mask_rate)
-        definition = (self.mixture.indexes[0].folder / TOKENIZER / "tokenizer.json").read_bytes()
-        return Masking.of(vocabulary, self.objective.mask_rate, unit, continues_word(definition, vocabulary.size))
+    def _choose(self) -> Choose:
+        if self.objective.kind == "clm":
+            return next_tokens
+        vocabulary, unit, continues = self.mixture.vocabulary, self.objective.mask_unit, None
+        if unit != "token":
+            definition = (self.mixture.indexes[0].folder / TOKENIZER / "tokenizer.json").read_bytes()
+            continues = continues_word(definition, vocabulary.size)
+        return partial(mask_tokens, masking=Masking.of(vocabulary, self.objective.mask_rate, unit, continues))
 
 
 def join_blocks(blocks: list[Block]) -> Block:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _ROLES = ("pad", "unk", "cls", "sep", "mask")
+_STAND_INS = {"cls": "bos", "sep": "eos", "pad": "eos", "unk": "eos"}
+"""What takes the place of a special token in tokenizers that are made for causal models, as GPT-2's: a text lies between begin and end."""
 _ALPHABET = 1000
 _COUNTED_DOCUMENTS = 64
 _MIN_COUNT = 2
@@ -35,7 +37,7 @@ def load_tokenizer(folder: str) -> "PreTrainedTokenizerFast":
 
     Raises:
         NotFoundError: no such folder or hub id.
-        ConfigError: it is damaged, lacks a special token that masked language modelling needs, or has no fast implementation.
+        ConfigError: it is damaged, lacks a special token and what could stand in for it, or has no fast implementation.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -45,9 +47,12 @@ def load_tokenizer(folder: str) -> "PreTrainedTokenizerFast":
         raise _not_loaded(folder, error) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"the tokenizer {folder} has no fast implementation", "Choose one with a tokenizer.json.")
-    missing = [f"{role}_token" for role in _ROLES if getattr(tokenizer, f"{role}_token_id") is None]
+    for role, stand_in in _STAND_INS.items():
+        if getattr(tokenizer, f"{role}_token_id") is None:
+            setattr(tokenizer, f"{role}_token", getattr(tokenizer, f"{stand_in}_token"))
+    missing = [f"{role}_token" for role in _STAND_INS if getattr(tokenizer, f"{role}_token_id") is None]
     if missing:
-        raise ConfigError(f"the tokenizer {folder} has no {', '.join(missing)}", "Choose a tokenizer made for masked language models.")
+        raise ConfigError(f"the tokenizer {folder} has no {', '.join(missing)}", "Choose a tokenizer made for language models.")
     return tokenizer
 
 
@@ -78,7 +83,7 @@ def vocabulary_of(tokenizer: "PreTrainedTokenizerFast") -> Vocabulary:
     tokens: dict[str, int] = tokenizer.get_vocab()
     special = {int(number) for number in tokenizer.all_special_ids}
     ordinary = sorted(number for token, number in tokens.items() if number not in special and not _PLACEHOLDER.fullmatch(token))
-    roles = {role: int(getattr(tokenizer, f"{role}_token_id")) for role in _ROLES}
+    roles: dict[str, Any] = {role: getattr(tokenizer, f"{role}_token_id") for role in _ROLES}
     return Vocabulary(size=max(tokens.values()) + 1, ordinary_ranges=_ranges(ordinary), **roles)
 
 

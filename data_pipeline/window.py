@@ -1,18 +1,19 @@
-"""A window's samples as finished tokens: laid end to end in shuffled order and masked, so that micro-batches are slices of it (pure)."""
+"""A window's samples as finished tokens: laid end to end in shuffled order, with what to predict; micro-batches are slices of it (pure)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.chunks import IntArray
-from data_pipeline.masking import Masking, Tokens, Vocabulary, mask_tokens
+from data_pipeline.masking import Tokens, Vocabulary
 from data_pipeline.pairs import Samples
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """B samples laid end to end, N tokens in all, P of them masked. Compact: it is what a rank keeps of each of its lanes."""
+    """B samples laid end to end, N tokens in all, P of them to predict or to predict from. Compact: a rank keeps one of each of its lanes."""
 
     token_ids: NDArray[np.integer]
     """(N,) uint16 or uint32, special tokens included, masks applied."""
@@ -23,7 +24,7 @@ class Finished:
     mlm_positions: IntArray
     """(P,) index into N, ascending."""
     mlm_labels: NDArray[np.integer]
-    """(P,) the tokens that were there."""
+    """(P,) the tokens that were there; under `objective: clm` the next ones."""
     nsp_labels: IntArray
     """(B,)"""
 
@@ -51,11 +52,15 @@ EMPTY = Finished(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING)
 """No samples at all."""
 
 
-def finish(tokens: NDArray[np.integer], samples: Samples, vocabulary: Vocabulary, masking: Masking) -> Finished:
-    """Lay out and mask `samples`, which point into `tokens`, in the order of the samples."""
+Choose = Callable[[Tokens], tuple[IntArray, NDArray[np.integer]]]
+"""Chooses the places to predict from and what is predicted there; may change the ids, as masking does."""
+
+
+def finish(tokens: NDArray[np.integer], samples: Samples, vocabulary: Vocabulary, choose: Choose) -> Finished:
+    """Lay out `samples`, which point into `tokens`, in the order of the samples, and choose what is predicted."""
     lengths = samples.lengths
     laid = Tokens(lay_out(tokens, samples, vocabulary), lengths, samples.a_length + 2, samples.keys)
-    positions, labels = mask_tokens(laid, masking)
+    positions, labels = choose(laid)
     return Finished(laid.ids, lengths, laid.second_starts, positions, labels, samples.labels)
 
 

@@ -6,12 +6,18 @@ from pydantic import Field, model_validator
 
 from data_pipeline.config import BatchConfig, CorpusConfig, DataConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
 
+_WITH_PAIR_HEAD = ("bert",)
+_CAUSAL = ("gpt2",)
+_PACKED = ("bert", "modernbert", "gpt2")
+"""Architectures whose attention keeps the samples of a row apart."""
+
 
 class ModelConfig(Section):
-    """The encoder. The vocabulary size comes from the tokenizer."""
+    """The network. The vocabulary size comes from the tokenizer."""
 
-    architecture: Literal["bert"] = "bert"
-    """`bert`: the `BertForPreTraining` layout of transformers."""
+    architecture: str = Field(default="bert", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """`bert` (the `BertForPreTraining` layout of transformers), `modernbert`, `gpt2` (for `objective: clm`), or the model_type of any other masked
+    language model of transformers, such as `roberta`: those take neither sentence pairs nor packed rows."""
     init_from: str | None = None
     """Hugging Face folder or hub id to continue pretraining from; its own dimensions replace those below."""
     num_layers: int = Field(default=12, ge=1)
@@ -21,7 +27,7 @@ class ModelConfig(Section):
     num_heads: int = Field(default=12, ge=1)
     """Attention heads; must divide `hidden_size`."""
     intermediate_size: int | None = Field(default=None, ge=8)
-    """Width of the feed-forward layers; null means 4 x hidden_size."""
+    """Width of the feed-forward layers; null means 4 x hidden_size (1.5 x hidden_size in `modernbert`, whose layers are gated)."""
     max_positions: int = Field(default=512, ge=16)
     """Longest sequence the model can take, in tokens."""
     dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
@@ -30,12 +36,20 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights. Narrow networks leave the plateau of word frequencies sooner with a larger one."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
+    transformers: dict[str, Any] = Field(default_factory=dict)
+    """More settings of the architecture's configuration in transformers, under their names there, such as `hidden_act`."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}")
         return self
+
+    @property
+    def inner_size(self) -> int:
+        """Width of the feed-forward layers."""
+        usual = 3 * self.hidden_size // 2 if self.architecture == "modernbert" else 4 * self.hidden_size
+        return self.intermediate_size or usual
 
 
 class OptimizerConfig(Section):
@@ -188,7 +202,7 @@ class RunConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     """What the model learns to predict."""
     model: ModelConfig = ModelConfig()
-    """The encoder."""
+    """The network."""
     batch: BatchConfig = BatchConfig()
     """Batch shape."""
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -215,10 +229,22 @@ class RunConfig(Section):
             raise ValueError("corpus and mixture are both given; put the corpus into the mixture")
         if self.name == "corpora":
             raise ValueError("name 'corpora' is taken by the corpora folder; choose another")
+        self._require_learnable(self.model.architecture)
         longest = max(self.batch.sequence_lengths)
         if self.model.init_from is None and longest > self.model.max_positions:
             raise ValueError(f"batch.sequence_length {longest} exceeds model.max_positions {self.model.max_positions}")
         return self
+
+    def _require_learnable(self, architecture: str) -> None:
+        """Refuse an architecture that cannot learn the objective."""
+        if (self.objective.kind == "clm") != (architecture in _CAUSAL):
+            able = "gpt2" if self.objective.kind == "clm" else "bert, modernbert or another masked language model"
+            raise ValueError(f"model.architecture {architecture} cannot learn objective {self.objective.kind}; choose {able}")
+        pairs = self.objective.sentence_objective
+        if pairs != "none" and architecture not in _WITH_PAIR_HEAD:
+            raise ValueError(f"model.architecture {architecture} has no head for objective.sentence_objective {pairs}; set it to none")
+        if self.batch.packing == "rows" and architecture not in _PACKED:
+            raise ValueError(f"model.architecture {architecture} cannot keep the samples of a row apart; set batch.packing to none")
 
     @property
     def phases(self) -> tuple[Phase, ...]:

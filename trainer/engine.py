@@ -23,7 +23,7 @@ from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from trainer.batch import TensorBatch
 from trainer.config import OptimizerConfig, RunConfig
 from trainer.deepspeed_config import derive_deepspeed_config, offloads_optimizer, require_compiler
-from trainer.model import PretrainingBert, as_loss_sums
+from trainer.networks import PretrainingNetwork, as_loss_sums, buffers_kept
 from trainer.objectives import LossSums, LossWeights
 from trainer.snapshot import Snapshot
 
@@ -57,7 +57,7 @@ class Engine:
         self.device = device
 
     @classmethod
-    def build(cls, model: PretrainingBert, config: RunConfig) -> "Engine":
+    def build(cls, model: PretrainingNetwork, config: RunConfig) -> "Engine":
         """Partition `model` over the ranks of the default process group. `config.precision` is settled, not `auto`.
 
         Raises:
@@ -74,7 +74,7 @@ class Engine:
             optimizer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(groups, lr=config.optimizer.lr, adamw_mode=True)
         else:
             optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
-        with redirect_stdout(io.StringIO()):  # rank 0 prints its memory for every parameter group
+        with redirect_stdout(io.StringIO()), buffers_kept(model):  # rank 0 prints its memory for every parameter group
             wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         engine = cls(wrapped, config, device)
         engine._make_stage_0_like_the_others()
@@ -83,7 +83,7 @@ class Engine:
         return engine
 
     @property
-    def model(self) -> PretrainingBert:
+    def model(self) -> PretrainingNetwork:
         """The network; under ZeRO-3 its parameters are partitioned."""
         return self._deepspeed.module
 
@@ -137,11 +137,11 @@ class Engine:
         with self._evaluating():
             return as_loss_sums(self._deepspeed(batch))
 
-    def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """MLM logits (B, T, V) and NSP logits (B, 2), as fp32 on the CPU, computed in the training precision without dropout."""
+    def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
+        """`PretrainingNetwork.logits` as fp32 on the CPU, computed in the training precision without dropout."""
         with self._evaluating():
-            mlm, nsp = self.model.logits(*(tensor.to(self.device) for tensor in (input_ids_BT, token_type_ids_BT, attention_mask_BT)))
-            return mlm.cpu(), nsp.cpu()
+            found = self.model.logits(*(tensor.to(self.device) for tensor in (input_ids_BT, token_type_ids_BT, attention_mask_BT)))
+            return {name: logits.cpu() for name, logits in found.items()}
 
     def snapshot(self, into: Snapshot) -> None:
         """Add this rank's files to a snapshot; `load` takes them from the folder that they are written to."""

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertForPreTraining
 
 from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError
 from data_pipeline.mixture import Mixture
@@ -23,9 +22,9 @@ from trainer.checkpoint import Checkpoint, open_checkpoint
 from trainer.config import RunConfig
 from trainer.export_check import Agreement, check_export
 from trainer.manifest import FileDigest, fsync_file
-from trainer.model import PretrainingBert
 from trainer.model_card import CardFacts, render_model_card
 from trainer.model_folder import publish
+from trainer.networks import PretrainingNetwork, network_class
 from trainer.quiet import quiet_transformers
 from trainer.runlog import RunFolder
 from trainer.verification import LINEAGE, LINEAGE_VERSION, verify_model
@@ -80,7 +79,7 @@ def _is_done(target: Location, checkpoint: Checkpoint) -> bool:
 def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpoint, corpora: Mixture) -> None:
     trained = load_trained(checkpoint)
     _save_stock(trained, partial)
-    _copy_tokenizer(Path(corpora.tokenizer_folder), partial)
+    _copy_tokenizer(Path(corpora.tokenizer_folder), partial, token_types=trained.takes_token_types)
     agreement = check_export(partial, trained, checkpoint.probe, checkpoint.manifest.circumstances.precision)
     facts = _facts(run, config, checkpoint, trained, agreement)
     (partial / "README.md").write_text(render_model_card(facts), encoding="utf-8")
@@ -103,7 +102,7 @@ def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpo
     Location.at(partial / LINEAGE).write_json(lineage)
 
 
-def load_trained(checkpoint: Checkpoint) -> PretrainingBert:
+def load_trained(checkpoint: Checkpoint) -> PretrainingNetwork:
     """The training code's network with a checkpoint's fp32 weights, in evaluation mode on the CPU.
 
     Raises:
@@ -114,7 +113,8 @@ def load_trained(checkpoint: Checkpoint) -> PretrainingBert:
     zero_files: Any = importlib.import_module("trainer.zero_files")
     weights: dict[str, Tensor] = importlib.import_module("trainer.zero_state").consolidate(checkpoint.zero_folder)
     settings: Any = json.loads((checkpoint.zero_folder / zero_files.MODEL_CONFIG).read_bytes())
-    model = PretrainingBert(BertConfig.from_dict({**settings, "dtype": "float32"}))  # pyright: ignore[reportArgumentType]
+    kind = network_class(settings["model_type"])
+    model = kind(kind.config_class.from_dict({**settings, "dtype": "float32"}))
     try:
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -124,24 +124,30 @@ def load_trained(checkpoint: Checkpoint) -> PretrainingBert:
     return model.eval()
 
 
-def _save_stock(trained: PretrainingBert, folder: Path) -> None:
+def _save_stock(trained: PretrainingNetwork, folder: Path) -> None:
     """config.json and model.safetensors, written by stock transformers' own class: no name of ours gets into them."""
-    stock = BertForPreTraining(trained.config)
+    stock = trained.stock(trained.config)
     stock.load_state_dict(trained.state_dict(), strict=True)
     with quiet_transformers():
         stock.save_pretrained(folder)
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
+def _copy_tokenizer(source: Path, folder: Path, *, token_types: bool) -> None:
+    """The corpus' tokenizer; for a network without token types as one that gives none: some would take them for tokens."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
+    if not token_types:
+        settings = Location.at(folder / "tokenizer_config.json")
+        settings.write_json({**settings.read_json(), "model_input_names": ["input_ids", "attention_mask"]})
 
 
-def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: PretrainingBert, agreement: Agreement) -> CardFacts:
+def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: PretrainingNetwork, agreement: Agreement) -> CardFacts:
     measured = [e for e in run.read_events() if e["kind"] == "validation" and (e["step"] or 0) <= checkpoint.step]
     return CardFacts(
         name=run.root.name,
+        architecture=trained.config.model_type,
+        is_causal=trained.is_causal,
         layers=trained.config.num_hidden_layers,
         width=trained.config.hidden_size,
         num_parameters=sum(parameter.numel() for parameter in trained.parameters()),
@@ -158,7 +164,7 @@ def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: P
         precision=checkpoint.manifest.circumstances.precision,
         checkpoint=checkpoint.manifest.digest,
         validation=measured[-1] if measured else None,
-        max_difference=max(agreement.mlm_max_difference, agreement.nsp_max_difference),
+        max_difference=max(agreement.mlm_max_difference, agreement.nsp_max_difference or 0.0),
     )
 
 

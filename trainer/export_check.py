@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining, AutoTokenizer
 
 from data_pipeline.errors import MaskwrightError
-from trainer.model import PretrainingBert
+from trainer.architectures import longest_row
+from trainer.networks import PretrainingNetwork, buffers_kept
 from trainer.quiet import quiet_transformers
 
 MAX_DIFFERENCE = 1e-4
@@ -33,36 +34,38 @@ _TEXT = [
 
 @dataclass(frozen=True)
 class Agreement:
-    """How close the exported model came. The first three compare fp32 logits of real text; the last two share the engine's precision."""
+    """How close the exported model came. The first three compare fp32 logits of real text, None of heads that it does not have; the last three
+    share the engine's precision. Under `objective: clm` the MLM logits are those of the next token."""
 
     mlm_max_difference: float
-    nsp_max_difference: float
+    nsp_max_difference: float | None
     masked_lm_max_difference: float
     probe_mlm_relative_difference: float
-    probe_nsp_relative_difference: float
+    probe_nsp_relative_difference: float | None
     probe_precision: str
 
 
-def check_export(folder: Path, trained: PretrainingBert, probe: Path, precision: str) -> Agreement:
+def check_export(folder: Path, trained: PretrainingNetwork, probe: Path, precision: str) -> Agreement:
     """Compare stock transformers on `folder` with the trained network and with the engine's own logits in `probe`.
 
     Raises:
         MaskwrightError: they do not load or do not agree.
     """
     with quiet_transformers(), torch.no_grad():
-        batch = _tokenize(folder, trained.config.max_position_embeddings)
-        expected_mlm, expected_nsp = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        batch = _tokenize(folder, longest_row(trained.config))
+        expected = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
         _load(AutoModel, folder)
-        masked_lm = _load(AutoModelForMaskedLM, folder)(**batch).logits
-        stock = _load(AutoModelForPreTraining, folder)
-        found = stock(**batch)
-        probe_mlm, probe_nsp = _against_probe(stock, load_file(probe), _DTYPES[precision])
+        by_objective = _load(AutoModelForCausalLM if trained.is_causal else AutoModelForMaskedLM, folder)
+        masked_lm = by_objective(**_own_inputs(trained, batch)).logits
+        stock = _load(AutoModelForPreTraining, folder) if trained.has_pair_head else by_objective
+        largest = {name: _largest(logits, expected[name]) for name, logits in _stock_logits(trained, stock, batch).items()}
+        relative = _against_probe(trained, stock, load_file(probe), _DTYPES[precision])
     agreement = Agreement(
-        mlm_max_difference=_largest(found.prediction_logits, expected_mlm),
-        nsp_max_difference=_largest(found.seq_relationship_logits, expected_nsp),
-        masked_lm_max_difference=_largest(masked_lm, expected_mlm),
-        probe_mlm_relative_difference=probe_mlm,
-        probe_nsp_relative_difference=probe_nsp,
+        mlm_max_difference=largest["mlm_logits"],
+        nsp_max_difference=largest.get("nsp_logits"),
+        masked_lm_max_difference=_largest(masked_lm, expected["mlm_logits"]),
+        probe_mlm_relative_difference=relative["mlm_logits"],
+        probe_nsp_relative_difference=relative.get("nsp_logits"),
         probe_precision=precision,
     )
     _require(agreement, folder)
@@ -72,13 +75,13 @@ def check_export(folder: Path, trained: PretrainingBert, probe: Path, precision:
 def _require(agreement: Agreement, folder: Path) -> None:
     tolerance = PROBE_TOLERANCE[agreement.probe_precision]
     for what, found, limit in [
-        ("masked-LM logits of stock transformers and of the training code", agreement.mlm_max_difference, MAX_DIFFERENCE),
+        ("token logits of stock transformers and of the training code", agreement.mlm_max_difference, MAX_DIFFERENCE),
         ("next-sentence logits of stock transformers and of the training code", agreement.nsp_max_difference, MAX_DIFFERENCE),
-        ("logits of AutoModelForMaskedLM and of the training code", agreement.masked_lm_max_difference, MAX_DIFFERENCE),
-        ("masked-LM logits now and when the checkpoint was taken", agreement.probe_mlm_relative_difference, tolerance),
+        ("logits of AutoModelForMaskedLM (or CausalLM) and of the training code", agreement.masked_lm_max_difference, MAX_DIFFERENCE),
+        ("token logits now and when the checkpoint was taken", agreement.probe_mlm_relative_difference, tolerance),
         ("next-sentence logits now and when the checkpoint was taken", agreement.probe_nsp_relative_difference, tolerance),
     ]:
-        if not found <= limit:  # also when it is not a number
+        if found is not None and not found <= limit:  # also when it is not a number
             raise MaskwrightError(
                 f"the model exported to {folder} is not the trained one: {what} differ by {found:.2g}; at most {limit:g} is allowed",
                 "Nothing was exported. Check that transformers has the version of the checkpoint's MANIFEST.json, and report it if so.",
@@ -105,11 +108,26 @@ def _load(auto_class: Any, folder: Path) -> Any:
     return model.eval()
 
 
-def _against_probe(stock: Any, probe: dict[str, Tensor], dtype: torch.dtype) -> tuple[float, float]:
-    inputs = {name: probe[name] for name in ("input_ids", "token_type_ids", "attention_mask")}
-    output = stock.to(dtype)(**inputs)
-    seen = inputs["attention_mask"].bool()  # padding attends to what its kernel likes
-    return _relative(output.prediction_logits[seen], probe["mlm_logits"][seen]), _relative(output.seq_relationship_logits, probe["nsp_logits"])
+def _own_inputs(trained: PretrainingNetwork, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = ("input_ids", "attention_mask", *(("token_type_ids",) if trained.takes_token_types else ()))
+    return {name: batch[name] for name in names}
+
+
+def _stock_logits(trained: PretrainingNetwork, stock: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What stock transformers computes, under the names of `PretrainingNetwork.logits`."""
+    output = stock(**_own_inputs(trained, batch))
+    if not trained.has_pair_head:
+        return {"mlm_logits": output.logits}
+    return {"mlm_logits": output.prediction_logits, "nsp_logits": output.seq_relationship_logits}
+
+
+def _against_probe(trained: PretrainingNetwork, stock: Any, probe: dict[str, Tensor], dtype: torch.dtype) -> dict[str, float]:
+    with buffers_kept(stock):
+        stock.to(dtype)
+    seen = probe["attention_mask"].bool()  # padding attends to what its kernel likes
+    found = _stock_logits(trained, stock, probe)
+    places = {"mlm_logits": seen, "nsp_logits": slice(None)}
+    return {name: _relative(logits[places[name]], probe[name][places[name]]) for name, logits in found.items()}
 
 
 def _largest(found: Tensor, expected: Tensor) -> float:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoConfig
 
 from data_pipeline.errors import InterruptedRunError
 from data_pipeline.hashing import mix64
@@ -26,6 +27,7 @@ from data_pipeline.order import micro_steps, rank_micro_batches
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.agreement import Ranks
+from trainer.architectures import longest_row
 from trainer.baseline import tfidf_baseline
 from trainer.choices import Precision, fastest_precision
 from trainer.classifier import build_classifier, save_classifier
@@ -124,7 +126,7 @@ def _open_stage(
     key = hashlib.sha256(json.dumps([settings, loaded.digest, digest], sort_keys=True).encode()).hexdigest()
     output = TaskOutput(output.folder, key)
     tokenizer = load_tokenizer(folder)
-    max_length = min(config.max_length, _longest_row(folder))
+    max_length = min(config.max_length, longest_row(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
     train, dev, test = (encode_rows(tokenizer, rows, max_length) for rows in (loaded.train, loaded.dev, loaded.test))
     precision: Precision = ranks.rank_zero_does("choose a precision", lambda: _frozen_precision(output, accelerator.device))
     return _Stage(config, loaded, folder, digest, output, precision, train, dev, test, accelerator, ranks, context, save_every_s)
@@ -137,10 +139,6 @@ def _frozen_precision(output: TaskOutput, device: torch.device) -> Precision:
     precision = fastest_precision(device)
     output.write_choice({"device": device.type, "precision": precision})
     return precision
-
-
-def _longest_row(folder: str) -> int:
-    return int((Location.at(folder) / "config.json").read_json().get("max_position_embeddings", 512))
 
 
 def _finished_or_run(stage: _Stage, init: Init, seed: int) -> TrialResult:

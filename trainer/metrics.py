@@ -13,6 +13,7 @@ import torch
 from data_pipeline.micro_batch import SkippedBlock
 from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome
+from trainer.flops import StepFlops
 from trainer.numerics import continuity
 from trainer.runlog import RunFolder
 from trainer.state import TrainState
@@ -61,7 +62,7 @@ class StepLog:
 
     def __init__(self, run: RunFolder, engine: Engine, context: RunContext, attempt: int, *, first_step: int) -> None:
         self._run = run
-        self._model_config = engine.model.config
+        self._flops = StepFlops.of(engine.model)
         self._device = engine.device
         self._attempt = attempt
         self._writes = context.rank == 0
@@ -92,7 +93,7 @@ class StepLog:
             grad_norm=outcome.grad_norm,
             lr=lr,
             tokens_per_s=counts.tokens / elapsed_s,
-            mfu=useful_flops(self._model_config, counts) / elapsed_s / self._peak_flops,
+            mfu=self._flops.of_step(counts) / elapsed_s / self._peak_flops,
             data_wait_s=wait_s,
             checkpoint_stall_s=stall_s,
             memory_bytes=peak_memory_bytes(self._device),
@@ -154,18 +155,6 @@ class StepLog:
 def finite(values: dict[str, Any]) -> dict[str, Any]:
     """The same with None for numbers that JSON cannot hold."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-
-
-def useful_flops(config: Any, counts: StepCounts) -> float:
-    """Floating-point operations that a step's real tokens need, forward and backward (backward counts twice); padding is not useful.
-
-    `config` is the network's transformers config. Per layer and token 8 D² + 4 D I for the matrices and 4 D T for attention over a row
-    of T tokens; the vocabulary projection only at masked positions.
-    """
-    width, inner = config.hidden_size, config.intermediate_size
-    encoder = config.num_hidden_layers * (counts.tokens * (8 * width**2 + 4 * width * inner) + 4 * width * counts.squared_lengths)
-    heads = counts.masked * 2 * width * (width + config.vocab_size) + counts.samples * 2 * width * width
-    return 3.0 * (encoder + heads)
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

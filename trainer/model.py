@@ -1,91 +1,27 @@
-"""The network: `BertForPreTraining` of transformers with a forward pass that projects to the vocabulary only where tokens are masked.
-
-Parameters keep their transformers names, so that exported weights load in stock transformers. Shape suffixes: B samples, R rows, T places
-of a row, D hidden width, N masked positions, V vocabulary.
-"""
+"""Builds the network: fresh weights under a seed, or those of `model.init_from` where they fit the tokenizer and the objective."""
 
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from transformers import AutoConfig, BertConfig, BertForPreTraining, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, UnreachableError
-from trainer.batch import TensorBatch
+from trainer.architectures import longest_row, new_network_config, with_dropout
 from trainer.config import ModelConfig
-from trainer.objectives import LossSums, loss_sums
-
-
-class PretrainingBert(BertForPreTraining):
-    """BERT with both heads. Submodules are called as modules: under ZeRO-3 their hooks gather the parameters."""
-
-    def forward(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The fields of `LossSums`, as a plain tuple because DeepSpeed's hooks look for tensors in tuples.
-
-        All parameters are in the graph whatever the batch holds. Never waits for the device.
-        """
-        one_each = len(batch.starts_B) == len(batch.input_ids_RT)
-        # Positions that all rows share are added up in one sum, not token by token in 16 bits.
-        position_ids = torch.arange(batch.input_ids_RT.shape[1], device=batch.input_ids_RT.device)[None] if one_each else batch.position_ids_RT
-        attend_R1TT = within_samples(batch.sample_ids_RT, one_each=one_each)
-        hidden_RTD = self._encode(batch.input_ids_RT, batch.token_type_ids_RT, position_ids, attend_R1TT).flatten(0, 1)
-        first_B1D, masked_ND = hidden_RTD.index_select(0, batch.starts_B)[:, None], hidden_RTD.index_select(0, batch.mlm_positions_N)
-        mlm_logits_NV, nsp_logits_B2 = self._heads(masked_ND, first_B1D)
-        sums = loss_sums(mlm_logits_NV, batch.mlm_labels_N, nsp_logits_B2, batch.nsp_labels_B)
-        return sums.mlm_loss, sums.nsp_loss, sums.mlm_correct, sums.nsp_correct
-
-    def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 MLM logits (B, T, V) and NSP logits (B, 2) of a sample a row, for comparison with stock transformers."""
-        position_ids_1T = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
-        attend_B11T = within_samples(attention_mask_BT, one_each=True)
-        hidden_BTD = self._encode(input_ids_BT, token_type_ids_BT, position_ids_1T, attend_B11T)
-        mlm_logits, nsp_logits = self._heads(hidden_BTD, hidden_BTD)
-        return mlm_logits.float(), nsp_logits.float()
-
-    def _encode(self, input_ids_RT: Tensor, token_type_ids_RT: Tensor, position_ids_RT: Tensor, attend_R1TT: Tensor) -> Tensor:
-        """`BertModel.forward`, which cannot take a mask of its own for each row and pools only the first place of one."""
-        embedded_RTD = self.bert.embeddings(input_ids=input_ids_RT, token_type_ids=token_type_ids_RT, position_ids=position_ids_RT)
-        if self.config._attn_implementation == "eager":  # pyright: ignore[reportPrivateUsage]  # it adds the mask to the scores
-            lowest = torch.finfo(embedded_RTD.dtype).min
-            attend_R1TT = torch.zeros_like(attend_R1TT, dtype=embedded_RTD.dtype).masked_fill(~attend_R1TT, lowest)
-        return self.bert.encoder(embedded_RTD, attention_mask=attend_R1TT).last_hidden_state
-
-    def _heads(self, hidden: Tensor, first_BTD: Tensor) -> tuple[Tensor, Tensor]:
-        """MLM logits of `hidden`, NSP logits of the first place of each of `first_BTD`."""
-        return self.cls.predictions(hidden), self.cls.seq_relationship(cast(nn.Module, self.bert.pooler)(first_BTD))
-
-
-def within_samples(sample_ids_RT: Tensor, *, one_each: bool) -> Tensor:
-    """Which places attend to which: (R, 1, T, T), or (R, 1, 1, T) where each row holds one sample and padding.
-
-    Padding attends to padding or to the row's sample, never to nothing: a softmax over nothing is not a number.
-    """
-    if one_each:
-        return sample_ids_RT.bool()[:, None, None, :]
-    return (sample_ids_RT[:, :, None] == sample_ids_RT[:, None, :])[:, None]
-
-
-def as_loss_sums(output: tuple[Tensor, Tensor, Tensor, Tensor]) -> LossSums:
-    """What `PretrainingBert.forward` returned."""
-    return LossSums(*output)
-
-
-def attention_implementation(device: torch.device) -> str:
-    """Attention kernel by device: on a CPU, SDPA's bf16 kernel takes twice the time of plain matrix products."""
-    return "sdpa" if device.type == "cuda" else "eager"
+from trainer.networks import PretrainingMaskedLM, PretrainingNetwork, attention_implementation, network_class
 
 
 def build_model(
     config: ModelConfig, tokenizer_folder: str, *, seed: int, sequence_length: int, device: torch.device, reentrant_checkpointing: bool = False
-) -> PretrainingBert:
+) -> PretrainingNetwork:
     """The network in fp32 on the CPU, in training mode: initialised under `seed`, or with the weights of `init_from`.
 
     `sequence_length` is the longest row it will see. Leaves torch's random state as it was.
 
     Raises:
-        ConfigError: `init_from` does not fit the tokenizer, the architecture or the sequence length.
+        ConfigError: there is no such architecture, or `init_from` does not fit it, the tokenizer or the sequence length.
         NotFoundError: `init_from` is not there.
         UnreachableError: the hub cannot be reached.
     """
@@ -97,52 +33,63 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.init_from is None:
-            model = PretrainingBert(_bert_config(config, vocab_size, cast(int, tokenizer.pad_token_id), attention))
+            model = _new_network(config, tokenizer, vocab_size, attention)
         else:
             model = _load_weights(config, config.init_from, vocab_size, sequence_length, attention)
             require_same_vocabulary(config.init_from, tokenizer)
+    if isinstance(model, PretrainingMaskedLM):
+        _require_rows(model, sequence_length, cast(int, tokenizer.cls_token_id))
     if config.activation_checkpointing:
         # ZeRO-3 frees parameters after the forward pass; only the re-entrant kind gathers them again before it recomputes.
         enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant_checkpointing})
-    return model.train()
+    return cast(PretrainingNetwork, model.train())
 
 
-def _bert_config(config: ModelConfig, vocab_size: int, pad_token_id: int, attention: str) -> BertConfig:
-    result = BertConfig(
-        vocab_size=vocab_size,
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.intermediate_size or 4 * config.hidden_size,
-        max_position_embeddings=config.max_positions,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        initializer_range=config.initializer_range,
-        pad_token_id=pad_token_id,
-    )
-    result._attn_implementation = attention  # pyright: ignore[reportPrivateUsage]
-    return result
+def _new_network(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, attention: str) -> PretrainingNetwork:
+    kind, network_config = network_class(config.architecture), new_network_config(config, tokenizer, vocab_size)
+    network_config._attn_implementation = attention if kind._supports_sdpa else "eager"
+    return kind(network_config)
 
 
-def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_length: int, attention: str) -> PretrainingBert:
+def _require_rows(network: PretrainingNetwork, sequence_length: int, token: int) -> None:
+    """Refuse a network that cannot take rows of `sequence_length`. Of architectures that are not known here a dry run alone tells."""
+    ids_1T = torch.full((1, sequence_length), token)
+    try:
+        with torch.no_grad():
+            network.eval().logits(ids_1T, torch.zeros_like(ids_1T), torch.ones_like(ids_1T))
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"a row of {sequence_length} tokens does not pass through {network.config.model_type}: {_first_line(error)}",
+            "Raise model.max_positions, or choose another model.architecture.",
+        ) from error
+
+
+def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_length: int, attention: str) -> PretrainingNetwork:
     found = _read_config(source)
-    if found.model_type != "bert":
-        raise ConfigError(f"model.init_from {source} is a {found.model_type} model; expected bert", "Choose a BERT folder or hub id.")
+    if found.model_type != config.architecture:
+        raise ConfigError(
+            f"model.init_from {source} is a {found.model_type} model; expected {config.architecture}",
+            f"Set model.architecture to {found.model_type}, or choose another folder or hub id.",
+        )
     if found.vocab_size < vocab_size:  # more is padding, which GPUs like; `require_same_vocabulary` looks at the tokens
         raise ConfigError(
             f"model.init_from {source} has a vocabulary of {found.vocab_size}; the corpus' tokenizer has {vocab_size}",
             "Prepare the corpus with the model's own tokenizer: set tokenizer.path to the same folder or hub id.",
         )
-    if found.max_position_embeddings < sequence_length:
+    if longest_row(found) < sequence_length:
         raise ConfigError(
-            f"batch.sequence_length {sequence_length} exceeds the {found.max_position_embeddings} positions of model.init_from {source}",
+            f"batch.sequence_length {sequence_length} exceeds the {longest_row(found)} positions of model.init_from {source}",
             "Choose a shorter sequence_length.",
         )
-    found.hidden_dropout_prob = found.attention_probs_dropout_prob = config.dropout
     try:
-        return PretrainingBert.from_pretrained(
-            source, config=found, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, attn_implementation=attention
+        return network_class(found.model_type).from_pretrained(
+            source,
+            config=with_dropout(found, config.dropout),
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            attn_implementation=attention,
         )
     except (OSError, SafetensorError) as error:
         raise ConfigError(
@@ -183,7 +130,7 @@ def _read_config(source: str) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, ValueError) or Path(source).expanduser().exists():
             cause = f"model.init_from {source} is not a model that transformers knows: {_first_line(error)}"
-            raise ConfigError(cause, "It needs the config.json of a BERT model.") from error
+            raise ConfigError(cause, "It needs the config.json of a masked language model, or of GPT-2.") from error
         raise UnreachableError(
             f"model.init_from {source} is not a folder, and the hub did not deliver it: {_first_line(error)}",
             "Check the name and the network, or download the model and give its folder.",

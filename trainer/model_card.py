@@ -9,29 +9,35 @@ _TEMPLATE = """\
 {% macro shown(value, unit="") %}{{ "not measured" if value is none else "%.4f"|format(value) ~ unit }}{% endmacro -%}
 ---
 library_name: transformers
-pipeline_tag: fill-mask
+pipeline_tag: {{ "text-generation" if is_causal else "fill-mask" }}
 tags:
-- bert
-- masked-lm
+- {{ architecture }}
+- {{ "causal-lm" if is_causal else "masked-lm" }}
 - pretraining
 ---
 
 # {{ name }}
 
-A {{ layers }}-layer BERT encoder of width {{ width }}, {{ "{:,}".format(num_parameters) }} parameters and a vocabulary of
+A {{ layers }}-layer {{ shown_architecture }} {{ "decoder" if is_causal else "encoder" }} of width {{ width }}, {{ "{:,}".format(num_parameters) }}
+parameters and a vocabulary of
 {{ "{:,}".format(vocab_size) }} tokens.
-Pretrained with masked-language modelling{{ " and next-sentence prediction" if objective == "nsp" }} by Maskwright.
+Pretrained with {{ task|lower }} modelling{{ " and next-sentence prediction" if objective == "nsp" }} by Maskwright.
 
 ## Load it
 
 ```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import {{ auto_class }}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-model = AutoModelForMaskedLM.from_pretrained("path/to/this/folder")
+model = {{ auto_class }}.from_pretrained("path/to/this/folder")
 ```
 
+{% if architecture == "bert" -%}
 `AutoModelForPreTraining` loads both heads, `AutoModel` the encoder alone.
+{%- else -%}
+`AutoModel` loads it without its head.
+{%- endif %}
+
 
 ## Training
 
@@ -53,8 +59,8 @@ Measured after step {{ validation.step }} on documents that were kept out of tra
 
 | | |
 |---|---|
-| Masked-language modelling loss | {{ shown(validation.mlm_loss, " nats") }} |
-| Masked-language modelling accuracy | {{ shown(validation.mlm_accuracy) }} |
+| {{ task }} modelling loss | {{ shown(validation.mlm_loss, " nats") }} |
+| {{ task }} modelling accuracy | {{ shown(validation.mlm_accuracy) }} |
 {% if objective == "nsp" -%}
 | Next-sentence loss | {{ shown(validation.nsp_loss, " nats") }} |
 | Next-sentence accuracy | {{ shown(validation.nsp_accuracy) }} |
@@ -76,6 +82,8 @@ class CardFacts:
     """What the model card says."""
 
     name: str
+    architecture: str
+    is_causal: bool
     layers: int
     width: int
     num_parameters: int
@@ -98,4 +106,6 @@ class CardFacts:
 def render_model_card(facts: CardFacts) -> str:
     """The card as Markdown with the front matter of the Hugging Face hub."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(_TEMPLATE).render(vars(facts))
+    auto_class, task = ("AutoModelForCausalLM", "Causal-language") if facts.is_causal else ("AutoModelForMaskedLM", "Masked-language")
+    shown = {"bert": "BERT", "modernbert": "ModernBERT", "gpt2": "GPT-2"}.get(facts.architecture, facts.architecture)
+    return environment.from_string(_TEMPLATE).render(**vars(facts) | {"auto_class": auto_class, "task": task, "shown_architecture": shown})

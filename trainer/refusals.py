@@ -71,7 +71,7 @@ def require_finite(probe: Mapping[str, torch.Tensor], step: int) -> None:
     Raises:
         NumericTroubleError: the logits of a checkpoint's probe are not finite; another attempt resumes from the checkpoint before.
     """
-    if not all(torch.isfinite(probe[name]).all() for name in ("mlm_logits", "nsp_logits")):
+    if not all(torch.isfinite(logits).all() for logits in probe.values()):
         raise NumericTroubleError(
             f"the weights after {step} steps are not finite; they are not saved", "`maskwright resume` goes on from the checkpoint before.", step=step
         )

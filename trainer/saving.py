@@ -233,13 +233,7 @@ def probe_of(engine: Engine) -> Callable[[], dict[str, torch.Tensor]]:
         token_type_ids_BT = (torch.arange(PROBE_TOKENS) >= PROBE_TOKENS // 2).long().expand(2, -1).contiguous()
         attention_mask_BT = torch.ones_like(input_ids_BT)
         attention_mask_BT[1, -3:] = 0  # so that a network that ignores the mask fails the comparison
-        mlm_logits, nsp_logits = engine.logits(input_ids_BT, token_type_ids_BT, attention_mask_BT)
-        return {
-            "input_ids": input_ids_BT,
-            "token_type_ids": token_type_ids_BT,
-            "attention_mask": attention_mask_BT,
-            "mlm_logits": mlm_logits,
-            "nsp_logits": nsp_logits,
-        }
+        inputs = {"input_ids": input_ids_BT, "token_type_ids": token_type_ids_BT, "attention_mask": attention_mask_BT}
+        return inputs | engine.logits(input_ids_BT, token_type_ids_BT, attention_mask_BT)
 
     return probe

@@ -72,7 +72,7 @@ class _Bench:
         from trainer.config import RunConfig
         from trainer.context import LocalContext
         from trainer.engine import Engine
-        from trainer.model import PretrainingBert
+        from trainer.networks import PretrainingBert
         from trainer.runlog import RunFolder
         from trainer.saving import Saver
 

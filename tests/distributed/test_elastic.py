@@ -61,7 +61,7 @@ def load_each_pair(rank: int, world_size: int, tokenizer: str, root: str, precis
             engine = _engine(tokenizer, after, precision, seed=99)
             engine.load_from_other_layout(Path(root) / f"saved-{before}")
             write_engine(engine, Path(root) / f"loaded-{before}-{after}-{world_size}")
-            found[before, after] = list(engine.logits(ids, torch.zeros_like(ids), torch.ones_like(ids)))
+            found[before, after] = list(engine.logits(ids, torch.zeros_like(ids), torch.ones_like(ids)).values())
     return found
 
 

@@ -91,6 +91,31 @@ def test_an_epoch_uses_every_chunk_once(index: CorpusIndex, lanes: int) -> None:
     assert orders[0] != orders[1]
 
 
+def test_causal_samples_predict_every_next_token_of_every_chunk_once(index: CorpusIndex) -> None:
+    phases = _phases(5, 1, 64, steps=10_000)
+    clm, mlm = (
+        MicroBatchStream(index, ObjectiveConfig.model_validate(each), phases, seed=5, packing="rows")
+        for each in ("clm", {"sentence_objective": "none"})
+    )
+    found: Counter[Segment] = Counter()
+    for batch in _epoch(clm, phases[0], 0):
+        ids = batch.input_ids.reshape(-1)
+        assert batch.num_masked == batch.num_tokens - 1
+        assert (ids[batch.mlm_positions + 1] == batch.mlm_labels).all()
+        assert (ids[0], batch.mlm_labels[-1]) == (index.vocabulary.cls, index.vocabulary.sep)
+        found[tuple(batch.mlm_labels[:-1].tolist())] += 1
+    assert found == _chunks(index, 64)
+    assert clm[3].digest != mlm[3].digest
+    assert clm[3].lengths.tolist() == mlm[3].lengths.tolist()  # the order of the samples is the same
+
+
+def test_several_causal_samples_of_a_micro_batch_do_not_predict_each_other(index: CorpusIndex) -> None:
+    batch = MicroBatchStream(index, ObjectiveConfig.model_validate("clm"), _phases(24, 8, 64), seed=5)[7]
+    assert batch.num_masked == batch.num_tokens - batch.num_samples
+    assert (batch.mlm_labels == index.vocabulary.cls).sum() == 0
+    assert (batch.mlm_labels == index.vocabulary.sep).sum() == batch.num_samples
+
+
 def test_pairs_of_an_epoch_cover_the_corpus(index: CorpusIndex) -> None:
     phases = _phases(4, 1, 64, steps=10_000)
     rows = [row for batch in _epoch(MicroBatchStream(index, ObjectiveConfig(), phases, seed=5), phases[0], 0) for row in _segments(batch)]

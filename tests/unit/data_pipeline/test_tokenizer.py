@@ -15,6 +15,7 @@ from data_pipeline import word_memory
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.encoding import Encoder
 from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.masking import Masking
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer, tokenizer_digest, train_tokenizer, vocabulary_of, write_tokenizer
 from tests.support.text import generate_documents
@@ -127,13 +128,28 @@ def test_a_damaged_tokenizer_is_refused_with_a_remedy(folder: str, tmp_path: Pat
     assert "from a copy" in caught.value.remedy
 
 
-def test_a_tokenizer_without_mask_token_is_refused(folder: str, tmp_path: Path) -> None:
+def test_a_tokenizer_without_special_tokens_is_refused(folder: str, tmp_path: Path) -> None:
     for name in ("tokenizer.json", "vocab.txt"):
         (tmp_path / name).write_bytes((Path(folder) / name).read_bytes())
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "unk_token": "[UNK]", "sep_token": "[SEP]", "cls_token": "[CLS]"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="has no mask_token"):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]"}))
+    with pytest.raises(ConfigError, match="has no cls_token, sep_token, unk_token"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_of_a_causal_model_lends_its_end_of_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    backend = Tokenizer(models.BPE({end: 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=end, eos_token=end, unk_token=end).save_pretrained(tmp_path)
+    found = vocabulary_of(load_tokenizer(str(tmp_path)))
+    assert (found.cls, found.sep, found.pad, found.unk, found.mask) == (0, 0, 0, 0, None)
+    assert found.ordinary_ids.tolist() == [1, 2, 3]
+    with pytest.raises(ConfigError, match="has no mask token") as error:
+        Masking.of(found, 0.15)
+    assert "objective: clm" in error.value.remedy
 
 
 def test_placeholders_and_gaps_are_not_ordinary(tmp_path: Path) -> None:

@@ -94,6 +94,18 @@ finetune: {tasks: [{name: a, pth: b}]}
         ("name: a\nmodel: {hidden_size: 30, num_heads: 4}\n", (), "num_heads 4 does not divide hidden_size 30"),
         ("name: a\nbatch: {sequence_length: 1024}\n", (), "exceeds model.max_positions 512"),
         ("name: a\nschedule: {steps: 5}\n", (), "warmup_steps 10000 exceeds steps 5"),
+        ("name: a\nobjective: clm\n", (), "model.architecture bert cannot learn objective clm; choose gpt2"),
+        ("name: a\nmodel: {architecture: gpt2}\n", (), "model.architecture gpt2 cannot learn objective mlm; choose bert, modernbert"),
+        ("name: a\nmodel: {architecture: modernbert}\n", (), "modernbert has no head for objective.sentence_objective nsp; set it to none"),
+        (
+            "name: a\nmodel: {architecture: roberta}\nobjective: {sentence_objective: none}\nbatch: {packing: rows}\n",
+            (),
+            "roberta cannot keep the samples of a row apart; set batch.packing to none",
+        ),
+        ("name: a\nobjective: {kind: clm, mask_rate: 0.2}\nmodel: {architecture: gpt2}\n", (), "objective: objective clm masks nothing"),
+        ("name: a\nobjective: {kind: clm, sentence_objective: nsp}\n", (), "objective: objective clm has no sentence pairs"),
+        ("name: a\nobjective: crm\n", (), "objective: expected 'mlm' or 'clm', found 'crm'"),
+        ("name: a\nmodel: {architecture: BERT}\n", (), "model.architecture: expected"),
         ("{}", (), "name: required, not given"),
         ("", (), "name: required, not given"),
         ("- a\n- b\n", (), "expected keys and values, found ['a', 'b'] (list)"),
@@ -125,6 +137,16 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
 
 def test_resolved_config_is_valid_input(tmp_path: Path) -> None:
     config = load_run_config(write(tmp_path, "name: a\nfinetune: {tasks: [{name: b, path: c}]}\nbatch: {phases: [{from_step: 7}]}\n"))
+    again = tmp_path / "resolved.yaml"
+    again.write_bytes(dump_yaml(config))
+    assert load_run_config(again) == config
+
+
+def test_an_objective_in_a_word(tmp_path: Path) -> None:
+    text = "name: a\nmodel: {architecture: gpt2, transformers: {activation_function: relu}}\nobjective: "
+    config = load_run_config(write(tmp_path, text + "clm\n"))
+    assert (config.objective.kind, config.objective.sentence_objective) == ("clm", "none")
+    assert load_run_config(write(tmp_path, text + "{kind: clm}\n")) == config
     again = tmp_path / "resolved.yaml"
     again.write_bytes(dump_yaml(config))
     assert load_run_config(again) == config

@@ -86,7 +86,7 @@ def test_stock_transformers_gives_the_same_logits(run: RunFolder, tiny_corpus: P
     batch = tokenizer(["the of and", "a"], ["to in that is", "it"], padding=True, return_tensors="pt")
     with torch.no_grad():
         output = stock.eval()(**batch)
-        mlm_logits, nsp_logits = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
+        mlm_logits, nsp_logits = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"]).values()
     assert float((output.prediction_logits - mlm_logits).abs().max()) <= 1e-4
     assert float((output.seq_relationship_logits - nsp_logits).abs().max()) <= 1e-4
     assert {parameter.dtype for parameter in stock.parameters()} == {torch.float32}

@@ -14,7 +14,8 @@ from data_pipeline.stream import MicroBatch
 from tests.support.batches import EMPTY, VOCAB_SIZE, random_micro_batch, small_config, write_tokenizer
 from trainer.batch import TensorBatch, tensor_batches
 from trainer.config import ModelConfig
-from trainer.model import PretrainingBert, as_loss_sums, build_model
+from trainer.model import build_model
+from trainer.networks import PretrainingBert, as_loss_sums
 from trainer.objectives import LossWeights
 
 CPU = torch.device("cpu")
@@ -97,7 +98,7 @@ def test_correct_predictions_are_counted(model: PretrainingBert) -> None:
     batch = random_micro_batch(2, num_samples=8)
     part = tensor_batches(batch)[0]
     sums = as_loss_sums(model(part))
-    mlm, nsp = model.logits(part.input_ids_RT, part.token_type_ids_RT, part.sample_ids_RT.sign())
+    mlm, nsp = model.logits(part.input_ids_RT, part.token_type_ids_RT, part.sample_ids_RT.sign()).values()
     guesses = mlm.flatten(0, 1)[part.mlm_positions_N].argmax(-1)
     assert int(sums.mlm_correct) == int((guesses == part.mlm_labels_N).sum())
     assert int(sums.nsp_correct) == sum(int(guess == label) for guess, label in zip(nsp.argmax(-1), part.nsp_labels_B, strict=True))

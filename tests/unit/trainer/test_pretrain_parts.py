@@ -16,8 +16,8 @@ from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
 from tests.support.batches import small_config, write_tokenizer
 from trainer.engine import Engine, StepOutcome
-from trainer.metrics import finite, measured_peak, useful_flops
-from trainer.model import PretrainingBert
+from trainer.metrics import finite, measured_peak
+from trainer.networks import PretrainingBert
 from trainer.passes import dropout_seed
 from trainer.pretrain import MAX_SKIPPED_STEPS, advanced, is_due, phase_of, require_own_tokenizer, stopped_at
 from trainer.refusals import require_same_data, require_same_position
@@ -88,14 +88,6 @@ def test_dropout_seeds_differ_by_everything_that_they_depend_on() -> None:
 def test_records_are_json() -> None:
     values = finite({"nsp_loss": NAN, "grad_norm": float("inf"), "loss": 1.5, "step": 3})
     assert json.loads(json.dumps(values, allow_nan=False)) == {"nsp_loss": None, "grad_norm": None, "loss": 1.5, "step": 3}
-
-
-def test_useful_flops_of_bert_base() -> None:
-    """545 MFLOP a token at 128 tokens and 15 % masked, the published arithmetic for BERT-base."""
-    config = BertConfig()
-    samples = 1000
-    counts = StepCounts(masked=int(samples * 128 * 0.15), tokens=samples * 128, samples=samples, squared_lengths=samples * 128**2)
-    assert useful_flops(config, counts) / counts.tokens == pytest.approx(545e6, rel=0.01)
 
 
 def test_a_matrix_product_is_measured() -> None:

@@ -1,0 +1,176 @@
+"""Architectures other than BERT: the same losses as stock transformers, packed or padded, and clear words about what does not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.masking import Tokens, next_tokens
+from data_pipeline.packing import LAYOUTS, Packing
+from data_pipeline.stream import MicroBatch
+from data_pipeline.window import Finished
+from tests.support.batches import EMPTY, SPECIAL, VOCAB_SIZE, random_micro_batch, write_tokenizer
+from trainer.batch import tensor_batches
+from trainer.config import ModelConfig
+from trainer.model import build_model
+from trainer.networks import PretrainingNetwork, as_loss_sums, buffers_kept
+from trainer.objectives import LossWeights
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_heads": 2, "max_positions": 64, "dropout": 0.0}
+ARCHITECTURES = ["modernbert", "gpt2", "roberta", "distilbert", "electra"]
+WINDOWED: dict[str, Any] = {"local_attention": 8, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    write_tokenizer(folder)
+    return folder
+
+
+def build(tokenizer: str, architecture: str, **changes: Any) -> PretrainingNetwork:
+    settings = {"transformers": WINDOWED} if architecture == "modernbert" else {}
+    config = ModelConfig.model_validate(SMALL | {"architecture": architecture} | settings | changes)
+    return build_model(config, tokenizer, seed=3, sequence_length=32, device=CPU)
+
+
+def causal(number: int, packing: Packing = "none") -> MicroBatch:
+    """Random samples whose next tokens are to be predicted."""
+    masked = random_micro_batch(number, num_samples=12, num_tokens=32, masks=False, pairs=False)
+    lengths, ids = masked.samples.lengths, masked.samples.token_ids
+    positions, labels = next_tokens(Tokens(ids, lengths, lengths, np.arange(len(lengths), dtype=np.uint64)))
+    samples = Finished(ids, lengths, lengths, positions, labels, masked.samples.nsp_labels)
+    return MicroBatch(number, samples, LAYOUTS[packing](lengths, 32), SPECIAL["pad"])
+
+
+def batch_for(network: PretrainingNetwork, packing: Packing = "none") -> MicroBatch:
+    if network.is_causal:
+        return causal(5, packing)
+    return random_micro_batch(5, num_samples=12, num_tokens=32, pairs=False, packing=packing)
+
+
+def loss_and_gradients(network: PretrainingNetwork, batch: MicroBatch, parts: int = 1) -> tuple[float, dict[str, Tensor]]:
+    weights = LossWeights.for_step(num_masked=batch.num_masked, num_pairs=batch.num_pairs, world_size=1)
+    network.zero_grad()
+    total = 0.0
+    for part in tensor_batches(batch, parts):
+        loss = weights.loss(as_loss_sums(network(part)))
+        loss.backward()
+        total += loss.item()
+    return total, gradients(network)
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.grad is not None}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_are_those_of_transformers(tokenizer: str, architecture: str) -> None:
+    network = build(tokenizer, architecture)
+    batch = batch_for(network)
+    ours, our_gradients = loss_and_gradients(network, batch)
+
+    stock = network.stock(network.config)
+    stock.load_state_dict(network.state_dict())
+    part = tensor_batches(batch)[0]
+    logits = stock(input_ids=part.input_ids_RT, attention_mask=part.sample_ids_RT.sign()).logits.flatten(0, 1)
+    loss = nn.functional.cross_entropy(logits[part.mlm_positions_N], part.mlm_labels_N)
+    loss.backward()
+    assert ours == pytest.approx(loss.item(), rel=1e-6)
+    assert_close(our_gradients, gradients(stock))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", ["modernbert", "gpt2"])
+def test_packed_and_padded_rows_give_the_same_losses_and_gradients(tokenizer: str, architecture: str, attention: str) -> None:
+    network = build(tokenizer, architecture)
+    network.config._attn_implementation = attention
+    padded, packed = (batch_for(network, packing) for packing in ("none", "rows"))
+    assert packed.layout.num_rows < padded.layout.num_rows
+    expected, expected_gradients = loss_and_gradients(network, padded)
+    for parts in (1, 2):
+        found, found_gradients = loss_and_gradients(network, packed, parts)
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert_close(found_gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero(tokenizer: str, architecture: str, dtype: torch.dtype) -> None:
+    network = build(tokenizer, architecture).to(dtype)
+    loss, found = loss_and_gradients(network, EMPTY)
+    assert loss == 0.0
+    assert found.keys() == dict(network.named_parameters()).keys()
+    assert all(not gradient.any() for gradient in found.values())
+
+
+def test_a_token_does_not_see_those_after_it(tokenizer: str) -> None:
+    network = build(tokenizer, "gpt2").eval()
+    ids_BT = torch.randint(5, VOCAB_SIZE, (1, 16), generator=torch.Generator().manual_seed(0))
+    changed_BT = ids_BT.clone()
+    changed_BT[0, 9:] = 7
+    first, second = (network.logits(ids, torch.zeros_like(ids), torch.ones_like(ids))["mlm_logits"] for ids in (ids_BT, changed_BT))
+    torch.testing.assert_close(first[:, :9], second[:, :9])
+    assert not torch.allclose(first[:, 9:], second[:, 9:])
+
+
+def test_dimensions_dropout_and_special_tokens_reach_the_network(tokenizer: str) -> None:
+    gpt2 = build(tokenizer, "gpt2", dropout=0.25).config
+    assert (gpt2.n_embd, gpt2.n_layer, gpt2.n_head, gpt2.n_positions, gpt2.n_inner) == (32, 2, 2, 64, 128)
+    assert (gpt2.resid_pdrop, gpt2.embd_pdrop, gpt2.attn_pdrop) == (0.25, 0.25, 0.25)
+    assert (gpt2.bos_token_id, gpt2.eos_token_id, gpt2.pad_token_id) == (SPECIAL["cls"], SPECIAL["sep"], SPECIAL["pad"])
+    modern = build(tokenizer, "modernbert").config
+    assert (modern.intermediate_size, modern.local_attention, modern.pad_token_id) == (48, 8, SPECIAL["pad"])
+    assert build(tokenizer, "roberta").config.max_position_embeddings == 64 + SPECIAL["pad"] + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "robberta"}, "robberta"),
+        ({"architecture": "llama"}, "no masked language model of that name"),
+        ({"architecture": "gpt2", "transformers": {"activation_functoin": "relu"}}, "nearest: activation_function"),
+        ({"architecture": "gpt2", "transformers": {"n_inner": 12}}, "n_inner is derived"),
+        ({"architecture": "bert", "transformers": {"vocab_size": 12}}, "vocab_size is derived"),
+        ({"architecture": "electra", "max_positions": 24}, "a row of 32 tokens does not pass through electra"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tokenizer: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(tokenizer, **changes)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "roberta"])
+def test_init_from_continues_a_model_of_the_architecture(tokenizer: str, tmp_path: Path, architecture: str) -> None:
+    network: Any = build(tokenizer, architecture)
+    stock = network.stock(network.config)
+    stock.load_state_dict(network.state_dict())
+    stock.save_pretrained(tmp_path)
+    loaded = build(tokenizer, architecture, init_from=str(tmp_path), dropout=0.5)
+    for name, weight in network.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], weight, rtol=0, atol=0)
+    assert (loaded.config.resid_pdrop if architecture == "gpt2" else loaded.config.hidden_dropout_prob) == 0.5
+    with pytest.raises(ConfigError, match=f"is a {architecture} model; expected bert"):
+        build(tokenizer, "bert", init_from=str(tmp_path))
+
+
+def test_casting_weights_spares_the_frequencies_of_positions(tokenizer: str) -> None:
+    network = build(tokenizer, "modernbert")
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with buffers_kept(network):
+        network.bfloat16()
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    assert any("inv_freq" in name for name in before)
+    for name, buffer in network.named_buffers():
+        torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)

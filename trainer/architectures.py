@@ -1,0 +1,97 @@
+"""The transformers configuration of a new network, from `ModelConfig` and a vocabulary (pure)."""
+
+import difflib
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from data_pipeline.errors import ConfigError
+from trainer.config import ModelConfig
+
+_DIMENSIONS = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "max_position_embeddings": "max_positions",
+}
+"""Names of transformers, which all its architectures know, and ours."""
+_INNER = ("intermediate_size", "n_inner", "hidden_dim", "ffn_dim")
+_DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+)
+"""What architectures call the dropout of hidden states and of attention probabilities."""
+_COUNT_FROM_PAD = {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "roberta-prelayernorm"}
+"""Architectures whose positions begin after the id of the padding token."""
+
+
+def new_network_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Any:
+    """A `PretrainedConfig` of `config.architecture` with the dimensions of `config` and the special tokens of `tokenizer`.
+
+    Raises:
+        ConfigError: the architecture is not known, lacks a dimension, or does not know a key of `config.transformers`.
+    """
+    plain = _plain(config.architecture)
+    settings = _derived(config, plain, vocab_size) | _special_tokens(config.architecture, plain, tokenizer)
+    settings["max_position_embeddings"] += _unused_positions(config.architecture, settings["pad_token_id"])
+    for key in config.transformers:
+        if key in settings:
+            raise ConfigError(f"model.transformers.{key} is derived and cannot be set", "Set the dimensions of `model`, or the tokenizer.")
+        if not hasattr(plain, key):
+            near = difflib.get_close_matches(key, list(plain.to_dict()), n=1)
+            raise ConfigError(
+                f"model.transformers.{key}: {config.architecture} has no such setting" + (f"; nearest: {near[0]}" if near else ""),
+                f"See {type(plain).__name__} in the documentation of transformers.",
+            )
+    return AutoConfig.for_model(config.architecture, **settings, **config.transformers)
+
+
+def with_dropout(network_config: Any, dropout: float) -> Any:
+    """`network_config`, changed to drop out hidden states and attention probabilities with probability `dropout`."""
+    for name in _DROPOUTS:
+        if hasattr(network_config, name):
+            setattr(network_config, name, dropout)
+    return network_config
+
+
+def longest_row(network_config: Any) -> int:
+    """Tokens of the longest row that a network with this configuration takes."""
+    return int(network_config.max_position_embeddings) - _unused_positions(network_config.model_type, network_config.pad_token_id)
+
+
+def _unused_positions(architecture: str, pad_token_id: int) -> int:
+    return pad_token_id + 1 if architecture in _COUNT_FROM_PAD else 0
+
+
+def _plain(architecture: str) -> Any:
+    try:
+        return AutoConfig.for_model(architecture)
+    except ValueError as error:
+        raise ConfigError(f"model.architecture {architecture}: transformers does not know it", "Choose bert, modernbert, gpt2 or roberta.") from error
+
+
+def _derived(config: ModelConfig, plain: Any, vocab_size: int) -> dict[str, Any]:
+    missing = [ours for theirs, ours in _DIMENSIONS.items() if not hasattr(plain, theirs)]
+    if missing:
+        raise ConfigError(f"model.{missing[0]}: {config.architecture} has no such dimension", "Choose another model.architecture.")
+    settings = {theirs: getattr(config, ours) for theirs, ours in _DIMENSIONS.items()}
+    settings |= {name: config.inner_size for name in _INNER if hasattr(plain, name)}
+    settings |= {name: config.dropout for name in _DROPOUTS if hasattr(plain, name)}
+    if hasattr(plain, "initializer_range"):
+        settings["initializer_range"] = config.initializer_range
+    return settings | {"vocab_size": vocab_size}
+
+
+def _special_tokens(architecture: str, plain: Any, tokenizer: Any) -> dict[str, int]:
+    """Ids by the names of transformers. Texts begin with [CLS] and end with [SEP], which a causal model calls their begin and end."""
+    roles = {"pad": "pad"} if architecture == "bert" else {"pad": "pad", "bos": "cls", "eos": "sep", "cls": "cls", "sep": "sep"}
+    return {
+        f"{theirs}_token_id": int(getattr(tokenizer, f"{ours}_token_id")) for theirs, ours in roles.items() if hasattr(plain, f"{theirs}_token_id")
+    }

@@ -1,0 +1,224 @@
+"""The networks: classes of transformers that compute losses from a `TensorBatch`, and project to the vocabulary only where something is predicted.
+
+Parameters keep their transformers names, so that exported weights load in stock transformers. Shape suffixes: B samples, R rows, T places
+of a row, D hidden width, N places to predict, V vocabulary.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, BertForPreTraining, GPT2LMHeadModel, ModernBertForMaskedLM
+
+from data_pipeline.errors import ConfigError
+from trainer.batch import TensorBatch
+from trainer.objectives import LossSums, loss_sums
+
+PAIR_CLASSES = 2
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the encoder reads, each (R, T)."""
+
+    input_ids: Tensor
+    token_type_ids: Tensor
+    position_ids: Tensor
+    """(R, T), or (1, T) where all rows share them: their gradients are then added up in one sum, not token by token in 16 bits."""
+    sample_ids: Tensor
+    """1, 2, … for samples, 0 for padding."""
+    one_each: bool
+    """Whether every row holds one sample, and padding after it."""
+
+    @classmethod
+    def of(cls, batch: TensorBatch) -> "Rows":
+        """The rows of a micro-batch."""
+        one_each = len(batch.starts_B) == len(batch.input_ids_RT)
+        positions = _counting(batch.input_ids_RT) if one_each else batch.position_ids_RT
+        return cls(batch.input_ids_RT, batch.token_type_ids_RT, positions, batch.sample_ids_RT, one_each)
+
+    @classmethod
+    def padded(cls, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> "Rows":
+        """A sample a row, as a tokenizer of transformers gives them."""
+        return cls(input_ids_BT, token_type_ids_BT, _counting(input_ids_BT), attention_mask_BT, one_each=True)
+
+    @property
+    def attend(self) -> Tensor:
+        """Which places attend to which: (R, 1, T, T), or (R, 1, 1, T) where each row holds one sample and padding.
+
+        Padding attends to padding or to the row's sample, never to nothing: a softmax over nothing is not a number.
+        """
+        if self.one_each:
+            return self.sample_ids.bool()[:, None, None, :]
+        return (self.sample_ids[:, :, None] == self.sample_ids[:, None, :])[:, None]
+
+
+class PretrainingNetwork(nn.Module):
+    """What the trainer asks of a network: a mix-in before a class of transformers. Submodules are called as modules: under ZeRO-3 their hooks
+    gather the parameters."""
+
+    stock: ClassVar[Any]
+    """The class of transformers that reads the exported weights."""
+    has_pair_head: ClassVar[bool] = False
+    """Whether it says how two segments belong together."""
+    takes_token_types: ClassVar[bool] = False
+    """Whether it is told which segment a token is of."""
+    is_causal: ClassVar[bool] = False
+    """Whether a token attends to those before it only."""
+    config: Any
+
+    def forward(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The fields of `LossSums`, as a plain tuple because DeepSpeed's hooks look for tensors in tuples.
+
+        All parameters are in the graph whatever the batch holds. Never waits for the device.
+        """
+        hidden_RTD = self._encode(Rows.of(batch)).flatten(0, 1)
+        first_B1D, chosen_ND = hidden_RTD.index_select(0, batch.starts_B)[:, None], hidden_RTD.index_select(0, batch.mlm_positions_N)
+        token_logits_NV, pair_logits_B2 = self._token_logits(chosen_ND), self._pair_logits(first_B1D)
+        sums = loss_sums(token_logits_NV, batch.mlm_labels_N, pair_logits_B2, batch.nsp_labels_B)
+        return sums.mlm_loss, sums.nsp_loss, sums.mlm_correct, sums.nsp_correct
+
+    def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
+        """In fp32, `mlm_logits` (B, T, V) and, where there is a head for pairs, `nsp_logits` (B, 2) of a sample a row."""
+        hidden_BTD = self._encode(Rows.padded(input_ids_BT, token_type_ids_BT, attention_mask_BT))
+        found = {"mlm_logits": self._token_logits(hidden_BTD).float()}
+        return found | {"nsp_logits": self._pair_logits(hidden_BTD).float()} if self.has_pair_head else found
+
+    def _encode(self, rows: Rows) -> Tensor:
+        """(R, T, D)"""
+        raise NotImplementedError
+
+    def _token_logits(self, hidden: Tensor) -> Tensor:
+        """(…, D) → (…, V)"""
+        raise NotImplementedError
+
+    def _pair_logits(self, first_BTD: Tensor) -> Tensor:
+        """(B, 2), from the first place of each of `first_BTD`; zeros where there is no such head."""
+        return first_BTD.new_zeros(len(first_BTD), PAIR_CLASSES)
+
+    def _as_mask(self, attend: Tensor, dtype: torch.dtype) -> Tensor:
+        """`attend` as the attention kernel wants it: plain attention adds the mask to the scores."""
+        if self.config._attn_implementation != "eager":
+            return attend
+        return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
+
+
+class PretrainingBert(PretrainingNetwork, BertForPreTraining):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """BERT with both heads (Devlin et al. 2019)."""
+
+    stock = BertForPreTraining
+    has_pair_head = True
+    takes_token_types = True
+
+    def _encode(self, rows: Rows) -> Tensor:
+        """`BertModel.forward`, which cannot take a mask of its own for each row and pools only the first place of one."""
+        embedded_RTD = self.bert.embeddings(input_ids=rows.input_ids, token_type_ids=rows.token_type_ids, position_ids=rows.position_ids)
+        return self.bert.encoder(embedded_RTD, attention_mask=self._as_mask(rows.attend, embedded_RTD.dtype)).last_hidden_state
+
+    def _token_logits(self, hidden: Tensor) -> Tensor:
+        return self.cls.predictions(hidden)
+
+    def _pair_logits(self, first_BTD: Tensor) -> Tensor:
+        return self.cls.seq_relationship(cast(nn.Module, self.bert.pooler)(first_BTD))
+
+
+class PretrainingModernBert(PretrainingNetwork, ModernBertForMaskedLM):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """ModernBERT (Warner et al. 2024): rotary positions, and layers that attend to a window alone."""
+
+    stock = ModernBertForMaskedLM
+
+    def _encode(self, rows: Rows) -> Tensor:
+        places_T = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
+        near_TT = (places_T[:, None] - places_T[None, :]).abs() <= self.config.sliding_window
+        dtype = self.model.embeddings.tok_embeddings.weight.dtype
+        masks: Any = {"full_attention": self._as_mask(rows.attend, dtype), "sliding_attention": self._as_mask(rows.attend & near_TT, dtype)}
+        return self.model(input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids).last_hidden_state
+
+    def _token_logits(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.head(hidden))
+
+
+class PretrainingGPT2(PretrainingNetwork, GPT2LMHeadModel):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """GPT-2 (Radford et al. 2019), which predicts the next token."""
+
+    stock = GPT2LMHeadModel
+    is_causal = True
+
+    def _encode(self, rows: Rows) -> Tensor:
+        num_places = rows.input_ids.shape[1]
+        earlier_TT = torch.ones(num_places, num_places, dtype=torch.bool, device=rows.input_ids.device).tril()
+        mask = self._as_mask(rows.attend & earlier_TT, self.transformer.wte.weight.dtype)
+        return self.transformer(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False).last_hidden_state
+
+    def _token_logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+
+class PretrainingMaskedLM(PretrainingNetwork):
+    """Any other masked language model, a sample a row, through its own forward pass: it projects to the vocabulary everywhere."""
+
+    def _encode(self, rows: Rows) -> Tensor:
+        """(R, T, V): the head is a part of the stock forward pass."""
+        if not rows.one_each:
+            raise ConfigError(f"{self.config.model_type} cannot keep the samples of a row apart", "Set batch.packing to none.")
+        return self.stock.forward(self, input_ids=rows.input_ids, attention_mask=rows.sample_ids.bool().long()).logits
+
+    def _token_logits(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+_NETWORKS: dict[str, type[PretrainingNetwork]] = {
+    "bert": PretrainingBert,
+    "modernbert": PretrainingModernBert,
+    "gpt2": PretrainingGPT2,
+}
+
+
+@cache
+def network_class(architecture: str) -> Any:
+    """The class of an architecture's networks, by the `model_type` of transformers.
+
+    Raises:
+        ConfigError: transformers has no masked language model of that name.
+    """
+    if architecture in _NETWORKS:
+        return _NETWORKS[architecture]
+    mapping: Any = AutoModelForMaskedLM._model_mapping  # pyright: ignore[reportPrivateUsage]  # there is no public way from a name to a class
+    try:
+        stock = mapping[type(AutoConfig.for_model(architecture))]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"model.architecture {architecture}: transformers has no masked language model of that name",
+            f"Choose one of {', '.join(_NETWORKS)}, or a model_type of transformers such as roberta or deberta-v2.",
+        ) from error
+    return type(f"Pretraining{stock.__name__}", (PretrainingMaskedLM, stock), {"stock": stock})
+
+
+def as_loss_sums(output: tuple[Tensor, Tensor, Tensor, Tensor]) -> LossSums:
+    """What `PretrainingNetwork.forward` returned."""
+    return LossSums(*output)
+
+
+@contextmanager
+def buffers_kept(network: nn.Module) -> Generator[None]:
+    """Give the network's floating-point buffers back the values that they had: who casts weights to 16 bits casts them too, and the frequencies of
+    rotary positions do not bear it."""
+    before = {name: buffer.clone() for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+    yield
+    for name, buffer in before.items():
+        owner, _, attribute = name.rpartition(".")
+        module = network.get_submodule(owner)
+        setattr(module, attribute, buffer.to(getattr(module, attribute).device))
+
+
+def attention_implementation(device: torch.device) -> str:
+    """Attention kernel by device: on a CPU, SDPA's bf16 kernel takes twice the time of plain matrix products."""
+    return "sdpa" if device.type == "cuda" else "eager"
+
+
+def _counting(ids_RT: Tensor) -> Tensor:
+    return torch.arange(ids_RT.shape[1], device=ids_RT.device)[None]
