@@ -72,20 +72,39 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """Learning rate over optimizer steps: linear warm-up, then `kind`."""
 
-    kind: Literal["linear", "cosine", "constant"] = "linear"
-    """Shape of the decay after warm-up; linear and cosine end at `final_ratio` of the peak."""
+    kind: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """Shape of the decay after warm-up; all but constant end at `final_ratio` of the peak. `wsd` (warm-up, stable, decay; Hu et al. 2024): the peak
+    until the last `decay_steps`. Before those the rate does not depend on `steps`, so a run can be made longer without having been another."""
     steps: int = Field(default=1_000_000, ge=1)
     """Optimizer steps of the whole run."""
     warmup_steps: int = Field(default=10_000, ge=0)
     """Steps over which the learning rate rises linearly from 0 to its peak."""
     final_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     """Final learning rate as a share of the peak."""
+    decay_steps: int | None = Field(default=None, ge=0)
+    """Length of the decay of `wsd`; null means a tenth of `steps`, less where the warm-up leaves less. 0 stays at the peak, for a run that will be
+    made longer: `resume --set schedule.steps=110000 --set schedule.decay_steps=10000`."""
+    decay_shape: Literal["sqrt", "linear"] = "sqrt"
+    """Way down of `wsd` after a share p of the decay: `sqrt` 1 - sqrt(p), the best of several in Hägele et al. 2024; `linear` 1 - p."""
 
     @model_validator(mode="after")
-    def _warms_up_in_time(self) -> Self:
+    def _fits_into_the_run(self) -> Self:
         if self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps {self.warmup_steps} exceeds steps {self.steps}")
+        if self.kind != "wsd" and (self.decay_steps is not None or self.decay_shape != "sqrt"):
+            raise ValueError(f"decay_steps and decay_shape are for kind wsd, and kind is {self.kind}")
+        if self.warmup_steps + (self.decay_steps or 0) > self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} and decay_steps {self.decay_steps} together exceed steps {self.steps}")
         return self
+
+    @property
+    def decay_from(self) -> int:
+        """The step at which the learning rate begins to decay, from its peak."""
+        if self.kind != "wsd":
+            return self.warmup_steps
+        if self.decay_steps is None:
+            return max(self.warmup_steps, self.steps - -(-self.steps // 10))
+        return self.steps - self.decay_steps
 
 
 class ZeroConfig(Section):

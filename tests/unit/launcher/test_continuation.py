@@ -33,12 +33,24 @@ def test_free_changes(override: str) -> None:
     assert str(change.path) == override.partition("=")[0]
 
 
-@pytest.mark.parametrize("override", ["optimizer.lr=1e-3", "schedule.steps=2000000", "schedule.kind=cosine"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("optimizer.lr=1e-3", "optimizer.eps=1e-8", "optimizer.weight_decay=0", "optimizer.clip_norm=2"),
+        *("schedule.steps=2000000", "schedule.kind=cosine"),
+    ],
+)
 def test_deliberate_changes_name_the_command(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve_diff(BASE, changed(override), deliberate=False)
     assert f"maskwright resume a --set {override.partition('=')[0]}=" in caught.value.remedy
     assert resolve_diff(BASE, changed(override), deliberate=True)
+
+
+def test_a_stable_run_is_made_longer_and_decays() -> None:
+    stable = override_run_config(BASE, ("schedule.kind=wsd", "schedule.decay_steps=0"))
+    longer = override_run_config(stable, ("schedule.steps=1100000", "schedule.decay_steps=100000"))
+    assert [change.path for change in resolve_diff(stable, longer, deliberate=True)] == ["schedule.decay_steps", "schedule.steps"]
 
 
 def test_the_command_that_is_named_can_be_pasted() -> None:
