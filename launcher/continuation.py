@@ -14,8 +14,8 @@ FREE = (
     "model.activation_checkpointing",
 )
 """Change what a run costs or keeps, never what it computes (beyond summation order, and but for steps in numeric trouble)."""
-DELIBERATE = ("optimizer", "schedule")
-"""Change the rest of the run: only by `resume --set`, and recorded."""
+DELIBERATE = (*("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"), "schedule")
+"""Change the rest of the run: only by `resume --set`, and recorded. Not `optimizer.kind`: the moments would stay, but no learning rate fits both."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
 def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool) -> list[Change]:
     """The changes between a run's configuration and the one given to continue it.
 
-    `deliberate` is True for `resume --set`, which may also change the learning rate, the optimizer and the schedule.
+    `deliberate` is True for `resume --set`, which may also change the learning rate, other settings of the optimizer, and the schedule.
 
     Raises:
         ConfigError: a change would make another model out of the same run; all of them are listed.

@@ -53,10 +53,11 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov and Hutter 2019), fused."""
+    """How gradients become updates."""
 
-    kind: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    kind: Literal["adamw", "lamb"] = "adamw"
+    """`adamw`: Loshchilov and Hutter 2019, fused. `lamb`: for large batches (You et al. 2020, Algorithm 2, with bias correction): AdamW, but each
+    matrix moves by lr times its own length; it wants a learning rate some ten times as large. A run keeps the optimizer it began with."""
     lr: float = Field(default=1e-4, gt=0.0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -42,7 +42,7 @@ def derive_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any
     stage 0 refuses the setting and gets the same by other means (see `trainer.engine`).
 
     Raises:
-        ConfigError: `zero.deepspeed` names a key that is derived.
+        ConfigError: `zero.deepspeed` names a key that is derived, or offloads the state of an optimizer that cannot be.
     """
     stage = config.zero.stage
     derived: dict[str, Any] = {
@@ -61,15 +61,22 @@ def derive_deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any
         derived["bf16"] = {"enabled": True}
     if config.precision == "fp16":
         derived["fp16"] = {"enabled": True, "loss_scale": 0}
+    if config.optimizer.kind == "lamb" and stage > 0:
+        derived["zero_allow_untested_optimizer"] = True
     _refuse_derived(config.zero.deepspeed)
-    return _merged(derived, config.zero.deepspeed)
+    settings = _merged(derived, config.zero.deepspeed)
+    _refuse_offload(config.optimizer.kind, settings)
+    return settings
 
 
 def offloads_optimizer(settings: dict[str, Any]) -> bool:
     """Whether the optimizer's state lives in main memory, so that DeepSpeed insists on an Adam of its own, which it compiles."""
+    return _keeps_state_in_main_memory(settings) and bool(settings.get("zero_force_ds_cpu_optimizer", True))
+
+
+def _keeps_state_in_main_memory(settings: dict[str, Any]) -> bool:
     zero = settings["zero_optimization"]
-    offloads = bool(zero.get("cpu_offload")) or _offload_device(zero, "offload_optimizer") != "none"
-    return offloads and bool(settings.get("zero_force_ds_cpu_optimizer", True))
+    return bool(zero.get("cpu_offload")) or _offload_device(zero, "offload_optimizer") != "none"
 
 
 def compiled_ops(settings: dict[str, Any]) -> dict[str, str]:
@@ -116,6 +123,15 @@ def _refuse_derived(overrides: dict[str, Any]) -> None:
             value = value[part]
         else:
             raise ConfigError(f"zero.deepspeed.{key} is derived and cannot be set", f"Set `{owner}` instead.")
+
+
+def _refuse_offload(kind: str, settings: dict[str, Any]) -> None:
+    """LAMB's norms are sums over ranks, whose process group may know nothing but GPUs."""
+    if kind == "lamb" and _keeps_state_in_main_memory(settings):
+        raise ConfigError(
+            "optimizer.kind lamb does not go with zero.deepspeed.zero_optimization.offload_optimizer",
+            "Remove the offload (from zero.stage 1 on the state is spread over the ranks), or set optimizer.kind to adamw.",
+        )
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

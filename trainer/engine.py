@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from trainer.batch import TensorBatch
-from trainer.config import OptimizerConfig, RunConfig
+from trainer.config import RunConfig
 from trainer.deepspeed_config import derive_deepspeed_config, offloads_optimizer, require_compiler
+from trainer.lamb import Lamb
 from trainer.networks import PretrainingNetwork, as_loss_sums, buffers_kept
 from trainer.objectives import LossSums, LossWeights
+from trainer.optimizers import build_optimizer
 from trainer.snapshot import Snapshot
 
 __all__ = ["Engine", "StepOutcome", "derive_deepspeed_config", "training_device"]
@@ -69,13 +71,11 @@ class Engine:
         settings = derive_deepspeed_config(config, dist.get_world_size())
         deepspeed = _import_deepspeed(device)
         require_compiler(settings, importlib.import_module("deepspeed.git_version_info").installed_ops)
-        groups = parameter_groups(model, config.optimizer)
-        if offloads_optimizer(settings):
-            optimizer = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(groups, lr=config.optimizer.lr, adamw_mode=True)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=config.optimizer.lr, fused=True)
+        optimizer = build_optimizer(model, config.optimizer, offloaded=offloads_optimizer(settings))
         with redirect_stdout(io.StringIO()), buffers_kept(model):  # rank 0 prints its memory for every parameter group
             wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
+        if isinstance(optimizer, Lamb):
+            optimizer.partitions = importlib.import_module("trainer.zero_load").partitions(wrapped, config.zero.stage)
         engine = cls(wrapped, config, device)
         engine._make_stage_0_like_the_others()
         engine._clear_padding()
@@ -184,7 +184,7 @@ class Engine:
 
     def _apply_optimizer_settings(self) -> None:
         settings = self._config.optimizer
-        decays = (settings.weight_decay, 0.0)  # in the order of `parameter_groups`
+        decays = (settings.weight_decay, 0.0)  # in the order of `optimizers.parameter_groups`
         for group, weight_decay in zip(self._deepspeed.optimizer.param_groups, decays, strict=True):
             group.update(betas=settings.betas, eps=settings.eps, weight_decay=weight_decay)
 
@@ -222,14 +222,6 @@ class Engine:
                 offset += part
 
 
-def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW's two groups: matrices with weight decay; biases and layer norms without."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    shared: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
-    return [{"params": decayed, "weight_decay": config.weight_decay, **shared}, {"params": others, "weight_decay": 0.0, **shared}]
-
-
 def _refuse_unsupported_precision(precision: str, device: torch.device) -> None:
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("precision fp16 needs a GPU; this rank has none", "Set precision to bf16 (the same range as fp32, no loss scale) or fp32.")
@@ -242,8 +234,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # it calls names that torch renames
     # The shared-memory all-reduce would be compiled on first use, and spins for ever when a peer is killed. Gloo does neither.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of optimizers that its authors have not tested with ZeRO; we have."""
+    return "untested optimizer" not in record.getMessage()

@@ -1,4 +1,4 @@
-"""Gives an engine the weights and optimizer state of a checkpoint that other ranks or another ZeRO stage wrote (R4).
+"""Gives an engine the weights and optimizer state of a checkpoint that other ranks or another ZeRO stage wrote (R4), and LAMB its partitions.
 
 Knows where DeepSpeed keeps each rank's part, and imports nothing of it. The state is taken parameter by parameter, so a rank reads what it
 will own and no more. Every function is called by all ranks.
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
+from trainer.lamb import Partition
 from trainer.zero_state import MASTER, MOMENTS, SavedState, stretches
 
 
 @dataclass(frozen=True)
 class Owned:
-    """Elements [start, stop) of a parameter, which this rank updates as `flat[at:]`, a tensor of its AdamW."""
+    """Elements [start, stop) of a parameter, which this rank updates as `flat[at:]`, a tensor of its optimizer."""
 
     name: str
     start: int
@@ -37,14 +38,14 @@ def give_state(engine: Any, stage: int, state: SavedState) -> None:
     if stage == 3:
         engine.optimizer.checkpoint_event_prologue()  # partitions what is gathered
     owned = list(_OWNED[stage](engine.optimizer, names))
-    adamw = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     for flat in {id(each.flat): each.flat for each in owned}.values():
         if state.step:
             step = torch.tensor(state.step, dtype=torch.float32, device=flat.device)
-            adamw.state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
+            optimizer.state[flat] = {"step": step, **{kind: torch.zeros_like(flat) for kind in MOMENTS}}
     for each in owned:
         part = slice(each.at, each.at + each.stop - each.start)
-        targets = {MASTER: each.flat.data, **{kind: adamw.state[each.flat][kind] for kind in MOMENTS if state.step}}
+        targets = {MASTER: each.flat.data, **{kind: optimizer.state[each.flat][kind] for kind in MOMENTS if state.step}}
         for kind, target in targets.items():
             target.view(-1)[part].copy_(state.read(each.name, kind, each.start, each.stop))
     if stage == 3:
@@ -54,6 +55,27 @@ def give_state(engine: Any, stage: int, state: SavedState) -> None:
         engine.optimizer.update_lp_params()  # each rank rounds its part and hears the others': nobody reads all weights
     else:
         _round_parameters(engine.module, state)
+
+
+def partitions(engine: Any, stage: int) -> dict[Tensor, Partition]:
+    """Whose elements lie in each of this rank's flat vectors, of a freshly built DeepSpeed engine; empty at stage 0, where none are."""
+    if stage == 0:
+        return {}
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    numbers = {name: number for number, name in enumerate(names.values())}
+    flats = engine.optimizer.fp32_partitioned_groups_flat if stage == 3 else [group["params"][0] for group in engine.optimizer.param_groups]
+    owned: dict[Tensor, list[Owned]] = {flat: [] for flat in flats}
+    for each in _OWNED[stage](engine.optimizer, names):
+        owned[each.flat].append(each)
+    return {
+        flat: Partition(
+            places=[(each.at, each.stop - each.start) for each in parts],
+            parameters=torch.tensor([numbers[each.name] for each in parts], dtype=torch.int64, device=flat.device),
+            num_parameters=len(numbers),
+            ranks=engine.optimizer.dp_process_group,
+        )
+        for flat, parts in owned.items()
+    }
 
 
 def _require_same_parameters(module: nn.Module, stage: int, state: SavedState) -> None:

@@ -1,6 +1,6 @@
 """A checkpoint's weights and optimizer state by parameter, whatever ZeRO stage and however many ranks wrote them (reads files).
 
-Above stage 0 every rank saves flat vectors: its part of the fp32 weights and of AdamW's two moments, element for element alike. Here they
+Above stage 0 every rank saves flat vectors: its part of the fp32 weights and of the optimizer's two moments, element for element alike. Here they
 become pieces of parameters. Of a thousand ranks' files only those are opened that hold what is asked for, and they are mapped, not read.
 """
 
@@ -46,7 +46,7 @@ class SavedState:
     vectors: Callable[[int], Vectors]
     """Of a rank; its file is opened when this is first asked for."""
     step: float
-    """Updates that AdamW has counted; 0 where it has no moments yet."""
+    """Updates that the optimizer has counted; 0 where it has no moments yet."""
     aliases: dict[str, str]
     """From the other names of tied parameters to the one in `shapes`."""
     buffers: dict[str, Tensor]
@@ -158,7 +158,7 @@ def _is_stage_3(partition: dict[str, Any]) -> bool:
 
 
 def _states(partition: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state of each of a rank's vectors; empty before its first update."""
+    """The optimizer's state of each of a rank's vectors; empty before its first update."""
     return partition["optimizer_state_dict" if _is_stage_3(partition) else "base_optimizer_state"]["state"]
 
 

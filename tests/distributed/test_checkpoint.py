@@ -47,9 +47,9 @@ def masters(engine: Any, stage: int) -> dict[str, torch.Tensor]:
     return {name: by_id[id(parameter)].detach().clone() for name, parameter in named.items()}
 
 
-def train_save_resume(rank: int, world_size: int, root: str, tokenizer: str, stage: int, precision: str) -> dict[str, Any]:
+def train_save_resume(rank: int, world_size: int, root: str, tokenizer: str, stage: int, precision: str, kind: str) -> dict[str, Any]:
     """Train, commit, train on; then resume in a fresh engine and train the same steps again."""
-    config, run, group = run_config(stage, precision), run_folder(root), agreement_group(world_size)
+    config, run, group = run_config(stage, precision, optimizer={"kind": kind, "weight_decay": 0.1}), run_folder(root), agreement_group(world_size)
     engine = build_engine(config, tokenizer)
     for step in range(2):
         train_step(engine, rank, world_size, step)
@@ -67,11 +67,16 @@ def train_save_resume(rank: int, world_size: int, root: str, tokenizer: str, sta
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"),
-    [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), *(pytest.param(stage, "fp32", marks=pytest.mark.full) for stage in (0, 1, 2, 3))],
+    ("stage", "precision", "kind"),
+    [
+        *((stage, "bf16", "adamw") for stage in (0, 1, 2, 3)),
+        (2, "bf16", "lamb"),
+        *(pytest.param(stage, "bf16", "lamb", marks=pytest.mark.full) for stage in (0, 1, 3)),
+        *(pytest.param(stage, "fp32", "adamw", marks=pytest.mark.full) for stage in (0, 1, 2, 3)),
+    ],
 )
-def test_commit_and_resume_bit_for_bit(tmp_path: Path, tokenizer: str, stage: int, precision: str) -> None:
-    ranks = run_distributed(train_save_resume, args=(str(tmp_path), tokenizer, stage, precision), timeout_s=90)
+def test_commit_and_resume_bit_for_bit(tmp_path: Path, tokenizer: str, stage: int, precision: str, kind: str) -> None:
+    ranks = run_distributed(train_save_resume, args=(str(tmp_path), tokenizer, stage, precision, kind), timeout_s=90)
     for result in ranks:
         assert result["step"] == 2
         assert result["first"] == result["second"]

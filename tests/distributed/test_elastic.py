@@ -65,7 +65,7 @@ def load_each_pair(rank: int, world_size: int, tokenizer: str, root: str, precis
     return found
 
 
-def _all_values(folder: Path) -> dict[str, torch.Tensor]:
+def values_of(folder: Path) -> dict[str, torch.Tensor]:
     state = open_state(folder)
     values = {f"{name} {kind}": state.read(name, kind) for name in state.shapes for kind in (MASTER, *MOMENTS)}
     return values | {"step": torch.tensor(state.step)}
@@ -80,10 +80,10 @@ def test_all_pairs_of_stages_carry_every_bit_over(tmp_path: Path, world_size: in
     run_distributed(save_each_stage, 2, arguments, timeout_s=100)
     logits = run_distributed(load_each_pair, world_size, arguments, timeout_s=100)[0]
     for before in STAGES:
-        saved = _all_values(tmp_path / f"saved-{before}")
+        saved = values_of(tmp_path / f"saved-{before}")
         assert saved["step"] == 2
         for after in STAGES:
-            loaded = _all_values(tmp_path / f"loaded-{before}-{after}-{world_size}")
+            loaded = values_of(tmp_path / f"loaded-{before}-{after}-{world_size}")
             assert loaded.keys() == saved.keys()
             assert all(torch.equal(loaded[name], value) for name, value in saved.items()), (before, after)
             for one, other in zip(logits[before, after], logits[before, before], strict=True):  # bf16 products depend on alignment
@@ -133,15 +133,15 @@ def test_settings_that_move_parameters_within_the_files_lose_none(tmp_path: Path
     """DeepSpeed itself saves wrong addresses under `round_robin_gradients`, and reads them back without a word in another order."""
     write_tokenizer(str(tmp_path / "tokenizer"))
     run_distributed(save_and_load_each_order, 2, (str(tmp_path / "tokenizer"), str(tmp_path)), timeout_s=100)
-    plain = _all_values(tmp_path / "plain")
+    plain = values_of(tmp_path / "plain")
     for name in ORDERS:
         consolidate(tmp_path / name)  # compares with the weights that the network computed with
-        own = _all_values(tmp_path / name)
+        own = values_of(tmp_path / name)
         assert own.keys() == plain.keys()
         for key, value in plain.items():
             torch.testing.assert_close(own[key], value)
         for source, expected in ((name, own), ("plain", plain)):
-            found = _all_values(tmp_path / f"{name}-from-{source}")
+            found = values_of(tmp_path / f"{name}-from-{source}")
             assert all(torch.equal(found[key], value) for key, value in expected.items()), (name, source)
 
 

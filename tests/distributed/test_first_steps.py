@@ -13,11 +13,13 @@ from data_pipeline.stream import MicroBatch
 from tests.support.batches import random_micro_batch, small_config, write_tokenizer
 from tests.support.checkpoints import write_engine
 from tests.support.distributed import run_distributed
+from tests.support.paper_lamb import PaperLamb
 from trainer.batch import tensor_batches
 from trainer.config import RunConfig
-from trainer.engine import Engine, parameter_groups
+from trainer.engine import Engine
 from trainer.model import build_model
 from trainer.objectives import LossWeights
+from trainer.optimizers import parameter_groups
 from trainer.schedule import learning_rate
 from trainer.zero_state import consolidate
 
@@ -35,8 +37,9 @@ CPU = torch.device("cpu")
 Weights = dict[str, Tensor]
 
 
-def config_of(stage: int, precision: str) -> RunConfig:
-    return small_config(zero={"stage": stage}, precision=precision, optimizer={"lr": 1e-3, "weight_decay": WEIGHT_DECAY, "clip_norm": 1.0})
+def config_of(stage: int, precision: str, kind: str = "adamw") -> RunConfig:
+    optimizer = {"kind": kind, "lr": 1e-3, "weight_decay": WEIGHT_DECAY, "clip_norm": 1.0}
+    return small_config(zero={"stage": stage}, precision=precision, optimizer=optimizer)
 
 
 def batches_of(step: int) -> list[MicroBatch]:
@@ -54,7 +57,8 @@ def plain_loop(tokenizer: str, config: RunConfig) -> tuple[list[float], list[flo
     decayed = [master for master in masters.values() if master.ndim > 1]
     others = [master for master in masters.values() if master.ndim <= 1]
     settings: Any = {"betas": config.optimizer.betas, "eps": config.optimizer.eps, "lr": 0.0}
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], **settings)
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY, **settings}, {"params": others, "weight_decay": 0.0, **settings}]
+    optimizer = torch.optim.AdamW(groups) if config.optimizer.kind == "adamw" else PaperLamb([groups[0], groups[1] | {"trust_ratio": False}])
     losses: list[float] = []
     norms: list[float] = []
     for step in range(NUM_STEPS):
@@ -90,11 +94,11 @@ def backward(model: BertForPreTraining, masters: Weights, batch: MicroBatch, num
     return (mlm + nsp).item()
 
 
-def engine_loop(rank: int, world_size: int, tokenizer: str, folder: str, runs: list[tuple[int, str]]) -> list[tuple[list[float], list[float]]]:
+def engine_loop(rank: int, world_size: int, tokenizer: str, folder: str, runs: list[tuple[int, str, str]]) -> list[tuple[list[float], list[float]]]:
     """Losses and gradient norms by run; the master weights are saved below `folder`."""
     results: list[tuple[list[float], list[float]]] = []
-    for stage, precision in runs:
-        config = config_of(stage, precision)
+    for stage, precision, kind in runs:
+        config = config_of(stage, precision, kind)
         model = build_model(config.model, tokenizer, seed=config.seed, sequence_length=24, device=CPU)
         engine = Engine.build(model, config)
         losses: list[float] = []
@@ -130,13 +134,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_all_stages_start_like_a_plain_loop(tokenizer: str, tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "lamb"), ("bf16", "lamb")])
+def test_all_stages_start_like_a_plain_loop(tokenizer: str, tmp_path: Path, precision: str, kind: str) -> None:
     torch.set_num_threads(1)
-    losses, norms, weights = plain_loop(tokenizer, config_of(0, precision))
+    losses, norms, weights = plain_loop(tokenizer, config_of(0, precision, kind))
     assert min(norms) > 1.0, "the test must see clipping"
     initial = plain_start(tokenizer, precision)
-    found = run_distributed(engine_loop, 2, (tokenizer, str(tmp_path), [(stage, precision) for stage in range(4)]), timeout_s=90)
+    found = run_distributed(engine_loop, 2, (tokenizer, str(tmp_path), [(stage, precision, kind) for stage in range(4)]), timeout_s=90)
     assert found[0] == found[1]
     for stage, (stage_losses, stage_norms) in enumerate(found[0]):
         tolerance = 1e-6 if precision == "fp32" else 1e-3

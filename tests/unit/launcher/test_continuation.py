@@ -71,6 +71,7 @@ def test_the_command_that_is_named_can_be_pasted() -> None:
         "objective.mask_rate=0.3",
         "batch.micro_batch_size=16",
         "batch.global_batch_size=512",
+        "optimizer.kind=lamb",
     ],
 )
 @pytest.mark.parametrize("deliberate", [True, False])

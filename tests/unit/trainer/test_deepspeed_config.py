@@ -78,6 +78,25 @@ def test_derived_keys_are_refused(overrides: dict[str, Any], named: str, instead
     assert f"`{instead}`" in caught.value.remedy
 
 
+@pytest.mark.parametrize(("stage", "untested"), [(0, {}), (1, {"zero_allow_untested_optimizer": True}), (3, {"zero_allow_untested_optimizer": True})])
+def test_lamb_differs_in_what_lets_it_pass(stage: int, untested: dict[str, Any]) -> None:
+    lamb, adamw = (derive_deepspeed_config(small_config(zero={"stage": stage}, optimizer={"kind": kind}), 2) for kind in ("lamb", "adamw"))
+    assert lamb == adamw | untested
+
+
+@pytest.mark.parametrize(
+    "zero", [{"offload_optimizer": {"device": "cpu"}}, {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, {"cpu_offload": True}]
+)
+@pytest.mark.parametrize("forced", [True, False])
+def test_lamb_is_not_offloaded(zero: dict[str, Any], forced: bool) -> None:
+    overrides = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": forced}
+    with pytest.raises(ConfigError) as caught:
+        derive_deepspeed_config(small_config(zero={"stage": 2, "deepspeed": overrides}, optimizer={"kind": "lamb"}), world_size=2)
+    assert "lamb" in caught.value.cause
+    assert "offload_optimizer" in caught.value.cause
+    assert "adamw" in caught.value.remedy
+
+
 def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
     return derive_deepspeed_config(small_config(zero={"stage": 2, "deepspeed": overrides}), world_size=2)
 
