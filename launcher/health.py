@@ -12,6 +12,7 @@ DEADLINES_S: Mapping[str, float] = {
     "agree": 45.0,
     "forward": 45.0,
     "backward": 45.0,
+    "reduce": 45.0,
     "optimizer": 45.0,
 }
 """Seconds that a rank may stay in a phase, on top of SLACK times the longest that any rank has taken for it in this attempt."""

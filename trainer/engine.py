@@ -28,6 +28,7 @@ from trainer.networks import PretrainingNetwork, as_loss_sums, buffers_kept
 from trainer.objectives import LossSums, LossWeights
 from trainer.optimizers import build_optimizer
 from trainer.snapshot import Snapshot
+from trainer.zero_reduce import Reduction
 
 __all__ = ["Engine", "StepOutcome", "derive_deepspeed_config", "training_device"]
 
@@ -56,6 +57,7 @@ class Engine:
         self._files.use_safe_files(deepspeed_engine)
         self._config = config
         self._veto: Any = importlib.import_module("trainer.zero_veto").Veto.over(deepspeed_engine)
+        self._reduction = Reduction.over(deepspeed_engine)
         self.device = device
 
     @classmethod
@@ -97,8 +99,16 @@ class Engine:
         """Factor on the loss of fp16; 1 in other precisions."""
         return float(self._deepspeed.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0
 
+    @property
+    def reduces_apart(self) -> bool:
+        """Whether the time of reducing gradients can be told from that of the backward pass."""
+        return self._reduction.is_apart
+
     def accumulate(self, batch: TensorBatch, weights: LossWeights, *, last: bool, enter: Callable[[str], None] = lambda phase: None) -> LossSums:
-        """Forward and backward of one batch; `last` says that the step has no more, so that gradients are reduced. `enter` hears which begins."""
+        """Forward and backward of one batch; `last` says that the step has no more, so that gradients are reduced.
+
+        `enter` hears which begins, and `reduce` where gradients are reduced apart.
+        """
         enter("forward")
         self._deepspeed.set_gradient_accumulation_boundary(last)
         sums = as_loss_sums(self._deepspeed(batch))
@@ -106,7 +116,8 @@ class Engine:
         loss = weights.loss(sums)
         if self._config.zero.stage == 0:
             loss = loss * self.loss_scale  # DeepSpeed 0.19 unscales the gradients at stage 0 but does not scale the loss
-        self._deepspeed.backward(loss, scale_wrt_gas=False)
+        with self._reduction.heard_by(enter):
+            self._deepspeed.backward(loss, scale_wrt_gas=False)
         return sums
 
     def step(self, lr: float) -> StepOutcome:

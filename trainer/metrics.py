@@ -11,19 +11,18 @@ from typing import Any
 import torch
 
 from data_pipeline.micro_batch import SkippedBlock
-from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome
 from trainer.flops import StepFlops
 from trainer.numerics import continuity
+from trainer.peaks import device_name, measured_peak, stated_peak
 from trainer.runlog import RunFolder
 from trainer.state import TrainState
+from trainer.timeline import Timeline
 from trainer.totals import StepCounts, StepLosses
 
 SAY_EVERY_S = 10.0
 _SAID = ("loss", "mlm_loss", "nsp_loss", "grad_norm", "lr", "tokens_per_s", "data_wait_s", "checkpoint_stall_s")
 _log = logging.getLogger(__name__)
-_PEAK_SECONDS = 0.2
-_PEAK_SIZE = 1024
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,9 @@ class StepRecord:
     """One line of metrics.jsonl. `step` counts from 0, as `inspect --step` does: a run of S steps ends with the record of step S-1.
 
     A value that does not exist (the NSP loss of a batch without pairs, the norm of gradients that overflowed) is None.
+
+    The time line is rank 0's: `data_wait_s`, `agree_s`, `forward_s`, `backward_s`, `reduce_s` and `optimizer_s` are parts of `step_s`, whose rest is
+    counting and Python between them; `checkpoint_stall_s` and `validation_s` lie before it.
     """
 
     step: int
@@ -55,19 +57,37 @@ class StepRecord:
     """Seconds for which a checkpoint held up training since the step before."""
     memory_bytes: int
     batch_digest: str
+    mfu_stated: float | None
+    """The same as `mfu` as a share of what the maker of the GPU states for its dense matrix products; None where that is not known (a CPU)."""
+    agree_s: float
+    """Seconds in which the ranks agreed on the counts and the losses of the step: mostly waiting for the slowest of them."""
+    forward_s: float
+    backward_s: float
+    """Seconds of the backward passes, without reductions where these are apart."""
+    reduce_s: float | None
+    """Seconds in which gradients were summed over the ranks and sorted into their parts, waiting for the slowest included. None where that happens
+    beside the backward pass (ZeRO stage 3, `overlap_comm`), and is part of `backward_s`."""
+    optimizer_s: float
+    """Seconds of norm, clipping and update; at stages 1 to 3 also of gathering the weights."""
+    validation_s: float
+    """Seconds of a validation since the step before."""
 
 
 class StepLog:
     """An attempt's records. Rank 0 writes, other ranks only keep the same time."""
 
-    def __init__(self, run: RunFolder, engine: Engine, context: RunContext, attempt: int, *, first_step: int) -> None:
+    def __init__(self, run: RunFolder, engine: Engine, timeline: Timeline, attempt: int, *, first_step: int) -> None:
         self._run = run
         self._flops = StepFlops.of(engine.model)
         self._device = engine.device
         self._attempt = attempt
-        self._writes = context.rank == 0
+        self._timeline = timeline
+        self._reduces_apart = engine.reduces_apart
+        self._writes = timeline.rank == 0
         self._first_step = first_step
-        self._peak_flops = measured_peak(engine.device, engine.dtype) * context.world_size if self._writes else 0.0
+        self._peak_flops = measured_peak(engine.device, engine.dtype) * timeline.world_size if self._writes else 0.0
+        stated = stated_peak(device_name(engine.device), engine.dtype)
+        self._stated_flops = None if stated is None else stated * timeline.world_size
         self._tensorboard: Any = None
         self._started_at = time.monotonic()
         self._said_at = -math.inf
@@ -82,7 +102,8 @@ class StepLog:
         """Record the step that took `state` further."""
         if not self._writes:
             return
-        elapsed_s = time.monotonic() - self._started_at
+        elapsed_s, seconds = time.monotonic() - self._started_at, self._timeline.take()
+        flops_per_s = self._flops.of_step(counts) / elapsed_s
         record = StepRecord(
             step=state.step,
             attempt=self._attempt,
@@ -93,11 +114,18 @@ class StepLog:
             grad_norm=outcome.grad_norm,
             lr=lr,
             tokens_per_s=counts.tokens / elapsed_s,
-            mfu=self._flops.of_step(counts) / elapsed_s / self._peak_flops,
+            mfu=flops_per_s / self._peak_flops,
             data_wait_s=wait_s,
             checkpoint_stall_s=stall_s,
             memory_bytes=peak_memory_bytes(self._device),
             batch_digest=f"{counts.digest:016x}",
+            mfu_stated=None if self._stated_flops is None else flops_per_s / self._stated_flops,
+            agree_s=seconds.get("agree", 0.0),
+            forward_s=seconds.get("forward", 0.0),
+            backward_s=seconds.get("backward", 0.0),
+            reduce_s=seconds.get("reduce", 0.0) if self._reduces_apart else None,
+            optimizer_s=seconds.get("optimizer", 0.0),
+            validation_s=seconds.get("validation", 0.0),
         )
         values = finite(asdict(record))
         if state.step == self._first_step > 0:
@@ -157,18 +185,6 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a bare square matrix product on this rank, the best of some; takes a fraction of a second."""
-    size = _PEAK_SIZE * (8 if device.type == "cuda" else 1)
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    best, deadline = 0.0, time.monotonic() + _PEAK_SECONDS
-    while best == 0.0 or time.monotonic() < deadline:
-        started_at = time.perf_counter()
-        torch.mm(left, left)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - started_at))
-    return best
 
 
 def peak_memory_bytes(device: torch.device) -> int:

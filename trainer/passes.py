@@ -37,7 +37,7 @@ def forward_backward(
 ) -> Tensor:
     """Accumulate the gradients of this rank's part of a step; returns its sums as `LossSums.detached` does, still on the device.
 
-    `enter` hears each time whether `forward` or `backward` begins.
+    `enter` hears each time whether `forward`, `backward` or `reduce` begins.
 
     Dropout is seeded before every piece by (seed, micro-batch number, piece): it depends neither on the rank nor on restarts, and no
     random state needs saving. Ranks with fewer micro-batches run empty ones, whose loss has weight zero.

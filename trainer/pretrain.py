@@ -29,6 +29,7 @@ from trainer.schedule import learning_rate
 from trainer.skips import newly_skipped, with_skipped
 from trainer.soundness import Soundness
 from trainer.state import TrainState
+from trainer.timeline import Timeline
 from trainer.totals import StepCounts, StepLosses, raise_together
 
 MAX_SKIPPED_STEPS = 1000
@@ -47,6 +48,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
         ConfigError: the configuration or the run folder does not fit the corpus.
         MaskwrightError: a rank could not read its data; the same error on every rank.
     """
+    context = Timeline.of(context, training_device())
     context.heartbeat(0, "set-up")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     folder = RunFolder(Location.at(run))
@@ -68,7 +70,7 @@ def train(
     saver: Saver,
     soundness: Soundness,
     log: StepLog,
-    context: RunContext,
+    context: Timeline,
     state: TrainState,
 ) -> None:
     """The loop: read, agree, forward and backward, agree, step, record, validate, save. See `pretrain`."""
@@ -97,6 +99,7 @@ def train(
             state = with_skipped(state, skipped, config.data.skip_budget)
 
         sums = forward_backward(engine, part, counts, empty, config, context.world_size, enter=partial(context.heartbeat, state.step))
+        context.heartbeat(state.step, "agree")
         losses = StepLosses.total(sums, counts, engine.device)
 
         context.heartbeat(state.step, "optimizer")

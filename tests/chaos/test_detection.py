@@ -88,7 +88,7 @@ def test_a_slow_rank_is_left_alone_and_a_stopped_one_is_named(folder: Path, undi
     (verdict,) = events(run, "rank_unhealthy")
     assert (verdict["rank"], verdict["pid"], verdict["state"]) == (1, victim, "stopped")
     assert verdict["time"] - stopped_at < 30
-    assert verdict["phase"] in {"data", "agree", "forward", "backward", "optimizer", "checkpoint", "validation"}
+    assert verdict["phase"] in {"data", "agree", "forward", "backward", "reduce", "optimizer", "checkpoint", "validation"}
     assert f"(process {victim}) has been stopped" in command.text()
     stacks = Path(verdict["stacks"])
     assert "trainer/pretrain.py" in (stacks / "rank-00000.txt").read_text(), "the rank that waits says where"

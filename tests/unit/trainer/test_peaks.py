@@ -1,0 +1,46 @@
+"""What makers state of their devices."""
+
+import pytest
+import torch
+
+from trainer.peaks import device_name, measured_peak, stated_peak
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989.4),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756.0),
+        ("NVIDIA H100 NVL", torch.float16, 835.5),
+        ("NVIDIA H200", torch.bfloat16, 989.4),
+        ("NVIDIA H200 NVL", torch.bfloat16, 835.5),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312.0),
+        ("NVIDIA A100 80GB PCIe", torch.float32, 19.5),
+        ("NVIDIA L40S", torch.bfloat16, 362.05),
+        ("NVIDIA L4", torch.bfloat16, 121.0),
+        ("Tesla T4", torch.float16, 65.0),
+    ],
+)
+def test_a_device_is_found_by_its_name(name: str, dtype: torch.dtype, teraflops: float) -> None:
+    assert stated_peak(name, dtype) == pytest.approx(teraflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("cpu", torch.float32),
+        ("NVIDIA L40", torch.bfloat16),
+        ("NVIDIA A100X", torch.bfloat16),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16),
+        ("Tesla T4", torch.bfloat16),
+    ],
+)
+def test_what_is_not_known_is_not_guessed(name: str, dtype: torch.dtype) -> None:
+    """Neighbours by name, a seventh of a card, and a precision that a card has no instructions for."""
+    assert stated_peak(name, dtype) is None
+
+
+def test_the_peak_of_a_cpu_is_measured() -> None:
+    device = torch.device("cpu")
+    assert device_name(device) == "cpu"
+    assert 1e8 < measured_peak(device, torch.float32) < 1e14
