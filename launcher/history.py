@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from trainer.runlog import RunFolder
 
-VALUES = ("mlm_loss", "nsp_loss", "tokens_per_s", "lr", "grad_norm", "time", "step_s", "data_wait_s", "checkpoint_stall_s")
+PHASES = ("data_wait_s", "agree_s", "forward_s", "backward_s", "reduce_s", "optimizer_s", "checkpoint_stall_s", "validation_s")
+"""The time line of a step; what they are: `trainer.metrics.StepRecord`."""
+VALUES = ("mlm_loss", "nsp_loss", "tokens_per_s", "mfu", "mfu_stated", "lr", "grad_norm", "time", "step_s", *PHASES)
 _FAILURES = {"preemption": "preempted", "numeric": "rewound"}
 """Ends that are told as `worker_failed` and have a name of their own."""
 
@@ -21,7 +23,7 @@ Events = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class History:
-    """Every record of a step as it was written, also of steps that were lost and repeated: about 100 bytes for each."""
+    """Every record of a step as it was written, also of steps that were lost and repeated: about 170 bytes for each."""
 
     step: NDArray[np.int64]
     attempt: NDArray[np.int64]

@@ -18,6 +18,7 @@ from launcher.proof import Proof, prove
 from launcher.redaction import redacted, redacted_values
 from launcher.report_figures import Curve, attempt_starts, line_figure, mlm_figure, nsp_figure
 from launcher.scores import SYSTEMS, validation_verdict, verdict
+from launcher.step_phases import StepPhases
 from trainer.runlog import RunFolder
 
 _TEMPLATE = "report_template.html.j2"
@@ -52,6 +53,8 @@ class Report:
     scores: list[dict[str, Any]]
     attempts: list[Attempt]
     goodput: Goodput
+    phases: StepPhases | None
+    """None where no step has a time line."""
     proof: Proof | None
     """None before the first step."""
     recoveries: list[dict[str, str]]
@@ -65,12 +68,14 @@ class Report:
         return {
             "attempts": [redacted_values(asdict(attempt)) for attempt in self.attempts],
             "goodput": self.goodput.to_json(),
+            "step_phases": None if self.phases is None else self.phases.to_json(),
             "proof": None if self.proof is None else self.proof.to_json(),
         }
 
     def summary(self) -> list[str]:
-        """The evidence in two lines."""
+        """The evidence in a few lines."""
         lines = [f"goodput {self.goodput.share:.1%} of {tables.duration(self.goodput.wall_s)}"] if self.goodput.wall_s else []
+        lines += [self.phases.summary()] if self.phases is not None else []
         return [*lines, *([self.proof.verdict()] if self.proof is not None else [])]
 
 
@@ -101,6 +106,7 @@ def collect(run: RunFolder, *, all_steps: bool = False) -> Report:
         scores=[tables.score_rows(result) for result in results],
         attempts=attempts,
         goodput=goodput(attempts, history, events),
+        phases=StepPhases.of(kept),
         proof=proof,
         recoveries=_event_rows([event for event in events if event["kind"] in _RECOVERY_EVENTS]),
         events=_event_rows([event for event in events if event["kind"] not in _QUIET_EVENTS]),
@@ -121,6 +127,7 @@ def render(report: Report) -> str:
         attempts=tables.attempt_rows(report.attempts),
         attempt_columns=tables.ATTEMPT_COLUMNS,
         goodput=tables.goodput_rows(report.goodput),
+        phases=tables.phase_rows(report.phases),
         duration=tables.duration,
     )
 

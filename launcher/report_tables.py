@@ -15,6 +15,7 @@ from launcher.goodput import Goodput, lost_parts
 from launcher.history import Attempt, Events, History
 from launcher.redaction import redacted
 from launcher.scores import SYSTEMS, spread
+from launcher.step_phases import StepPhases
 from trainer.runlog import RunFolder
 
 Rows = list[tuple[str, str]]
@@ -39,6 +40,9 @@ def facts(events: Events, history: History, manifest: Mapping[str, Any]) -> Rows
     speeds = history.values["tokens_per_s"]
     if not np.isnan(speeds).all():
         rows.append(("median tokens per second", f"{np.nanmedian(speeds):,.0f}"))
+    for name, text in (("mfu", "median MFU, of a measured matrix product"), ("mfu_stated", "median MFU, of the stated peak")):
+        if not np.isnan(history.values[name]).all():
+            rows.append((text, f"{np.nanmedian(history.values[name]):.1%}"))
     if manifest:
         shape = f"{manifest.get('world_size')} ranks, ZeRO {manifest.get('zero_stage')}, {manifest.get('precision')}, {manifest.get('device')}"
         rows.append(("trained on", shape))
@@ -102,6 +106,16 @@ def goodput_rows(found: Goodput) -> list[dict[str, str]]:
     return [
         {"cause": part["cause"], "text": part["text"], "time": duration(part["seconds"]), "percent": f"{100 * part['share']:.2f}"}
         for part in lost_parts(found)
+    ]
+
+
+def phase_rows(found: StepPhases | None) -> list[dict[str, str]]:
+    """Each phase of a step that took time: its key, what it means, its mean, and its share in per cent."""
+    if found is None:
+        return []
+    return [
+        {"phase": part.phase, "text": part.text, "time": f"{1000 * part.seconds:,.1f} ms", "percent": f"{100 * part.share:.2f}"}
+        for part in found.parts
     ]
 
 

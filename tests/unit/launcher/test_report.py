@@ -63,7 +63,8 @@ def write_run(storage: Path) -> RunFolder:
         loss = 5.0 + 4.0 * math.exp(-step / 12)
         speed = 9000.0 + 300 * math.sin(step)
         record = {"step": step, "attempt": attempt, "mlm_loss": loss, "nsp_loss": 0.69 - step / 1000, "loss": loss + 0.7, "tokens_per_s": speed}
-        run.append_metrics({**record, "lr": 1e-4 * min(1.0, (step + 1) / 10), "grad_norm": 2.0 if step else None})
+        time_line = {"step_s": 0.2, "forward_s": 0.05, "backward_s": 0.1, "reduce_s": None, "optimizer_s": 0.03, "mfu": 0.4, "mfu_stated": 0.3125}
+        run.append_metrics({**record, **time_line, "lr": 1e-4 * min(1.0, (step + 1) / 10), "grad_norm": 2.0 if step else None})
     run.append_event("command_started", attempt=0, verb="run")
     run.append_event("stage_finished", attempt=0, stage="prepare", elapsed_s=33.2, corpus=corpus.url)
     run.append_event("attempt_started", attempt=1, stage="pretrain", world_size=2)
@@ -144,6 +145,9 @@ def test_the_page_needs_no_network_and_embeds_five_pictures_that_are_svg(page: s
         "num_layers: 4",
         "2.13.0",
         "0.790, 0.800, 0.810",
+        "Time of a step: 200.0 ms",
+        "backward, reducing gradients included</td><td>100.0 ms</td><td>50.00 %",
+        "31.2%",
     ],
 )
 def test_the_page_says(page: str, text: str) -> None:
@@ -258,7 +262,7 @@ def test_the_verb_prints_the_evidence(tmp_path: Path, capsys: pytest.CaptureFixt
         run.append_metrics({"step": batch["step"], "attempt": 1, "time": time.time(), "step_s": 0.0, "batch_digest": batch["digest"]})
     assert cli.run(["report", "small", "--storage", str(storage), "--all-steps", "--json"], debug=False) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"report", "attempts", "goodput", "proof"}
+    assert set(found) == {"report", "attempts", "goodput", "step_phases", "proof"}
     assert found["proof"] | {"holds": True, "checked": 6, "steps": 6, "repeated": 0, "skipped": 0, "different": []} == found["proof"]
     assert "<strong>Proven:</strong>" in run.report.read_bytes().decode()
     Location.at(corpus).remove()
