@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_NEEDS_RUN = {"status", "logs", "stop", "resume", "export", "report"}
+_NEEDS_RUN = {"status", "logs", "stop", "resume", "export", "report", "profile"}
 _COMMAND = re.compile(rf"`maskwright ({'|'.join(sorted(_NEEDS_RUN))}|list|finetune|evaluate|clean|run|prepare|inspect)\b((?: [^`]*)?)`")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a run YAML.")]

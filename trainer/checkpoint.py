@@ -102,15 +102,12 @@ def newest_usable(
     names, committed = ranks.rank_zero_does("list the checkpoints", lambda: _selectable(run, checkpoints, attempt))
     later = [name for name in names if before_step is not None and step_of(name) > before_step]
     for name in names[len(later) :]:
-        location = checkpoints.location(name)
-        manifest = ranks.rank_zero_does("read the manifest", lambda name=name: checkpoints.read(name))
-        copy, problems = _obtain(ranks, location, manifest, config, on_piece) if isinstance(manifest, Manifest) else (None, [manifest])
-        if isinstance(manifest, Manifest) and not problems:
-            found = Checkpoint(location, manifest, copy)
+        found = _open(ranks, checkpoints, name, config, on_piece)
+        if isinstance(found, Checkpoint):
             with _discarding(found):
                 ranks.rank_zero_does("set the later checkpoints aside", lambda: [checkpoints.set_aside(each, "rewound", attempt) for each in later])
             return found
-        ranks.rank_zero_does("set the damaged checkpoint aside", lambda n=name, p=problems: _quarantine(run, n, p, attempt))
+        ranks.rank_zero_does("set the damaged checkpoint aside", lambda n=name, p=found: _quarantine(run, n, p, attempt))
     if later:
         raise NoCheckpointError(
             f"{run.checkpoints} has no intact checkpoint of step {before_step} or before to go back to; the oldest is {later[-1]}",
@@ -128,6 +125,34 @@ def newest_usable(
             f"Restore a checkpoint folder from a copy, or start again under another `name`; to start this run over, remove {run.root} first.",
         )
     return None
+
+
+def newest_intact(run: RunFolder, ranks: Ranks, config: RunConfig, on_piece: Callable[[], None] = nothing) -> Checkpoint | None:
+    """The checkpoint that `newest_usable` would give, for who only looks: nothing in the run folder changes. None when the run has none yet.
+
+    Raises:
+        NoCheckpointError: there are checkpoints, and none is intact.
+        ConfigError, EnvironmentMismatchError, StorageUnreachableError: as `newest_usable`.
+    """
+    checkpoints = checkpoints_of(run)
+    names = ranks.rank_zero_does("list the checkpoints", lambda: [entry.name for entry in reversed(checkpoints.committed())])
+    for name in names:
+        found = _open(ranks, checkpoints, name, config, on_piece)
+        if isinstance(found, Checkpoint):
+            return found
+    if names:
+        raise NoCheckpointError(f"{run.checkpoints} has no intact checkpoint", f"`maskwright resume {run.root.name}` says what is damaged.")
+    return None
+
+
+def _open(ranks: Ranks, checkpoints: Checkpoints, name: str, config: RunConfig | None, on_piece: Callable[[], None]) -> Checkpoint | list[Problem]:
+    """A committed checkpoint, once every file is known to be intact; else what is wrong with it. The same on every rank."""
+    location = checkpoints.location(name)
+    manifest = ranks.rank_zero_does("read the manifest", lambda: checkpoints.read(name))
+    if not isinstance(manifest, Manifest):
+        return [manifest]
+    copy, problems = _obtain(ranks, location, manifest, config, on_piece)
+    return problems or Checkpoint(location, manifest, copy)
 
 
 def has_same_layout(manifest: Manifest, config: RunConfig, world_size: int) -> bool:

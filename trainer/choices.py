@@ -30,18 +30,32 @@ def settled(config: RunConfig, run: RunFolder, device: torch.device, attempt: in
     return config.model_copy(update={"precision": precision})
 
 
+def looked_up(config: RunConfig, run: RunFolder, device: torch.device) -> RunConfig:
+    """`config` as `settled` gives it, for who only looks: what the run has not chosen yet is chosen for this once. Collective."""
+
+    def precision() -> str:
+        return config.precision if config.precision != "auto" else _known(run) or fastest_precision(device)
+
+    return config.model_copy(update={"precision": on_rank_zero("look up the precision", precision)})
+
+
 def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> str:
     if config.precision != "auto":
         if config.precision == "bf16" and device.type == "cpu" and attempt == 1 and (slower := 1 / bf16_gain()) > _SLOWER:
             run.append_event("slow_precision", attempt=attempt, precision="bf16", faster="fp32", factor=round(slower, 1))
         return config.precision
-    known = _read(run).get("precision") or _trained_in(run)
+    known = _known(run)
     if known is not None:
         return known
     precision = fastest_precision(device)
     run.choices.write_json({"precision": precision, "device": device.type})
     run.append_event("precision_chosen", attempt=attempt, precision=precision, device=device.type)
     return precision
+
+
+def _known(run: RunFolder) -> str | None:
+    """What the run was begun in; None of a new one."""
+    return _read(run).get("precision") or _trained_in(run)
 
 
 def _read(run: RunFolder) -> dict[str, Any]:
