@@ -7,19 +7,23 @@ import typer
 from launcher.config import LocalCluster, load_cluster_config
 from launcher.options import Cluster, Json, RunArgument, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import find_run, read_cluster, read_config
+from trainer.runlog import RunFolder
 
+_STEPS = 5
 _SHOWN = 10
 _LONGEST_NAME = 60
 
 
 def profile(
     run: RunArgument,
-    steps: Annotated[int, typer.Option("--steps", min=1, metavar="K", help="How many, after one to warm up.")] = 5,
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, metavar="K", help="How many, after one to warm up.", show_default="5, or what the run has")
+    ] = None,
     storage: Storage = None,
     cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
-    """Take some steps of a run under a profiler: a trace, the ten largest costs, the phases. Nothing else of the run changes; it must not be running.
+    """Take some steps of a run, which must not be at work and stays as it is, under a profiler: the ten largest costs, the phases, a trace.
 
     Example: maskwright profile demo --steps 10
     """
@@ -27,7 +31,8 @@ def profile(
 
     folder = find_run(run, storage)
     config = read_config(folder)
-    where = load_cluster_config(cluster) if cluster else read_cluster(folder) or LocalCluster()
+    where = load_cluster_config(cluster) if cluster else _this_machine(folder)
+    steps = steps or max(1, min(_STEPS, config.schedule.steps - 1))
     if not as_json:
         say(f"profiling {steps} steps of run {folder.root.name}, after one to warm up")
     found = profile_run(folder, config, where, steps, (lambda _: None) if as_json else say)
@@ -36,6 +41,12 @@ def profile(
         return
     show(found)
     next_command(command("report", run, storage=storage))
+
+
+def _this_machine(run: RunFolder) -> LocalCluster:
+    """The local cluster that the run was last run on, or the default one: machines elsewhere are asked for with --cluster only."""
+    last = read_cluster(run)
+    return last if isinstance(last, LocalCluster) else LocalCluster()
 
 
 def show(found: dict[str, Any]) -> None:
@@ -56,10 +67,12 @@ def show(found: dict[str, Any]) -> None:
 def cost_rows(costs: list[dict[str, Any]], num_steps: int) -> list[tuple[str, str, str, str]]:
     """The largest, then all others together."""
     shown, others = costs[:_SHOWN], costs[_SHOWN:]
-    rows = [(_short(cost["name"]), cost["calls"], cost["seconds"], cost["share"]) for cost in shown]
     if others:
-        rows.append((f"{len(others)} others", *(sum(cost[name] for cost in others) for name in ("calls", "seconds", "share"))))
-    return [(name, f"{calls / num_steps:,.0f}", _milliseconds(seconds / num_steps), _percent(share)) for name, calls, seconds, share in rows]
+        shown.append({"name": f"{len(others)} others", **{key: sum(cost[key] for cost in others) for key in ("calls", "seconds", "share")}})
+    return [
+        (_short(cost["name"]), f"{cost['calls'] / num_steps:,.0f}", _milliseconds(cost["seconds"] / num_steps), _percent(cost["share"]))
+        for cost in shown
+    ]
 
 
 def _short(name: str) -> str:

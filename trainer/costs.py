@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.autograd import DeviceType
-
 LABEL = "phase: "
 """Begins the names of our own stretches in a trace."""
 _STEP = "ProfilerStep"
@@ -39,12 +37,12 @@ def _kernels(averages: Iterable[Any]) -> list[tuple[str, int, float]]:
     return [
         (each.key, each.count, each.self_device_time_total / 1e6)
         for each in averages
-        if each.device_type != DeviceType.CPU and not each.is_user_annotation
+        if each.device_type.name != "CPU" and not each.is_user_annotation
     ]
 
 
 def _operators(averages: Iterable[Any]) -> list[tuple[str, int, float]]:
-    return [(_named(each.key), each.count, each.self_cpu_time_total / 1e6) for each in averages if each.device_type == DeviceType.CPU]
+    return [(_named(each.key), each.count, each.self_cpu_time_total / 1e6) for each in averages if each.device_type.name == "CPU"]
 
 
 def _named(key: str) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch.distributed as dist
 
 from data_pipeline.errors import InterruptedRunError, MaskwrightError, NoCheckpointError
 from data_pipeline.storage import Location
+from launcher.health import Beat
+from launcher.profiling import FOLDER, PROFILE, RESULT
+from launcher.worker_process import WorkerTask, run_task
 from tests.support.batches import small_config
 from tests.support.contexts import StoppingContext
 from tests.support.corpus import small_corpus
@@ -19,6 +23,7 @@ from trainer.config import RunConfig
 from trainer.context import LocalContext
 from trainer.pretrain import pretrain
 from trainer.profiling import profile_steps
+from trainer.runlog import RunFolder
 
 STEPS = 6
 
@@ -105,6 +110,39 @@ def test_a_finished_run_is_profiled_in_its_last_steps_and_at_another_layout(hear
     trace = json.loads(gzip.decompress((heard[0] / "done/profile/first/trace.json.gz").read_bytes()))
     labels = {event["name"] for event in trace["traceEvents"] if event.get("name", "").startswith("phase: ")}
     assert labels == {f"phase: {name}" for name in ("data", "agree", "forward", "backward", "reduce", "optimizer")}
+
+
+class QuietLine:
+    """A line to a driver that says nothing."""
+
+    def join(self) -> None: ...
+
+    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...]:
+        return ()
+
+    def tell(self, command: str) -> None: ...
+
+
+def as_a_task(rank: int, world_size: int, corpus: str, root: str) -> None:
+    """As a worker process does it: in a thread, told what to do by name, with a log of its own."""
+    run, profile = RunFolder(Location.at(root)), RunFolder(Location.at(root) / FOLDER)
+    arguments = {"config": config_of(0), "corpus": corpus, "run": run.root.url, "output": profile.root.url, "steps": 2, "attempt": 1}
+    task = WorkerTask(PROFILE, arguments, profile.root.url, attempt=1, threads=1, home=root)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(run_task, task, rank, world_size, QuietLine()).result()
+
+
+def test_a_worker_process_profiles_and_leaves_its_log_with_the_profile(tmp_path: Path) -> None:
+    corpus, run = small_corpus(tmp_path / "text"), tmp_path / "run"
+    run.mkdir()
+    run_distributed(as_a_task, 1, (corpus, str(run)), timeout_s=60)
+    assert [path.name for path in run.iterdir()] == [FOLDER]
+    assert sorted(path.name for path in (run / FOLDER).iterdir()) == ["logs", "profile.json", "trace.json"]
+    assert "trainer.profiling:profile_steps" in (run / FOLDER / "logs/attempt-0001/rank-00000.log").read_text()
+    found = json.loads((run / FOLDER / RESULT).read_text())
+    assert found["trace"] == str(run / FOLDER / "trace.json")
+    assert {phase["phase"] for phase in found["phases"]} == {"data", "agree", "forward", "backward", "reduce", "optimizer"}
+    assert {"aten::addmm", "Python and waiting in reduce"} <= {cost["name"] for cost in found["costs"]}
 
 
 def test_what_cannot_be_profiled_says_why_on_every_rank_and_nothing_else_is_left_behind(heard: tuple[Path, Any]) -> None:

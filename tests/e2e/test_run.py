@@ -113,6 +113,26 @@ def test_evaluate_repeats_the_recorded_score(finished: tuple[Path, str], folder:
     assert 0 <= score["accuracy"] <= 1
 
 
+@pytest.mark.full
+def test_profiling_shows_what_steps_cost_and_leaves_the_run_as_it_is(finished: tuple[Path, str], folder: Path) -> None:
+    run, _ = finished
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and "profile" not in path.parts}
+
+    before = files()
+    code, output = maskwright("profile", "tiny", "--steps", "3", "--storage", "storage", folder=folder)
+    assert code == 0, output
+    assert f"3 steps from step {STEPS - 3} on with the weights of step {STEPS}: 2 ranks" in output
+    assert "next: maskwright report tiny --storage storage" in output
+    assert files() == before
+    found = json.loads((run / "profile/profile.json").read_text())
+    assert (found["world_size"], found["num_steps"]) == (2, 3)
+    assert len(found["costs"]) > 10
+    assert Path(found["trace"]).is_file()
+    assert not (run / "profile/lease.json").exists()
+
+
 def test_ctrl_c_saves_and_the_run_is_resumed_from_there(folder: Path, finished: tuple[Path, str]) -> None:
     """Also: while it runs, a second command is refused; of two that resume it at once one does, to the bits of the undisturbed run."""
     run = folder / "storage/interrupted"

@@ -73,7 +73,7 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"Example: maskwright {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["status", "list", "logs", "inspect", "prepare", "verify", "evaluate", "report", "clean"])
+@pytest.mark.parametrize("verb", ["status", "list", "logs", "inspect", "prepare", "verify", "evaluate", "report", "profile", "clean"])
 def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     invoke(verb, "--help")
     assert "--json" in capsys.readouterr().out
@@ -109,6 +109,10 @@ def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> 
         (["stop", "made"], ExitCode.CONFLICT),
         (["logs", "made"], ExitCode.NOT_FOUND),
         (["export", "made"], ExitCode.NOT_FOUND),
+        (["profile", "nope"], ExitCode.NOT_FOUND),
+        (["profile", "made"], ExitCode.NOT_FOUND),
+        (["profile", "made", "--steps", "10"], ExitCode.USAGE),
+        (["profile", "made", "--steps", "0"], ExitCode.USAGE),
         (["finetune", "made"], ExitCode.USAGE),
         (["finetune", "made", "--set", "finetune.tasks=[{name: a, path: b}]"], ExitCode.NOT_FOUND),
         (["evaluate", "made"], ExitCode.USAGE),
