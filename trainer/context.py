@@ -23,8 +23,9 @@ class RunContext(Protocol):
     def heartbeat(self, step: int, phase: str) -> None:
         """Say where this rank is. Cheap: called several times a step.
 
-        `phase` is set-up, data, agree (waiting for the other ranks' counts or losses), forward, backward, reduce, optimizer, checkpoint or
-        validation. Ranks say the same things in the same order, so that who is behind can be told; said again within a long phase, it is progress.
+        `phase` is set-up, data, agree (waiting for the other ranks' counts or losses), forward, backward, reduce, optimizer, checkpoint,
+        validation or trace (a profile is gathered and written). Ranks say the same things in the same order, so that who is behind can be
+        told; said again within a long phase, it is progress.
         """
         ...
 
