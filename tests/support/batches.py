@@ -48,12 +48,12 @@ def small_config(**sections: Any) -> RunConfig:
     return RunConfig.model_validate(values | sections)
 
 
-def write_tokenizer(folder: str) -> None:
-    """A tokenizer of VOCAB_SIZE made-up words."""
+def write_tokenizer(folder: str, vocab_size: int = VOCAB_SIZE) -> None:
+    """A tokenizer of made-up words."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {f"[{name.upper()}]": number for name, number in SPECIAL.items()}
-    vocabulary |= {f"w{number}": number for number in range(len(SPECIAL), VOCAB_SIZE)}
+    vocabulary |= {f"w{number}": number for number in range(len(SPECIAL), vocab_size)}
     tokens = {f"{name}_token": f"[{name.upper()}]" for name in SPECIAL}
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]")), **tokens).save_pretrained(folder)

@@ -1,0 +1,151 @@
+"""What `benchmarks.gpu` measures, on the device that is there: steps, ZeRO-1 beside a plain loop, a profile. torch.distributed is initialised."""
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
+from statistics import median
+from typing import Any
+
+from benchmarks.contestants.training import OurTraining
+from benchmarks.contestants.training_batches import micro_batches
+from benchmarks.contestants.training_peers import PlainLoop
+from benchmarks.training import Network, Shape
+
+_WARM_UP_STEPS = 3
+_TOP = 10
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Of one contestant: real tokens by second of wall clock, useful FLOPs by second, and what a bare matrix product reaches here."""
+
+    tokens_per_s: float
+    flops_per_s: float
+    matmul_flops_per_s: float
+    samples: int
+    """Of a micro-batch: as many as fit into memory."""
+
+
+def steps(network: Network, shape: Shape, precision: str, seconds: float) -> Rate:
+    """Optimizer steps of our trainer; where memory is short, with half as many samples, and so on."""
+    import torch
+
+    while True:
+        try:
+            training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
+            batches = [[batch] for batch in micro_batches(shape, network)]
+            tokens_per_s, steps_per_s = rate(training.step, batches, seconds)
+            return _rate(training, batches, tokens_per_s, steps_per_s, shape)
+        except torch.OutOfMemoryError:
+            if shape.samples == 1:
+                raise
+            shape = replace(shape, samples=shape.samples // 2)
+        finally:
+            free()
+
+
+def _rate(training: OurTraining, batches: Sequence[Sequence[Any]], tokens_per_s: float, steps_per_s: float, shape: Shape) -> Rate:
+    from trainer.metrics import measured_peak, useful_flops
+    from trainer.totals import StepCounts
+
+    counts = [StepCounts.of(step, 0, stop=False, failed=False) for step in batches]
+    flops = sum(useful_flops(training.engine.model.config, each) for each in counts) / len(counts)
+    peak = measured_peak(training.engine.device, training.engine.dtype)
+    return Rate(tokens_per_s, flops * steps_per_s, peak, shape.samples)
+
+
+def zero_and_plain(network: Network, shape: Shape, accumulation: int, precision: str, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Tokens a second of our engine under ZeRO-1 and of a plain torch loop, by turns, with `accumulation` micro-batches a step."""
+    batches = list(islice(cycle(micro_batches(shape, network)), accumulation))
+    found: dict[str, list[float]] = {"ours": [], "plain": []}
+    try:
+        training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
+        loop = PlainLoop(network, shape, precision=precision, dropout=0.1)
+        for _ in range(rounds):
+            found["ours"].append(rate(training.step, [batches], seconds)[0])
+            found["plain"].append(rate(loop.step, [batches], seconds)[0])
+    finally:
+        free()
+    return found
+
+
+def rate(step: Callable[[Sequence[Any]], Any], batches: Sequence[Sequence[Any]], seconds: float) -> tuple[float, float]:
+    """Real tokens and steps by second of wall clock, after some steps that do not count."""
+    turns = cycle(batches)
+    for _ in range(_WARM_UP_STEPS):
+        step(next(turns))
+    synchronize()
+    tokens, taken, started_at = 0, 0, time.perf_counter()
+    while not taken or time.perf_counter() - started_at < seconds:
+        chosen = next(turns)
+        step(chosen)
+        tokens, taken = tokens + sum(batch.num_tokens for batch in chosen), taken + 1
+    synchronize()
+    elapsed_s = time.perf_counter() - started_at
+    return tokens / elapsed_s, taken / elapsed_s
+
+
+def profile(network: Network, shape: Shape, precision: str, num_steps: int) -> list[tuple[str, float]]:
+    """The ten largest costs of a step by their own time on the device: name, share of all."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
+    try:
+        training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
+        turns = cycle([batch] for batch in micro_batches(shape, network))
+        for _ in range(_WARM_UP_STEPS):
+            training.step(next(turns))
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda() else [])]
+        with profiled(activities=activities) as trace:
+            for _ in range(num_steps):
+                training.step(next(turns))
+            synchronize()
+        key = "self_device_time_total" if is_cuda() else "self_cpu_time_total"
+        return largest({event.key: float(getattr(event, key)) for event in trace.key_averages() if not event.key.startswith("ProfilerStep")})
+    finally:
+        free()
+
+
+def largest(times: dict[str, float]) -> list[tuple[str, float]]:
+    """The largest ten as shares of all; pure."""
+    total = sum(times.values()) or 1.0
+    return [(name, value / total) for name, value in Counter(times).most_common(_TOP)]
+
+
+def milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median of a call, after two that do not count."""
+    found: list[float] = []
+    for number in range(repeats + 2):
+        synchronize()
+        started_at = time.perf_counter()
+        run()
+        synchronize()
+        found += [1e3 * (time.perf_counter() - started_at)] if number > 1 else []
+    return median(found)
+
+
+def is_cuda() -> bool:
+    """Whether there is a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    import torch
+
+    if is_cuda():
+        torch.cuda.synchronize()
+
+
+def free() -> None:
+    """Give memory back before the next measurement."""
+    import torch
+
+    gc.collect()
+    if is_cuda():
+        torch.cuda.empty_cache()

@@ -1,0 +1,91 @@
+"""Child's side of `train_scaling`: steps of several ranks, each a process on a core of its own, by the wall clock."""
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import Measurement
+from benchmarks.contestants.training import OurTraining, counts_of, process_group
+from benchmarks.contestants.training_batches import micro_batches
+from benchmarks.training import Network, Shape
+
+_LEAST_STEPS = 3
+_START_S = 300.0
+"""What a rank may take for everything but its steps."""
+
+
+def ranks(
+    world_size: int, network: dict[str, Any], shape: dict[str, Any], precision: str, accumulation: int, seconds: float, dropout: float = 0.1
+) -> Measurement:
+    """Tokens a second of all ranks together; each takes `accumulation` micro-batches a step."""
+    cores = range(os.cpu_count() or 1)
+    if len(cores) < world_size:
+        raise RuntimeError(f"{world_size} ranks need as many cores; this machine has {len(cores)}")
+    with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
+        job = {"network": network, "shape": shape, "precision": precision, "accumulation": accumulation, "dropout": dropout, "seconds": seconds}
+        context = multiprocessing.get_context("spawn")
+        processes = [context.Process(target=_rank, args=(folder, rank, world_size, cores[-1 - rank], job), daemon=True) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        _wait(processes, time.monotonic() + _START_S + 4 * seconds)
+        return json.loads((Path(folder) / "measured").read_text())
+
+
+def _wait(processes: Sequence[Any], deadline: float) -> None:
+    """Until all have ended; where one fails or the time is over, end the others, which would wait for it. Raises RuntimeError."""
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline or any(process.exitcode not in (None, 0) for process in processes):
+            break
+        time.sleep(0.05)
+    codes = [process.exitcode for process in processes]
+    if any(code != 0 for code in codes):
+        for process in processes:
+            process.kill()
+        raise RuntimeError(f"the ranks ended with {codes}")
+
+
+def _rank(folder: str, rank: int, world_size: int, core: int, job: dict[str, Any]) -> None:
+    os.sched_setaffinity(0, {core})
+    network, shape = Network(**job["network"]), Shape(**job["shape"])
+    with process_group(folder, rank, world_size):
+        training = OurTraining.build(network, shape, precision=job["precision"], dropout=job["dropout"], world_size=world_size)
+        turns = cycle(micro_batches(shape, network))
+        steps = [list(islice(turns, job["accumulation"])) for _ in range(shape.count)]
+        training.step(steps[0])
+        num_steps = _agreed_steps(training, steps[0], job["seconds"])
+        measured = _timed(training, steps, num_steps)
+    if rank == 0:
+        (Path(folder) / "measured").write_text(json.dumps({**measured, "tokens_per_s": world_size * measured["tokens_per_s"]}))
+
+
+def _agreed_steps(training: OurTraining, batches: Sequence[Any], seconds: float) -> int:
+    """How many steps take about `seconds`: rank 0 times one and tells the others."""
+    import torch
+    import torch.distributed as dist
+
+    started_at = time.perf_counter()
+    training.step(batches)
+    number = torch.tensor([max(_LEAST_STEPS, round(seconds / (time.perf_counter() - started_at)))])
+    dist.broadcast(number, 0)
+    return int(number)
+
+
+def _timed(training: OurTraining, steps: Sequence[Sequence[Any]], num_steps: int) -> Measurement:
+    """This rank's tokens by second, from when all begin to when all are done."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    tokens, wall_start, cpu_start = 0, time.perf_counter(), time.process_time()
+    for batches in islice(cycle(steps), num_steps):
+        training.step(batches)
+        tokens += counts_of(batches)["tokens"]
+    cpu_s = time.process_time() - cpu_start
+    dist.barrier()
+    wall_s = time.perf_counter() - wall_start
+    return {"tokens_per_s": tokens / wall_s, "wall_s": wall_s, "cpu_s": cpu_s, "wall_share": wall_s / cpu_s, "counts": {"steps": num_steps}}

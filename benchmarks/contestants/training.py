@@ -1,0 +1,114 @@
+"""Child's side of the training benchmarks: a rank of our trainer that takes optimizer steps on batches that are there already."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import Measurement, timed_rate
+from benchmarks.contestants.training_batches import micro_batches
+from benchmarks.training import Network, Shape
+
+LR = 1e-4
+
+
+class OurTraining:
+    """The part of `trainer.pretrain.train` between reading and recording a step, on the rank's device."""
+
+    def __init__(self, config: Any, engine: Any, empty: Any, world_size: int) -> None:
+        self._config = config
+        self._empty = empty
+        self._world_size = world_size
+        self.engine = engine
+
+    @classmethod
+    def build(cls, network: Network, shape: Shape, *, precision: str, dropout: float, world_size: int = 1) -> "OurTraining":
+        """The trainer's network and engine under ZeRO-1; torch.distributed is initialised."""
+        from tests.support.batches import EMPTY
+        from trainer.engine import Engine
+
+        config = run_config(network, shape, precision=precision, dropout=dropout)
+        return cls(config, Engine.build(network_of(config, network), config), EMPTY, world_size)
+
+    def step(self, batches: Sequence[Any]) -> float:
+        """An optimizer step over this rank's micro-batches; returns the loss of the global batch."""
+        from trainer.passes import forward_backward
+        from trainer.reading import StepPart
+        from trainer.totals import StepCounts, StepLosses
+
+        part = StepPart(list(batches), 0, len(batches), len(batches) * self._world_size, 0.0)
+        counts = StepCounts.of(part.batches, 0, stop=False, failed=False).total(self.engine.device)
+        sums = forward_backward(self.engine, part, counts, self._empty, self._config, self._world_size)
+        losses = StepLosses.total(sums, counts, self.engine.device)
+        self.engine.step(LR)
+        return losses.loss
+
+
+def run_config(network: Network, shape: Shape, *, precision: str, dropout: float) -> Any:
+    """The run.yaml of a benchmark: ZeRO-1, everything else at its default."""
+    from trainer.config import RunConfig
+
+    return RunConfig.model_validate(
+        {
+            "name": "bench",
+            "precision": precision,
+            "zero": {"stage": 1},
+            "model": network.section(shape.length, dropout),
+            "batch": {"global_batch_size": shape.samples, "micro_batch_size": shape.samples, "sequence_length": shape.length},
+        }
+    )
+
+
+def network_of(config: Any, network: Network) -> Any:
+    """What the trainer builds for a run on this device, over a made-up vocabulary of the network's size."""
+    from tests.support.batches import write_tokenizer
+    from trainer.engine import training_device
+    from trainer.model import build_model
+
+    with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
+        write_tokenizer(folder, network.vocab_size)
+        length = max(config.batch.sequence_lengths)
+        return build_model(config.model, folder, seed=0, sequence_length=length, device=training_device())
+
+
+@contextmanager
+def process_group(folder: str | None = None, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+    """torch.distributed with one thread a rank: gloo on a CPU, NCCL on a GPU."""
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as own:
+        store = f"file://{Path(folder or own) / 'store'}"
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", init_method=store, rank=rank, world_size=world_size)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def ours(network: dict[str, Any], shape: dict[str, Any], precision: str, seconds: float, accumulation: int = 1, dropout: float = 0.1) -> Measurement:
+    """Tokens a second of steps of `accumulation` micro-batches, after one that sets things up."""
+    with process_group():
+        dimensions, batches = Network(**network), Shape(**shape)
+        training = OurTraining.build(dimensions, batches, precision=precision, dropout=dropout)
+        return {"precision": precision, **timed_rate(our_steps(training, micro_batches(batches, dimensions), accumulation), seconds)}
+
+
+def our_steps(training: OurTraining, batches: Sequence[Any], accumulation: int) -> Iterator[dict[str, int]]:
+    """Steps for ever, the batches taking turns."""
+    turns = cycle(batches)
+    while True:
+        chosen = list(islice(turns, accumulation))
+        training.step(chosen)
+        yield counts_of(chosen)
+
+
+def counts_of(batches: Sequence[Any]) -> dict[str, int]:
+    """What a step over these counts for: real tokens, places with padding, steps."""
+    return {"tokens": sum(batch.num_tokens for batch in batches), "places": sum(batch.layout.num_places for batch in batches), "steps": 1}

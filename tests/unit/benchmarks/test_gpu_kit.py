@@ -1,0 +1,86 @@
+"""The GPU kit: what it says without a GPU, of cards, of parts that fail, and of packages that are not there."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.children import ROOT
+from benchmarks.claims import Claim, Goal
+from benchmarks.contestants import attention_kernels
+from benchmarks.gpu import NOT_MEASURED, REDUCED, Session, lines, measure, stated_peak
+from benchmarks.stand_ins import StandIn, stand_in
+
+GPU = Session(REDUCED, "bf16", {}, 1e15, on_gpu=True)
+CPU = Session(REDUCED, "fp32", {}, None, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("card", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("Some other card", None),
+        (None, None),
+    ],
+)
+def test_the_stated_peak_of_a_card(card: str | None, peak: float | None) -> None:
+    assert stated_peak(card) == peak
+
+
+def test_without_a_gpu_a_figure_says_so_and_meets_no_goal() -> None:
+    on_gpu, reduced = (session.claim("training", "tokens/s", [10.0], goal=Goal("ours", "≥", 5)) for session in (GPU, CPU))
+    assert (on_gpu.claim, on_gpu.met) == ("training", True)
+    assert (reduced.claim, reduced.goal, reduced.met) == (f"training ({NOT_MEASURED})", None, None)
+
+
+def test_a_part_that_fails_or_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def half(session: Session) -> Iterator[Claim]:
+        yield session.claim("first", "ms", [1.0])
+        raise RuntimeError("no memory\nand more")
+
+    monkeypatch.setattr(gpu, "PARTS", {"half": half, "late": half})
+    times = iter([0.0, 1.0, gpu.BUDGET_S + 1.0])
+    claims = measure(GPU, ["half", "late"], now=lambda: next(times))
+    assert [(claim.claim, claim.ours, claim.peer_version) for claim in claims] == [
+        ("first", 1.0, None),
+        ("half", None, "failed: no memory"),
+        ("late", None, "not measured: the time was up"),
+    ]
+    table = list(lines(claims))
+    assert len(table) == 4
+    assert "failed: no memory" in table[2]
+
+
+def test_kernels_that_a_machine_lacks_say_why() -> None:
+    found = attention_kernels.table(tokens=64, length=16, heads=2, width=8, dtype="float32", repeats=1)
+    assert isinstance(found["matrix products"], float)
+    assert all(isinstance(value, float) or value.startswith("not here: ") for value in found.values())
+
+
+def test_a_stand_in_has_every_name_and_says_what_is_missing() -> None:
+    module = StandIn("absent.part")
+    with pytest.raises(ModuleNotFoundError, match=r"absent\.part\.open is needed, but absent is not installed"):
+        module.open("file")
+    assert stand_in(["torch", "json"]) == []
+
+
+def test_the_kit_needs_nothing_but_torch_transformers_and_deepspeed() -> None:
+    """Everything else that the product depends on is hidden, and the kit runs."""
+    hide = (
+        "import importlib.machinery as m, sys; find = m.PathFinder.find_spec; hidden = set(sys.argv.pop(1).split(','));"
+        "m.PathFinder.find_spec = classmethod(lambda cls, name, path=None, target=None: None if name.split('.')[0] in hidden else find(name, path, target));"
+        "import benchmarks.gpu as g; sys.exit(g.main())"
+    )
+    hidden = "accelerate,datasketch,ftfy,jinja2_,pyarrow,ray,rich,scipy,sklearn,tenacity,tensorboard,typer,webdataset,s3fs,zstandard,moto"
+    done = subprocess.run(
+        [sys.executable, "-c", hide, hidden, "--only", "steps", "zero"], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"ZeRO-1, 2L/64, 512 tokens a step ({NOT_MEASURED})" in done.stdout
+    assert "failed" not in done.stdout

@@ -1,0 +1,51 @@
+"""The training contestants that need processes or a process group of their own measure what they say, on a tiny network."""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks.children import Contestant, run_child
+from benchmarks.training import Network, Shape, arguments
+from data_pipeline.prepare import Prepared
+
+pytestmark = pytest.mark.full
+NETWORK, SHAPE = Network(1, 32, 2, vocab_size=128), Shape(samples=4, length=32)
+
+
+def measured(function: str, shape: Shape = SHAPE, **given: Any) -> dict[str, Any]:
+    contestant = Contestant("ours", sys.executable, f"benchmarks.contestants.{function}", arguments(NETWORK, shape, **given), is_ours=True)
+    return run_child(contestant, timeout_s=110)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_our_steps_are_counted(accumulation: int) -> None:
+    counts = measured("training:ours", precision="fp32", seconds=0.1, accumulation=accumulation)["counts"]
+    assert counts["tokens"] == counts["places"] == accumulation * 4 * 32 * counts["steps"] > 0
+
+
+def test_packed_rows_have_fewer_places() -> None:
+    counts = measured("training:ours", replace(SHAPE, samples=16, fill=0.3, packing="rows"), precision="fp32", seconds=0.1)["counts"]
+    assert counts["tokens"] > 0.7 * counts["places"]
+
+
+def test_a_pass_and_its_bare_products_take_turns() -> None:
+    found = measured("gemms:rates", precision="fp32", seconds=0.1)
+    assert found["counts"]["rounds"] >= 2
+    # Six linear layers of the encoder, three products each, four of attention's six (two forward, four backward), and the heads.
+    assert found["counts"]["products"] == 3 * 6 + 6 + 3 * 4
+    assert found["bare_flops_per_s"] > found["ours_flops_per_s"] > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_ranks_take_steps_together(world_size: int) -> None:
+    found = measured("ranks:ranks", world_size=world_size, precision="fp32", accumulation=2, seconds=0.1)
+    assert found["tokens_per_s"] == pytest.approx(world_size * 2 * 4 * 32 * found["counts"]["steps"] / found["wall_s"])
+
+
+def test_waiting_is_spread_over_whole_windows(tiny_corpus: Prepared) -> None:
+    given = {"folders": [tiny_corpus.folder.url], "weights": [1.0], "micro_batches": 2, "precision": "fp32", "seconds": 0.1}
+    found = measured("waiting:wait", replace(SHAPE, length=64, packing="rows"), **given)
+    assert 0 < found["share"] == pytest.approx(found["wait_s"] / (found["wait_s"] + found["step_s"]))
+    assert found["counts"]["steps"] >= 2
