@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-_PACKAGES = ("numpy", "torch", "tokenizers", "transformers", "webdataset")
+_PACKAGES = ("accelerate", "deepspeed", "numpy", "torch", "tokenizers", "transformers", "webdataset")
 
 
 def describe_machine() -> dict[str, Any]:

@@ -47,8 +47,8 @@ class OurTraining:
         return losses.loss
 
 
-def run_config(network: Network, shape: Shape, *, precision: str, dropout: float) -> Any:
-    """The run.yaml of a benchmark: ZeRO-1, everything else at its default."""
+def run_config(network: Network, shape: Shape, *, precision: str, dropout: float, **model: Any) -> Any:
+    """The run.yaml of a benchmark: ZeRO-1, everything else at its default but for what `model` sets of the network."""
     from trainer.config import RunConfig
 
     return RunConfig.model_validate(
@@ -56,7 +56,7 @@ def run_config(network: Network, shape: Shape, *, precision: str, dropout: float
             "name": "bench",
             "precision": precision,
             "zero": {"stage": 1},
-            "model": network.section(shape.length, dropout),
+            "model": {**network.section(shape.length, dropout), **model},
             "batch": {"global_batch_size": shape.samples, "micro_batch_size": shape.samples, "sequence_length": shape.length},
         }
     )

@@ -1,19 +1,22 @@
 """The training benchmarks: equal work for all contestants, products counted as they are made, clocks that count what they say."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks.contestants import layouts
 from benchmarks.contestants.device import largest, rate
 from benchmarks.contestants.gemms import attention_products, record, replay
-from benchmarks.contestants.layouts import pairs as pair_losses
+from benchmarks.contestants.training import network_of, run_config
 from benchmarks.contestants.training_batches import micro_batch, micro_batches, sample_lengths, stock_inputs
 from benchmarks.contestants.training_peers import Clock, PlainLoop, hugging_face, plain_loop
 from benchmarks.train_packing import FILLS, LAYOUTS
 from benchmarks.train_speed import pairs
 from benchmarks.training import BASE, LARGE, SMALL, TINY, Network, Shape, arguments
+from data_pipeline.stream import MicroBatch
 
 SHAPE = Shape(samples=8, length=32, fill=0.47)
 NETWORK = Network(1, 32, 2, vocab_size=128)
@@ -107,11 +110,26 @@ def test_the_largest_costs_are_shares_of_all() -> None:
     assert found[0][1] == pytest.approx(19 / 190)
 
 
-def test_losses_of_pairs_do_not_depend_on_the_layout() -> None:
-    found = pair_losses(**arguments(NETWORK, SHAPE))
+class Leaking(MicroBatch):
+    """Packed rows in which all samples of a row attend to each other."""
+
+    @property
+    def sample_ids(self) -> Any:
+        return np.sign(super().sample_ids)
+
+
+def test_losses_of_pairs_do_not_depend_on_the_layout_unless_samples_see_each_other() -> None:
+    found = layouts.pairs(**arguments(NETWORK, SHAPE))
     assert found["difference"] < 1e-5
     assert found["packed_fill"] > found["padded_fill"] == pytest.approx(0.47, abs=0.02)
     assert found["counts"]["pairs"] == SHAPE.samples
+
+    config = run_config(NETWORK, SHAPE, precision="fp32", dropout=0.0, initializer_range=0.2)
+    packed = micro_batch(replace(SHAPE, packing="rows"), NETWORK.vocab_size, 0)
+    leaking = Leaking(packed.number, packed.samples, packed.layout, packed.pad_id)
+    model = network_of(config, NETWORK)
+    nsp_losses = [layouts.losses_by_pair(model, batch)[:, 1] for batch in (packed, leaking)]
+    assert float((nsp_losses[0] - nsp_losses[1]).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

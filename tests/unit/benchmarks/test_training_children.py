@@ -10,13 +10,13 @@ from benchmarks.children import Contestant, run_child
 from benchmarks.training import Network, Shape, arguments
 from data_pipeline.prepare import Prepared
 
-pytestmark = pytest.mark.full
+pytestmark = [pytest.mark.full, pytest.mark.timeout(300)]
 NETWORK, SHAPE = Network(1, 32, 2, vocab_size=128), Shape(samples=4, length=32)
 
 
 def measured(function: str, shape: Shape = SHAPE, **given: Any) -> dict[str, Any]:
     contestant = Contestant("ours", sys.executable, f"benchmarks.contestants.{function}", arguments(NETWORK, shape, **given), is_ours=True)
-    return run_child(contestant, timeout_s=110)
+    return run_child(contestant, timeout_s=280)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
