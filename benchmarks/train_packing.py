@@ -5,6 +5,7 @@ The same samples in both layouts, with all of a step: forward, backward, ZeRO-1 
 
 import sys
 from dataclasses import replace
+from typing import Any, Literal
 
 from benchmarks.children import Contestant, Runs, measure
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
@@ -13,7 +14,7 @@ from benchmarks.training import BASE, SMALL, Network, Shape, arguments, networks
 
 NAME = "train_packing"
 TITLE = "Packed rows against padded ones: real tokens by second"
-LAYOUTS = {"none": "padded", "rows": "packed"}
+LAYOUTS: dict[Literal["none", "rows"], str] = {"none": "padded", "rows": "packed"}
 FILLS = {0.47: "rows filled to 47 %", 1.0: "rows already full"}
 _GOALS = {(0.47, SMALL.name): 1.5, (0.47, BASE.name): 1.8, (1.0, SMALL.name): 0.97, (1.0, BASE.name): 0.97}
 _SAME_LOSS = Goal("ours", "≤", 1e-4)
@@ -31,12 +32,12 @@ def main(options: Options) -> list[Claim]:
     return [claim for network in networks(options) for claim in _claims(network, runs, environment)]
 
 
-def name_of(network: Network, fill: float, layout: str) -> str:
+def name_of(network: Network, fill: float, layout: Literal["none", "rows"]) -> str:
     """Of a contestant."""
     return f"{network.name}, {FILLS[fill]}, {LAYOUTS[layout]}"
 
 
-def _speed(network: Network, shape: Shape, fill: float, layout: str, precision: str, options: Options) -> Contestant:
+def _speed(network: Network, shape: Shape, fill: float, layout: Literal["none", "rows"], precision: str, options: Options) -> Contestant:
     given = arguments(network, replace(shape, fill=fill, packing=layout), precision=precision, seconds=seconds_of(network, options))
     return Contestant(name_of(network, fill, layout), sys.executable, "benchmarks.contestants.training:ours", given, is_ours=True)
 
@@ -46,7 +47,7 @@ def _losses(network: Network, shape: Shape) -> Contestant:
     return Contestant(f"losses, {network.name}", sys.executable, "benchmarks.contestants.layouts:pairs", given, is_ours=True)
 
 
-def _claims(network: Network, runs: dict[str, Runs], environment: dict[str, object]) -> list[Claim]:
+def _claims(network: Network, runs: dict[str, Runs], environment: dict[str, Any]) -> list[Claim]:
     claims: list[Claim] = []
     for fill, words in FILLS.items():
         padded, packed = (runs[name_of(network, fill, layout)].values("tokens_per_s") for layout in LAYOUTS)

@@ -5,6 +5,7 @@ the same processes, and what Ray does beside them shows in the step times of a r
 """
 
 import sys
+from typing import Any
 
 from benchmarks.children import Contestant, Runs, measure
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
@@ -40,7 +41,7 @@ def _contestant(world_size: int, network: Network, shape: Shape, accumulation: i
     return Contestant(name_of(world_size, accumulation), sys.executable, "benchmarks.contestants.ranks:ranks", given, is_ours=True)
 
 
-def _claim(network: Network, accumulation: int, runs: dict[str, Runs], environment: dict[str, object], *, judged: bool) -> Claim:
+def _claim(network: Network, accumulation: int, runs: dict[str, Runs], environment: dict[str, Any], *, judged: bool) -> Claim:
     one, two = (runs[name_of(size, accumulation)].values("tokens_per_s") for size in WORLD_SIZES)
     goal = Goal("ratio", "≥", GOALS[accumulation]) if judged else None
     claim = f"two ranks, {network.name}, accumulation {accumulation}"

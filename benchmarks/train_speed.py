@@ -6,6 +6,7 @@ second of CPU time.
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.children import Contestant, Runs, measure
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
@@ -59,7 +60,7 @@ def pairs(network: Network, chosen: str) -> list[Pair]:
     return own if chosen == "fp32" else [*own, Pair(network, "fp32", "fp32")]
 
 
-def _claim(pair: Pair, is_chosen: bool, runs: dict[str, Runs], environment: dict[str, object]) -> Claim:
+def _claim(pair: Pair, is_chosen: bool, runs: dict[str, Runs], environment: dict[str, Any]) -> Claim:
     peer = runs.get(peer_name(pair.network, pair.mode), Runs(failure=NO_BF16))
     label = peer.failure or f"transformers {installed_version('transformers')} Trainer, {_MODES[pair.mode]}"
     ours = runs[our_name(pair.network, pair.ours)].values("tokens_per_s")

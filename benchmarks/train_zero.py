@@ -4,6 +4,7 @@ One rank, so that nothing is sent: what is left is bookkeeping. The plain loop a
 """
 
 import sys
+from typing import Any
 
 from benchmarks.children import Contestant, Runs, measure
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
@@ -39,7 +40,7 @@ def _contestant(whose: str, network: Network, shape: Shape, accumulation: int, p
     return Contestant(name_of(whose, accumulation), sys.executable, _FUNCTIONS[whose], given, is_ours=True)
 
 
-def _claim(network: Network, accumulation: int, runs: dict[str, Runs], environment: dict[str, object], *, judged: bool) -> Claim:
+def _claim(network: Network, accumulation: int, runs: dict[str, Runs], environment: dict[str, Any], *, judged: bool) -> Claim:
     ours, plain = (runs[name_of(whose, accumulation)].values("tokens_per_s") for whose in _FUNCTIONS)
     goal = Goal("ratio", "≥", GOALS[accumulation]) if judged else None
     claim = f"ZeRO-1, {network.name}, {accumulation} micro-batch{'es' if accumulation > 1 else ''} a step"

@@ -1,7 +1,7 @@
 """What the training benchmarks measure on: networks, shapes of batches, and the precisions of this processor."""
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from benchmarks.harness import Options
@@ -42,7 +42,7 @@ class Shape:
     """Longest row; one sample of each micro-batch has it."""
     fill: float = 1.0
     """Mean length of the samples as a share of `length`."""
-    packing: str = "none"
+    packing: Literal["none", "rows"] = "none"
     count: int = 4
     """Different micro-batches, which take turns."""
 

@@ -82,15 +82,15 @@ def _compiled_flex() -> Any:
 def _torch_varlen(queries: Any, keys: Any, values: Any) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
-    rows, ends, length = _unpadded(queries, keys, values)
-    return varlen_attn(*rows, ends, ends, length, length)
+    (queries, keys, values), ends, length = _unpadded(queries, keys, values)
+    return varlen_attn(queries, keys, values, ends, ends, length, length)
 
 
 def _flash_varlen(queries: Any, keys: Any, values: Any) -> Any:
     from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
-    rows, ends, length = _unpadded(queries, keys, values)
-    return flash_attn_varlen_func(*rows, ends, ends, length, length)
+    (queries, keys, values), ends, length = _unpadded(queries, keys, values)
+    return flash_attn_varlen_func(queries, keys, values, ends, ends, length, length)
 
 
 def _unpadded(*tensors: Any) -> tuple[list[Any], Any, int]:

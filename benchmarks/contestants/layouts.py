@@ -20,7 +20,7 @@ def pairs(network: dict[str, Any], shape: dict[str, Any]) -> Measurement:
     dimensions, padded = Network(**network), replace(Shape(**shape), packing="none")
     config = run_config(dimensions, padded, precision="fp32", dropout=0.0, initializer_range=_INITIALIZER_RANGE)
     model = network_of(config, dimensions)
-    batches = [micro_batch(replace(padded, packing=packing), dimensions.vocab_size, 0) for packing in ("none", "rows")]
+    batches = [micro_batch(form, dimensions.vocab_size, 0) for form in (padded, replace(padded, packing="rows"))]
     losses = [losses_by_pair(model, batch) for batch in batches]
     return {
         "difference": float((losses[0] - losses[1]).abs().max()),

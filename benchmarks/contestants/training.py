@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import cycle, islice
 from pathlib import Path
@@ -75,7 +75,7 @@ def network_of(config: Any, network: Network) -> Any:
 
 
 @contextmanager
-def process_group(folder: str | None = None, rank: int = 0, world_size: int = 1) -> Iterator[None]:
+def process_group(folder: str | None = None, rank: int = 0, world_size: int = 1) -> Generator[None]:
     """torch.distributed with one thread a rank: gloo on a CPU, NCCL on a GPU."""
     import torch
     import torch.distributed as dist

@@ -112,6 +112,7 @@ class PlainLoop:
 
         from trainer.engine import parameter_groups, training_device
 
+        self._torch: Any = torch
         self._device = training_device()
         config = run_config(network, shape, precision=precision, dropout=dropout)
         self.model = network_of(config, network).to(self._device)
@@ -128,8 +129,6 @@ class PlainLoop:
 
     def step(self, batches: Sequence[Any]) -> None:
         """An optimizer step over the micro-batches."""
-        import torch
-
         from trainer.batch import tensor_batches
         from trainer.model import as_loss_sums
         from trainer.objectives import LossWeights
@@ -139,7 +138,7 @@ class PlainLoop:
         for batch in batches:
             weights.loss(as_loss_sums(self.model(tensor_batches(batch)[0].to(self._device)))).backward()
             self._take_gradients()
-        torch.nn.utils.clip_grad_norm_(self.masters, self._clip_norm)
+        self._torch.nn.utils.clip_grad_norm_(self.masters, self._clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = LR
         self._optimizer.step()
@@ -147,22 +146,18 @@ class PlainLoop:
 
     def _take_gradients(self) -> None:
         """Add a micro-batch's 16-bit gradients to the fp32 ones of the master weights; fp32 weights have done so."""
-        import torch
-
         if self._has_masters:
-            torch._foreach_add_(self._gradients, [weight.grad.float() for weight in self._weights])  # pyright: ignore[reportOptionalMemberAccess]
+            self._torch._foreach_add_(self._gradients, [weight.grad.float() for weight in self._weights])
             self.model.zero_grad()
             for master, gradient in zip(self.masters, self._gradients, strict=True):
                 master.grad = gradient
 
     def _give_weights(self) -> None:
         """The new weights to the network, and no gradients any more."""
-        import torch
-
         if self._has_masters:
-            torch._foreach_zero_(self._gradients)
-            with torch.no_grad():
-                torch._foreach_copy_(self._weights, self.masters)
+            self._torch._foreach_zero_(self._gradients)
+            with self._torch.no_grad():
+                self._torch._foreach_copy_(self._weights, self.masters)
         else:
             self.model.zero_grad()
 
