@@ -185,8 +185,6 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
 
 
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory this rank has held: of the GPU, or the process' resident set."""
     if device.type == "cuda":

@@ -47,10 +47,17 @@ def forward_backward(
     batches = _padded(part, empty)
     for place, batch in enumerate(batches):
         for piece_number, piece in enumerate(tensor_batches(batch, config.batch.split)):
-            torch.manual_seed(dropout_seed(config.seed, batch.number, piece_number))
+            _seed_dropout(engine.device, dropout_seed(config.seed, batch.number, piece_number))
             last = place + 1 == len(batches) and piece_number + 1 == config.batch.split
             sums += engine.accumulate(piece.to(engine.device), weights, last=last, enter=enter).detached()
     return sums
+
+
+def _seed_dropout(device: torch.device, seed: int) -> None:
+    """What `torch.manual_seed` does for `device`, without half a millisecond in which it asks for back ends that are not there."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def dropout_seed(seed: int, micro_batch: int, piece: int) -> int:

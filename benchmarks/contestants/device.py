@@ -48,11 +48,13 @@ def steps(network: Network, shape: Shape, precision: str, seconds: float) -> Rat
 
 
 def _rate(training: OurTraining, batches: Sequence[Sequence[Any]], tokens_per_s: float, steps_per_s: float, shape: Shape) -> Rate:
-    from trainer.metrics import measured_peak, useful_flops
+    from trainer.flops import StepFlops
+    from trainer.peaks import measured_peak
     from trainer.totals import StepCounts
 
     counts = [StepCounts.of(step, 0, stop=False, failed=False) for step in batches]
-    flops = sum(useful_flops(training.engine.model.config, each) for each in counts) / len(counts)
+    useful = StepFlops.of(training.engine.model)
+    flops = sum(useful.of_step(each) for each in counts) / len(counts)
     peak = measured_peak(training.engine.device, training.engine.dtype)
     return Rate(tokens_per_s, flops * steps_per_s, peak, shape.samples)
 

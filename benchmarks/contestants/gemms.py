@@ -67,7 +67,7 @@ def forward_backward(network: Network, shape: Shape, precision: str) -> Callable
     import torch
 
     from trainer.batch import tensor_batches
-    from trainer.model import as_loss_sums
+    from trainer.networks import as_loss_sums
     from trainer.objectives import LossWeights
 
     config = run_config(network, shape, precision=precision, dropout=0.0)

@@ -110,7 +110,8 @@ class PlainLoop:
     def __init__(self, network: Network, shape: Shape, *, precision: str, dropout: float) -> None:
         import torch
 
-        from trainer.engine import parameter_groups, training_device
+        from trainer.engine import training_device
+        from trainer.optimizers import parameter_groups
 
         self._torch: Any = torch
         self._device = training_device()
@@ -130,7 +131,7 @@ class PlainLoop:
     def step(self, batches: Sequence[Any]) -> None:
         """An optimizer step over the micro-batches."""
         from trainer.batch import tensor_batches
-        from trainer.model import as_loss_sums
+        from trainer.networks import as_loss_sums
         from trainer.objectives import LossWeights
 
         num_masked, num_pairs = (sum(getattr(batch, name) for batch in batches) for name in ("num_masked", "num_pairs"))

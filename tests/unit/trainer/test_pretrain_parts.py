@@ -90,8 +90,6 @@ def test_records_are_json() -> None:
     assert json.loads(json.dumps(values, allow_nan=False)) == {"nsp_loss": None, "grad_norm": None, "loss": 1.5, "step": 3}
 
 
-
-
 def test_fp16_without_a_gpu_is_refused_with_a_remedy() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
