@@ -15,6 +15,10 @@ from typing import Any, Self
 MARK = "MASKWRIGHT_TEST_SESSION"
 
 
+HEARS_SIGNALS = ("env", "--default-signal")
+"""Before a command: `nohup`, and a script's `&`, have what they start ignore signals, the tests included, and the product respects that."""
+
+
 @dataclass
 class Command:
     """One `maskwright` command (or another `program`); all it starts carries its mark in the environment, Ray's processes included."""
@@ -32,7 +36,7 @@ class Command:
         self.output = self.folder / f"output-{self.mark}.txt"
         with self.output.open("wb") as out:
             self.process = subprocess.Popen(
-                [*self.inside, sys.executable, "-P", "-m", self.program, *self.arguments],
+                [*self.inside, *HEARS_SIGNALS, sys.executable, "-P", "-m", self.program, *self.arguments],
                 cwd=self.folder,
                 env={**clean, "OMP_NUM_THREADS": "1", **self.environment, MARK: self.mark},
                 stdout=out,
