@@ -24,15 +24,15 @@ def require_shared(folder: Location, ranks: Ranks, timeout_s: float = SHARED_S) 
     """Rank 0 writes a word that nobody can know, every rank reads it back. Collective.
 
     Raises:
-        StorageError: a rank does not see it within `timeout_s`; names the rank and its host.
+        StorageError: a rank does not see it within `timeout_s`; names the rank, its host and rank 0's, which may as well be the one apart.
     """
 
-    def write() -> str:
+    def write() -> tuple[str, str]:
         word = uuid.uuid4().hex
         (folder / f".shared.{word[:8]}.tmp").write_bytes(word.encode())
-        return word
+        return word, socket.gethostname()
 
-    word = ranks.rank_zero_does("write into the run folder", write)
+    word, writer = ranks.rank_zero_does("write into the run folder", write)
     file = folder / f".shared.{word[:8]}.tmp"
 
     def read() -> None:
@@ -40,7 +40,7 @@ def require_shared(folder: Location, ranks: Ranks, timeout_s: float = SHARED_S) 
         while found != word:
             if time.monotonic() > deadline:
                 raise StorageError(
-                    f"host {socket.gethostname()} does not see in {folder} what rank 0 wrote there: the storage is not shared",
+                    f"host {socket.gethostname()} does not see in {folder} what rank 0 wrote there on host {writer}: the storage is not shared",
                     "Set `storage` to a path that all workers share, or to a URL.",
                 )
             with suppress(NotFoundError):  # not yet: attributes of network file systems are cached for seconds
