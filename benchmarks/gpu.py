@@ -25,8 +25,6 @@ from benchmarks.training import BASE, LARGE, TINY, Network, Shape, our_precision
 BUDGET_S = 420.0
 """No part begins later than this; the longest is meant to take about two minutes."""
 NOT_MEASURED = "not measured on a GPU"
-PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12}
-"""Dense bf16 FLOP/s as the vendor states them, by a part of the card's name; the first that fits."""
 _MISSING = ("tenacity", "webdataset", "webdataset.tariterators", "webdataset.writer")
 """What only reading corpora and stores needs."""
 
@@ -146,6 +144,7 @@ def measure(session: Session, parts: Sequence[str], now: Callable[[], float] = t
             claims += PARTS[part](session)
         except Exception as error:  # noqa: BLE001 - the other parts are worth having
             claims.append(session.claim(part, "", [], [], f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"))
+        device.free()
     return claims
 
 
@@ -170,10 +169,13 @@ def _driver() -> str | None:
     return found.stdout.splitlines()[0].strip()
 
 
-def stated_peak(card: str | None) -> float | None:
-    """Dense bf16 FLOP/s of a card by its name; pure."""
-    words = set((card or "").replace("-", " ").split())
-    return next((peak for name, peak in PEAKS.items() if words.issuperset(name.split())), None)
+def _stated_peak(card: str | None, precision: str) -> float | None:
+    """FLOP/s of the card in `precision` as its maker states them."""
+    import torch
+
+    from trainer.peaks import stated_peak
+
+    return None if card is None else stated_peak(card, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
 def lines(claims: Sequence[Claim]) -> Iterator[str]:
@@ -201,7 +203,8 @@ def main() -> int:
     on_gpu = about["card"] is not None
     plan = (SHORT if given.short else FULL) if on_gpu else REDUCED
     environment = {"command": command_line("gpu"), **describe_machine(), **about}
-    session = Session(plan, our_precision(), environment, stated_peak(about["card"]), on_gpu)
+    precision = our_precision()
+    session = Session(plan, precision, environment, _stated_peak(about["card"], precision), on_gpu)
     with process_group():
         claims = measure(session, given.only)
     print(f"{about['card'] or 'a CPU: ' + NOT_MEASURED}, driver {about.get('driver')}, torch {installed_version('torch')}, {session.precision}")

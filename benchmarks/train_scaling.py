@@ -1,9 +1,9 @@
 """Two ranks against twice one rank, by the wall clock: each rank a process with one thread on a core of its own, joined by gloo, ZeRO-1.
 
-Every rank has the same work whatever their number: accumulation micro-batches a step. (Ray against torchrun is not measured here: both start
-the same processes, and what Ray does beside them shows in the step times of a run.)
+Every rank has the same work whatever their number: accumulation micro-batches a step. Torch's DDP, and Ray against torchrun, are not measured yet.
 """
 
+import os
 import sys
 from typing import Any
 
@@ -37,7 +37,8 @@ def name_of(world_size: int, accumulation: int) -> str:
 
 
 def _contestant(world_size: int, network: Network, shape: Shape, accumulation: int, precision: str, seconds: float) -> Contestant:
-    given = arguments(network, shape, precision=precision, world_size=world_size, accumulation=accumulation, seconds=seconds)
+    cores = sorted(os.sched_getaffinity(0))
+    given = arguments(network, shape, cores=cores, precision=precision, world_size=world_size, accumulation=accumulation, seconds=seconds)
     return Contestant(name_of(world_size, accumulation), sys.executable, "benchmarks.contestants.ranks:ranks", given, is_ours=True)
 
 

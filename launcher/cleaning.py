@@ -17,7 +17,7 @@ from data_pipeline.index import MANIFEST
 from data_pipeline.mixture import MIXTURE
 from data_pipeline.partitions import WORK
 from data_pipeline.storage import Location, storage_errors
-from launcher.lease import Lease, holder
+from launcher.lease import Lease, user_of
 from launcher.runs import read_config, run_ids
 from trainer.checkpoint_store import Entry, checkpoints_of
 from trainer.manifest import MANIFEST as CHECKPOINT_MANIFEST
@@ -107,10 +107,10 @@ def find_in_storage(storage: Location) -> Found:
     passed_over: dict[str, str] = {}
     runs = [RunFolder(storage / name) for name in run_ids(storage)]
     for run in runs:
-        if holder(run) is None:
+        if user_of(run) is None:
             leftovers += find_in_run(run)
         else:
-            passed_over[run.root.name] = "it runs"
+            passed_over[run.root.name] = "it runs, or is profiled"
     shared = "corpora and caches"
     if passed_over:
         passed_over[shared] = "a run may use them just now"
@@ -138,6 +138,8 @@ def remove(leftover: Leftover, storage: Location) -> None:
     Raises:
         ConflictError: somebody uses it by now. StorageError: it cannot be removed.
     """
+    if leftover.run is not None and user_of(leftover.run) is not None:
+        raise ConflictError(f"run {leftover.run.root.name} is in use by now", "Run `maskwright clean` again later.")
     with storage_errors(str(leftover.location)), _held(leftover):
         if leftover.kind == "corpus" and leftover.location.name in _used(storage):
             raise ConflictError(f"a run uses {leftover.location} by now", "Nothing has to be done.")

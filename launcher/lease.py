@@ -18,6 +18,8 @@ from trainer.runlog import RunFolder
 
 HEARTBEAT_S = 2.0
 STALE_AFTER_S = 30.0
+PROFILE_FOLDER = "profile"
+"""In a run's folder, with a lease of its own."""
 _LOOK_S = 0.5
 _BEAT_PATIENCE_S = 10.0
 """A beat that comes later than the next is worth nothing, and must not be written when the lease may be somebody else's."""
@@ -77,6 +79,11 @@ def holder(run: RunFolder) -> LeaseState | None:
     """The lease of the process that seems to drive the run now; None when nobody does. Answers at once, for those who only look."""
     lease = read_lease(run)
     return lease if lease is not None and lease.is_live(time.time()) else None
+
+
+def user_of(run: RunFolder) -> LeaseState | None:
+    """The lease of the process that drives the run now, or profiles it; None when nobody does."""
+    return holder(run) or holder(RunFolder(run.root / PROFILE_FOLDER))
 
 
 def proven_holder(run: RunFolder, say: Callable[[str], None]) -> LeaseState | None:

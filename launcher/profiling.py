@@ -14,7 +14,7 @@ from launcher.control import clear_stop, read_stop
 from launcher.group_watch import GroupWatch
 from launcher.health import Deadlines, beat_interval_s
 from launcher.jobs import work_left
-from launcher.lease import Lease, holder
+from launcher.lease import PROFILE_FOLDER, Lease, holder
 from launcher.policy import Failure, FailureKind
 from launcher.stages import require_corpus
 from launcher.supervision import RayOnDemand, Supervisor
@@ -22,7 +22,7 @@ from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
 PROFILE = "trainer.profiling:profile_steps"
-FOLDER, RESULT = "profile", "profile.json"
+RESULT = "profile.json"
 _OWN_REMEDY = {FailureKind.KNOWN, FailureKind.DATA}
 
 
@@ -37,15 +37,17 @@ def profile_run(run: RunFolder, config: RunConfig, cluster: Cluster, steps: int,
         MaskwrightError: as the attempt ended.
     """
     require_free(run)
+    if config.schedule.steps < 2:
+        raise UsageError(f"run {run.root.name} has a single step, which only warms up", "Profile a run of two steps or more.")
     if steps >= config.schedule.steps:
         raise UsageError(
             f"--steps {steps}: run {run.root.name} has {config.schedule.steps} steps, the first of which warms up",
             f"Give at most {config.schedule.steps - 1}.",
         )
-    arguments = {"config": config, "corpus": require_corpus(run).url, "run": run.root.url, "output": (run.root / FOLDER).url, "steps": steps}
-    profile, machine = RunFolder(run.root / FOLDER), this_machine()
+    arguments = {"config": config, "corpus": require_corpus(run).url, "run": run.root.url, "output": (run.root / PROFILE_FOLDER).url, "steps": steps}
+    profile, machine = RunFolder(run.root / PROFILE_FOLDER), this_machine()
     workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
-    with _claimed(run, profile) as lease:
+    with _claimed(run, profile, say) as lease:
         clear_stop(profile, lease.state.token)
         ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(profile) is not None)
         supervisor = Supervisor(profile, lease, ray, say, tick=lambda: None, saves_on_stop=lambda: False)
@@ -70,9 +72,9 @@ def require_free(run: RunFolder) -> None:
         )
 
 
-def _claimed(run: RunFolder, profile: RunFolder) -> Lease:
+def _claimed(run: RunFolder, profile: RunFolder, say: Callable[[str], None]) -> Lease:
     try:
-        return Lease.acquire(profile)
+        return Lease.acquire(profile, say)
     except ConflictError as error:
         raise ConflictError(f"run {run.root.name} is being profiled by another command", "Wait for its end, and try again.") from error
 

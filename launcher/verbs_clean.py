@@ -6,7 +6,7 @@ import typer
 
 from data_pipeline.errors import ConflictError, MaskwrightError
 from data_pipeline.storage import Location
-from launcher.lease import holder
+from launcher.lease import user_of
 from launcher.options import Json, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import find_run, resolve_storage
 
@@ -56,8 +56,9 @@ def _find(run: str | None, storage: str | None) -> "tuple[Location, Found]":
         root = resolve_storage(storage)
         return root, find_in_storage(root)
     folder = find_run(run, storage)
-    if holder(folder) is not None:
-        raise ConflictError(f"run {folder.root.name} runs: nothing of it can be removed", f"Stop it first: `maskwright stop {run}`.")
+    if user_of(folder) is not None:
+        remedy = f"Stop it first: `maskwright stop {run}`; or wait for the end of `maskwright profile`."
+        raise ConflictError(f"run {folder.root.name} runs, or is profiled: nothing of it can be removed", remedy)
     return folder.root.parent, Found(find_in_run(folder), {})
 
 

@@ -11,13 +11,15 @@ from trainer.runlog import RunFolder
 
 _STEPS = 5
 _SHOWN = 10
-_LONGEST_NAME = 60
+_LONGEST_NAME = 40
+_MOST_STEPS = 100
+"""Every event of the steps is held in memory, and more of them tell no more."""
 
 
 def profile(
     run: RunArgument,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, metavar="K", help="How many, after one to warm up.", show_default="5, or what the run has")
+        int | None, typer.Option("--steps", min=1, max=_MOST_STEPS, metavar="K", help="How many, after one to warm up.", show_default="5, or what the run has")
     ] = None,
     storage: Storage = None,
     cluster: Cluster = None,

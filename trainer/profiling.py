@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -43,6 +44,7 @@ WARM_UP_STEPS = 1
 """Steps that are taken before those that are profiled: memory is found, kernels are chosen."""
 RESULT, TRACE, ZIPPED_TRACE = "profile.json", "trace.json", "trace.json.gz"
 _LARGE_BYTES = 16 << 20
+_COPY_BYTES = 1 << 20
 _LOAD_TIMEOUT_S = 600.0
 
 
@@ -197,9 +199,13 @@ def _write_trace(profiler: Any, output: Location) -> Location:
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / TRACE
         profiler.export_chrome_trace(str(path))
-        data = path.read_bytes()
-    for name in (TRACE, ZIPPED_TRACE):
-        (output / name).remove()
-    trace = output / (ZIPPED_TRACE if len(data) > _LARGE_BYTES else TRACE)
-    trace.write_bytes(gzip.compress(data, compresslevel=5) if len(data) > _LARGE_BYTES else data)
-    return trace
+        for name in (TRACE, ZIPPED_TRACE):
+            (output / name).remove()
+        if path.stat().st_size <= _LARGE_BYTES:
+            (output / TRACE).write_bytes(path.read_bytes())
+            return output / TRACE
+        zipped = Path(scratch) / ZIPPED_TRACE
+        with path.open("rb") as plain, gzip.open(zipped, "wb", compresslevel=5) as target:
+            shutil.copyfileobj(plain, target, _COPY_BYTES)
+        (output / ZIPPED_TRACE).write_bytes(zipped.read_bytes())
+        return output / ZIPPED_TRACE

@@ -2,7 +2,6 @@
 
 import gc
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, islice
@@ -35,23 +34,22 @@ def steps(network: Network, shape: Shape, precision: str, seconds: float) -> Rat
 
     while True:
         try:
-            training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
-            batches = [[batch] for batch in micro_batches(shape, network)]
-            tokens_per_s, steps_per_s = rate(training.step, batches, seconds)
-            return _rate(training, batches, tokens_per_s, steps_per_s, shape)
+            return _rate(network, shape, precision, seconds)
         except torch.OutOfMemoryError:
             if shape.samples == 1:
                 raise
             shape = replace(shape, samples=shape.samples // 2)
-        finally:
-            free()
+        free()
 
 
-def _rate(training: OurTraining, batches: Sequence[Sequence[Any]], tokens_per_s: float, steps_per_s: float, shape: Shape) -> Rate:
+def _rate(network: Network, shape: Shape, precision: str, seconds: float) -> Rate:
     from trainer.flops import StepFlops
     from trainer.peaks import measured_peak
     from trainer.totals import StepCounts
 
+    training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
+    batches = [[batch] for batch in micro_batches(shape, network)]
+    tokens_per_s, steps_per_s = rate(training.step, batches, seconds)
     counts = [StepCounts.of(step, 0, stop=False, failed=False) for step in batches]
     useful = StepFlops.of(training.engine.model)
     flops = sum(useful.of_step(each) for each in counts) / len(counts)
@@ -63,14 +61,11 @@ def zero_and_plain(network: Network, shape: Shape, accumulation: int, precision:
     """Tokens a second of our engine under ZeRO-1 and of a plain torch loop, by turns, with `accumulation` micro-batches a step."""
     batches = list(islice(cycle(micro_batches(shape, network)), accumulation))
     found: dict[str, list[float]] = {"ours": [], "plain": []}
-    try:
-        training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
-        loop = PlainLoop(network, shape, precision=precision, dropout=0.1)
-        for _ in range(rounds):
-            found["ours"].append(rate(training.step, [batches], seconds)[0])
-            found["plain"].append(rate(loop.step, [batches], seconds)[0])
-    finally:
-        free()
+    training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
+    loop = PlainLoop(network, shape, precision=precision, dropout=0.1)
+    for _ in range(rounds):
+        found["ours"].append(rate(training.step, [batches], seconds)[0])
+        found["plain"].append(rate(loop.step, [batches], seconds)[0])
     return found
 
 
@@ -95,26 +90,18 @@ def profile(network: Network, shape: Shape, precision: str, num_steps: int) -> l
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    try:
-        training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
-        turns = cycle([batch] for batch in micro_batches(shape, network))
-        for _ in range(_WARM_UP_STEPS):
+    from trainer.costs import costs_of
+
+    training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
+    turns = cycle([batch] for batch in micro_batches(shape, network))
+    for _ in range(_WARM_UP_STEPS):
+        training.step(next(turns))
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda() else [])]
+    with profiled(activities=activities) as trace:
+        for _ in range(num_steps):
             training.step(next(turns))
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda() else [])]
-        with profiled(activities=activities) as trace:
-            for _ in range(num_steps):
-                training.step(next(turns))
-            synchronize()
-        key = "self_device_time_total" if is_cuda() else "self_cpu_time_total"
-        return largest({event.key: float(getattr(event, key)) for event in trace.key_averages() if not event.key.startswith("ProfilerStep")})
-    finally:
-        free()
-
-
-def largest(times: dict[str, float]) -> list[tuple[str, float]]:
-    """The largest ten as shares of all; pure."""
-    total = sum(times.values()) or 1.0
-    return [(name, value / total) for name, value in Counter(times).most_common(_TOP)]
+        synchronize()
+    return [(cost.name, cost.share) for cost in costs_of(trace.key_averages(), on_gpu=is_cuda())[:_TOP]]
 
 
 def milliseconds(run: Callable[[], Any], repeats: int) -> float:
@@ -145,7 +132,7 @@ def synchronize() -> None:
 
 
 def free() -> None:
-    """Give memory back before the next measurement."""
+    """Give back the memory of what nothing refers to any more: to be called by who called what held it."""
     import torch
 
     gc.collect()

@@ -31,20 +31,21 @@ def pairs(network: dict[str, Any], shape: dict[str, Any]) -> Measurement:
 
 
 def losses_by_pair(model: Any, batch: Any) -> Any:
-    """(B, 2) mean MLM loss and NSP loss of each sample: the whole micro-batch is computed, and the labels of one sample at a time count."""
+    """(B, 2) mean MLM loss and NSP loss of each sample of a micro-batch; 0 where it has none."""
     import torch
+    from torch.nn import functional
 
     from trainer.batch import tensor_batches
+    from trainer.networks import Rows
     from trainer.objectives import IGNORED
 
     [whole] = tensor_batches(batch)
-    owners = whole.sample_ids_RT.flatten()[whole.mlm_positions_N]
-    found: list[list[float]] = []
-    for sample in range(batch.num_samples):
-        mine = owners == sample + 1
-        labels = torch.where(mine, whole.mlm_labels_N, IGNORED)
-        nsp = torch.where(torch.arange(batch.num_samples) == sample, whole.nsp_labels_B, IGNORED)
-        with torch.no_grad():
-            mlm_loss, nsp_loss, *_ = model(replace(whole, mlm_labels_N=labels, nsp_labels_B=nsp))
-        found.append([float(mlm_loss) / max(1, int(mine.sum())), float(nsp_loss)])
-    return torch.tensor(found, dtype=torch.float64)
+    with torch.no_grad():
+        hidden = model._encode(Rows.of(whole)).flatten(0, 1)
+        mlm_logits, nsp_logits = model._token_logits(hidden[whole.mlm_positions_N]), model._pair_logits(hidden[whole.starts_B][:, None])
+    owners = whole.sample_ids_RT.flatten()[whole.mlm_positions_N] - 1
+    losses = functional.cross_entropy(mlm_logits, whole.mlm_labels_N, reduction="none", ignore_index=IGNORED).double()
+    count = torch.zeros(batch.num_samples, dtype=torch.float64).index_add_(0, owners, torch.ones_like(losses))
+    mlm = torch.zeros_like(count).index_add_(0, owners, losses) / count.clamp(min=1)
+    nsp = functional.cross_entropy(nsp_logits, whole.nsp_labels_B, reduction="none", ignore_index=IGNORED)
+    return torch.stack([mlm, nsp.double()], dim=1)

@@ -21,12 +21,18 @@ _START_S = 300.0
 
 
 def ranks(
-    world_size: int, network: dict[str, Any], shape: dict[str, Any], precision: str, accumulation: int, seconds: float, dropout: float = 0.1
+    cores: list[int],
+    world_size: int,
+    network: dict[str, Any],
+    shape: dict[str, Any],
+    precision: str,
+    accumulation: int,
+    seconds: float,
+    dropout: float = 0.1,
 ) -> Measurement:
-    """Tokens a second of all ranks together; each takes `accumulation` micro-batches a step."""
-    cores = range(os.cpu_count() or 1)
+    """Tokens a second of all ranks together, each on one of `cores`; each takes `accumulation` micro-batches a step."""
     if len(cores) < world_size:
-        raise RuntimeError(f"{world_size} ranks need as many cores; this machine has {len(cores)}")
+        raise RuntimeError(f"{world_size} ranks need as many cores; there are {len(cores)}")
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
         job = {"network": network, "shape": shape, "precision": precision, "accumulation": accumulation, "dropout": dropout, "seconds": seconds}
         context = multiprocessing.get_context("spawn")

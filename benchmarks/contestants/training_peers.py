@@ -123,7 +123,8 @@ class PlainLoop:
             self.model = self.model.to(torch.bfloat16)
         self._weights = list(self.model.parameters())
         self.masters = masters or self._weights
-        self._gradients = [torch.zeros_like(master) for master in masters]
+        for weight in self._weights if self._has_masters else ():
+            weight.grad_dtype = torch.float32  # autograd then adds up 16-bit gradients in fp32, without a copy
         groups = parameter_groups(_Parameters(self.masters), config.optimizer)  # pyright: ignore[reportArgumentType]
         self._optimizer = torch.optim.AdamW(groups, fused=True)
         self._clip_norm = config.optimizer.clip_norm
@@ -138,29 +139,23 @@ class PlainLoop:
         weights = LossWeights.for_step(num_masked=num_masked, num_pairs=num_pairs, world_size=1)
         for batch in batches:
             weights.loss(as_loss_sums(self.model(tensor_batches(batch)[0].to(self._device)))).backward()
-            self._take_gradients()
+        if self._has_masters:
+            for master, weight in zip(self.masters, self._weights, strict=True):
+                master.grad = weight.grad
         self._torch.nn.utils.clip_grad_norm_(self.masters, self._clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = LR
         self._optimizer.step()
         self._give_weights()
 
-    def _take_gradients(self) -> None:
-        """Add a micro-batch's 16-bit gradients to the fp32 ones of the master weights; fp32 weights have done so."""
-        if self._has_masters:
-            self._torch._foreach_add_(self._gradients, [weight.grad.float() for weight in self._weights])
-            self.model.zero_grad()
-            for master, gradient in zip(self.masters, self._gradients, strict=True):
-                master.grad = gradient
-
     def _give_weights(self) -> None:
         """The new weights to the network, and no gradients any more."""
         if self._has_masters:
-            self._torch._foreach_zero_(self._gradients)
             with self._torch.no_grad():
                 self._torch._foreach_copy_(self._weights, self.masters)
-        else:
-            self.model.zero_grad()
+            for master in self.masters:
+                master.grad = None
+        self.model.zero_grad()
 
 
 class _Parameters:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from data_pipeline.errors import InterruptedRunError, MaskwrightError, NoCheckpointError
 from data_pipeline.storage import Location
 from launcher.health import Beat
-from launcher.profiling import FOLDER, PROFILE, RESULT
+from launcher.lease import PROFILE_FOLDER
+from launcher.profiling import PROFILE, RESULT
 from launcher.worker_process import WorkerTask, run_task
 from tests.support.batches import small_config
 from tests.support.contexts import StoppingContext
@@ -56,6 +57,7 @@ def profiles(rank: int, world_size: int, corpus: str, root: str) -> dict[str, Ma
     """Of a finished run under ZeRO 1, of one that has taken no step and is to choose its precision, at ZeRO 3; and what cannot be profiled."""
     context = LocalContext(rank, world_size)
     pretrain(config_of(1), corpus, f"{root}/done", context, 1)
+    dist.barrier()  # rank 0 is the last to close its files
     before = contents(Path(root) / "done")
     found = {"done": profiled(context, config_of(1), corpus, f"{root}/done", "first")}
     assert contents(Path(root) / "done") == before
@@ -125,7 +127,7 @@ class QuietLine:
 
 def as_a_task(rank: int, world_size: int, corpus: str, root: str) -> None:
     """As a worker process does it: in a thread, told what to do by name, with a log of its own."""
-    run, profile = RunFolder(Location.at(root)), RunFolder(Location.at(root) / FOLDER)
+    run, profile = RunFolder(Location.at(root)), RunFolder(Location.at(root) / PROFILE_FOLDER)
     arguments = {"config": config_of(0), "corpus": corpus, "run": run.root.url, "output": profile.root.url, "steps": 2, "attempt": 1}
     task = WorkerTask(PROFILE, arguments, profile.root.url, attempt=1, threads=1, home=root)
     with ThreadPoolExecutor(1) as threads:
@@ -136,11 +138,11 @@ def test_a_worker_process_profiles_and_leaves_its_log_with_the_profile(tmp_path:
     corpus, run = small_corpus(tmp_path / "text"), tmp_path / "run"
     run.mkdir()
     run_distributed(as_a_task, 1, (corpus, str(run)), timeout_s=60)
-    assert [path.name for path in run.iterdir()] == [FOLDER]
-    assert sorted(path.name for path in (run / FOLDER).iterdir()) == ["logs", "profile.json", "trace.json"]
-    assert "trainer.profiling:profile_steps" in (run / FOLDER / "logs/attempt-0001/rank-00000.log").read_text()
-    found = json.loads((run / FOLDER / RESULT).read_text())
-    assert found["trace"] == str(run / FOLDER / "trace.json")
+    assert [path.name for path in run.iterdir()] == [PROFILE_FOLDER]
+    assert sorted(path.name for path in (run / PROFILE_FOLDER).iterdir()) == ["logs", "profile.json", "trace.json"]
+    assert "trainer.profiling:profile_steps" in (run / PROFILE_FOLDER / "logs/attempt-0001/rank-00000.log").read_text()
+    found = json.loads((run / PROFILE_FOLDER / RESULT).read_text())
+    assert found["trace"] == str(run / PROFILE_FOLDER / "trace.json")
     assert {phase["phase"] for phase in found["phases"]} == {"data", "agree", "forward", "backward", "reduce", "optimizer"}
     assert {"aten::addmm", "Python and waiting in reduce"} <= {cost["name"] for cost in found["costs"]}
 

@@ -10,27 +10,11 @@ from benchmarks import gpu
 from benchmarks.children import ROOT
 from benchmarks.claims import Claim, Goal
 from benchmarks.contestants import attention_kernels
-from benchmarks.gpu import NOT_MEASURED, REDUCED, Session, lines, measure, stated_peak
+from benchmarks.gpu import NOT_MEASURED, REDUCED, Session, lines, measure
 from benchmarks.stand_ins import StandIn, stand_in
 
 GPU = Session(REDUCED, "bf16", {}, 1e15, on_gpu=True)
 CPU = Session(REDUCED, "fp32", {}, None, on_gpu=False)
-
-
-@pytest.mark.parametrize(
-    ("card", "peak"),
-    [
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA L40S", 362e12),
-        ("Some other card", None),
-        (None, None),
-    ],
-)
-def test_the_stated_peak_of_a_card(card: str | None, peak: float | None) -> None:
-    assert stated_peak(card) == peak
 
 
 def test_without_a_gpu_a_figure_says_so_and_meets_no_goal() -> None:
@@ -88,10 +72,12 @@ sys.exit(benchmarks.gpu.main())
 HIDDEN = "accelerate,datasketch,ftfy,pyarrow,ray,rich,scipy,sklearn,tenacity,tensorboard,typer,webdataset,s3fs,zstandard,moto"
 
 
+@pytest.mark.full
+@pytest.mark.timeout(300)
 def test_the_kit_needs_nothing_but_torch_transformers_and_deepspeed() -> None:
     """Everything else that the product depends on is hidden, and the kit runs."""
     command = [sys.executable, "-c", HIDING, HIDDEN, "--only", "steps", "zero"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"ZeRO-1, 2L/64, 512 tokens a step ({NOT_MEASURED})" in done.stdout
     assert "failed" not in done.stdout

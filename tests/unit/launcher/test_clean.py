@@ -13,7 +13,7 @@ from data_pipeline.storage import Location
 from launcher import cli
 from launcher.cleaning import find_in_run, find_in_storage, remove
 from launcher.config import dump_yaml
-from launcher.lease import Lease
+from launcher.lease import PROFILE_FOLDER, Lease
 from tests.support.checkpoints import save_request, snapshot_of
 from tests.support.object_store import ObjectStore, reachable_object_store
 from trainer.background_save import Save
@@ -133,12 +133,13 @@ def test_in_a_store_files_that_a_committed_manifest_names_stay(store: ObjectStor
     assert [entry.step for entry in checkpoints_of(run).committed()] == [10, 20]
 
 
-def test_nothing_of_a_run_that_runs(storage: Location, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("used_by", [".", PROFILE_FOLDER])
+def test_nothing_of_a_run_that_runs_or_is_profiled(storage: Location, capsys: pytest.CaptureFixture[str], used_by: str) -> None:
     run = write_run(storage, "a")
     write_checkpoint(run, "step-00000050.partial-1", manifest=False)
     (leftover,) = find_in_run(run)
     write_corpus(storage, "unused-0123456789ab")
-    with Lease.acquire(run):
+    with Lease.acquire(RunFolder(run.root / used_by)):
         assert cli.run(["clean", "a", "--yes"], debug=False) == ExitCode.CONFLICT
         assert cli.run(["clean", "--yes"], debug=False) == 0
         out = capsys.readouterr().out

@@ -9,9 +9,9 @@ from data_pipeline.errors import ConflictError, ExitCode, NotFoundError, UsageEr
 from data_pipeline.storage import Location
 from launcher import cli
 from launcher.config import LocalCluster, dump_yaml
-from launcher.lease import Lease
+from launcher.lease import PROFILE_FOLDER, Lease
 from launcher.policy import Failure, FailureKind
-from launcher.profiling import FOLDER, PROFILE, RESULT, profile_run, with_own_remedy
+from launcher.profiling import PROFILE, RESULT, profile_run, with_own_remedy
 from launcher.verbs_profile import cost_rows, show
 from launcher.worker_process import resolve
 from trainer import profiling
@@ -40,11 +40,11 @@ def test_a_run_that_is_at_work_is_refused_and_not_disturbed(run: RunFolder) -> N
             profiled(run)
         assert caught.value.exit_code == ExitCode.CONFLICT
         lease.require_held()
-    assert not (run.root / FOLDER).exists()
+    assert not (run.root / PROFILE_FOLDER).exists()
 
 
 def test_two_profiles_of_a_run_are_one_too_many_and_neither_claims_the_run(run: RunFolder) -> None:
-    with Lease.acquire(RunFolder(run.root / FOLDER)):
+    with Lease.acquire(RunFolder(run.root / PROFILE_FOLDER)):
         with pytest.raises(ConflictError, match="run made is being profiled by another command"):
             profiled(run)
         Lease.acquire(run)
