@@ -28,8 +28,13 @@ _DROPOUTS = (
     "mlp_dropout",
 )
 """What architectures call the dropout of hidden states and of attention probabilities."""
-_COUNT_FROM_PAD = {"roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "roberta-prelayernorm"}
+_COUNT_FROM_PAD = {
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "mpnet"),
+    *("longformer", "ibert", "data2vec-text", "luke", "mluke", "lilt", "esm", "xmod"),
+}
 """Architectures whose positions begin after the id of the padding token."""
+_USUAL_ROW = 512
+_NOT_SETTINGS = {"architectures", "dtype", "model_type", "torch_dtype", "transformers_version"}
 
 
 def new_network_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Any:
@@ -38,19 +43,33 @@ def new_network_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         ConfigError: the architecture is not known, lacks a dimension, or does not know a key of `config.transformers`.
     """
-    plain = _plain(config.architecture)
-    settings = _derived(config, plain, vocab_size) | _special_tokens(config.architecture, plain, tokenizer)
+    plain = require_architecture(config)
+    settings = _derived(config, plain, vocab_size)
+    settings |= {name: int(getattr(tokenizer, f"{role}_token_id")) for name, role in _special_tokens(config.architecture, plain).items()}
     settings["max_position_embeddings"] += _unused_positions(config.architecture, settings["pad_token_id"])
+    return AutoConfig.for_model(config.architecture, **settings, **config.transformers)
+
+
+def require_architecture(config: ModelConfig) -> Any:
+    """The plain configuration of the architecture, if it is known and has the dimensions and the keys that `config` gives it.
+
+    Raises:
+        ConfigError: it is not, or lacks one; or a key of `config.transformers` is derived from others, under whatever name.
+    """
+    plain = _plain(config.architecture)
+    aliases: dict[str, str] = plain.attribute_map
+    derived = _derived(config, plain, 0).keys() | _special_tokens(config.architecture, plain).keys()
+    taken, known = {aliases.get(name, name) for name in derived}, plain.to_dict().keys() - _NOT_SETTINGS
     for key in config.transformers:
-        if key in settings:
+        if aliases.get(key, key) in taken:
             raise ConfigError(f"model.transformers.{key} is derived and cannot be set", "Set the dimensions of `model`, or the tokenizer.")
-        if not hasattr(plain, key):
-            near = difflib.get_close_matches(key, list(plain.to_dict()), n=1)
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
             raise ConfigError(
                 f"model.transformers.{key}: {config.architecture} has no such setting" + (f"; nearest: {near[0]}" if near else ""),
                 f"See {type(plain).__name__} in the documentation of transformers.",
             )
-    return AutoConfig.for_model(config.architecture, **settings, **config.transformers)
+    return plain
 
 
 def with_dropout(network_config: Any, dropout: float) -> Any:
@@ -62,12 +81,13 @@ def with_dropout(network_config: Any, dropout: float) -> Any:
 
 
 def longest_row(network_config: Any) -> int:
-    """Tokens of the longest row that a network with this configuration takes."""
-    return int(network_config.max_position_embeddings) - _unused_positions(network_config.model_type, network_config.pad_token_id)
+    """Tokens of the longest row that a network with this configuration takes; 512 where it does not say."""
+    longest = getattr(network_config, "max_position_embeddings", None) or _USUAL_ROW
+    return int(longest) - _unused_positions(network_config.model_type, getattr(network_config, "pad_token_id", None))
 
 
-def _unused_positions(architecture: str, pad_token_id: int) -> int:
-    return pad_token_id + 1 if architecture in _COUNT_FROM_PAD else 0
+def _unused_positions(architecture: str, pad_token_id: int | None) -> int:
+    return (pad_token_id or 0) + 1 if architecture in _COUNT_FROM_PAD else 0
 
 
 def _plain(architecture: str) -> Any:
@@ -89,9 +109,8 @@ def _derived(config: ModelConfig, plain: Any, vocab_size: int) -> dict[str, Any]
     return settings | {"vocab_size": vocab_size}
 
 
-def _special_tokens(architecture: str, plain: Any, tokenizer: Any) -> dict[str, int]:
-    """Ids by the names of transformers. Texts begin with [CLS] and end with [SEP], which a causal model calls their begin and end."""
+def _special_tokens(architecture: str, plain: Any) -> dict[str, str]:
+    """Roles of a tokenizer's tokens by the names of ids in transformers. Texts begin with [CLS] and end with [SEP], which a causal model calls their
+    begin and end."""
     roles = {"pad": "pad"} if architecture == "bert" else {"pad": "pad", "bos": "cls", "eos": "sep", "cls": "cls", "sep": "sep"}
-    return {
-        f"{theirs}_token_id": int(getattr(tokenizer, f"{ours}_token_id")) for theirs, ours in roles.items() if hasattr(plain, f"{theirs}_token_id")
-    }
+    return {f"{theirs}_token_id": ours for theirs, ours in roles.items() if hasattr(plain, f"{theirs}_token_id")}

@@ -31,6 +31,8 @@ def build_classifier(model_folder: str, label_names: Sequence[str], init: Init, 
 
     labels: dict[str, Any] = {"id2label": dict(enumerate(label_names)), "label2id": {name: number for number, name in enumerate(label_names)}}
     config: Any = AutoConfig.from_pretrained(model_folder, trust_remote_code=False, num_labels=len(label_names), **labels)
+    if getattr(config, "pad_token_id", None) is None:  # a classifier that looks at the last token must know what comes after it
+        config.pad_token_id = load_tokenizer(model_folder).pad_token_id
     with torch.random.fork_rng(), quiet_transformers():
         torch.manual_seed(seed)
         if init == "scratch":

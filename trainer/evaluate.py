@@ -15,6 +15,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.agreement import Ranks, agreement_group
+from trainer.architectures import longest_row
 from trainer.choices import Precision, fastest_precision
 from trainer.classifier import load_classifier, load_weights, trained_max_length
 from trainer.config import TaskConfig
@@ -107,14 +108,17 @@ def fill_mask(model: str, text: str, top_k: int = 5) -> list[list[tuple[str, flo
 
     Raises:
         NotFoundError: there is no such model.
-        ConfigError: the text has no mask token, or the model no model.safetensors.
+        ConfigError: the text has no mask token, or the model no model.safetensors, or it is no masked language model.
     """
-    from transformers import AutoModelForMaskedLM
+    from transformers import AutoConfig, AutoModelForMaskedLM
 
     with local_folder(Location.at(model)) as folder:
         tokenizer: Any = load_tokenizer(folder)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in AutoModelForMaskedLM._model_mapping:  # pyright: ignore[reportPrivateUsage]  # else a ValueError with a page of names
+            raise ConfigError(f"{model} is a {config.model_type} model, which fills in no masks", "Name a masked language model.")
         network: Any = load_weights(AutoModelForMaskedLM, folder).eval()
-    inputs = tokenizer(text, truncation=True, max_length=network.config.max_position_embeddings, return_tensors="pt")
+    inputs = tokenizer(text, truncation=True, max_length=longest_row(config), return_tensors="pt")
     places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
     if not len(places):
         raise ConfigError(f"the text has no {tokenizer.mask_token}: {text[:60]!r}", f"Write {tokenizer.mask_token} where the model should fill in.")

@@ -79,7 +79,7 @@ def _is_done(target: Location, checkpoint: Checkpoint) -> bool:
 def _write(partial: Path, run: RunFolder, config: RunConfig, checkpoint: Checkpoint, corpora: Mixture) -> None:
     trained = load_trained(checkpoint)
     _save_stock(trained, partial)
-    _copy_tokenizer(Path(corpora.tokenizer_folder), partial, token_types=trained.takes_token_types)
+    _copy_tokenizer(Path(corpora.tokenizer_folder), partial, trained)
     agreement = check_export(partial, trained, checkpoint.probe, checkpoint.manifest.circumstances.precision)
     facts = _facts(run, config, checkpoint, trained, agreement)
     (partial / "README.md").write_text(render_model_card(facts), encoding="utf-8")
@@ -132,14 +132,27 @@ def _save_stock(trained: PretrainingNetwork, folder: Path) -> None:
         stock.save_pretrained(folder)
 
 
-def _copy_tokenizer(source: Path, folder: Path, *, token_types: bool) -> None:
-    """The corpus' tokenizer; for a network without token types as one that gives none: some would take them for tokens."""
+def _copy_tokenizer(source: Path, folder: Path, trained: PretrainingNetwork) -> None:
+    """The corpus' tokenizer; for a network without token types as one that gives none, which some would take for tokens; for a causal one as one
+    that puts no end behind a text, which is to be continued."""
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
-    if not token_types:
+    if trained.is_causal:
+        definition = folder / "tokenizer.json"
+        definition.write_text(json.dumps(without_end(json.loads(definition.read_bytes())), indent=2, ensure_ascii=False), encoding="utf-8")
+    if not trained.takes_token_types:
         settings = Location.at(folder / "tokenizer_config.json")
         settings.write_json({**settings.read_json(), "model_input_names": ["input_ids", "attention_mask"]})
+
+
+def without_end(definition: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's definition, whose template ends with no special token; pure."""
+    processor: dict[str, Any] = definition.get("post_processor") or {}
+    if processor.get("type") != "TemplateProcessing":
+        return definition
+    open_ended = {name: processor[name][:-1] if "SpecialToken" in processor[name][-1] else processor[name] for name in ("single", "pair")}
+    return {**definition, "post_processor": {**processor, **open_ended}}
 
 
 def _facts(run: RunFolder, config: RunConfig, checkpoint: Checkpoint, trained: PretrainingNetwork, agreement: Agreement) -> CardFacts:

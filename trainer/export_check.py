@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -54,7 +54,7 @@ def check_export(folder: Path, trained: PretrainingNetwork, probe: Path, precisi
     with quiet_transformers(), torch.no_grad():
         batch = _tokenize(folder, longest_row(trained.config))
         expected = trained.logits(batch["input_ids"], batch["token_type_ids"], batch["attention_mask"])
-        _load(AutoModel, folder)
+        _load(AutoModel, folder, needed=set(cast(Any, trained).base_model.state_dict()))
         by_objective = _load(AutoModelForCausalLM if trained.is_causal else AutoModelForMaskedLM, folder)
         masked_lm = by_objective(**_own_inputs(trained, batch)).logits
         stock = _load(AutoModelForPreTraining, folder) if trained.has_pair_head else by_objective
@@ -96,13 +96,16 @@ def _tokenize(folder: Path, max_length: int) -> dict[str, Tensor]:
     )
 
 
-def _load(auto_class: Any, folder: Path) -> Any:
+def _load(auto_class: Any, folder: Path, needed: set[str] | None = None) -> Any:
+    """The model by a class of transformers. `needed`: the weights that there are to find, where the class may have others: a pooler that was not
+    pretrained."""
     model, report = auto_class.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, output_loading_info=True
     )
-    if report["missing_keys"] or report["mismatched_keys"]:
+    missing = sorted(report["missing_keys"] if needed is None else needed & set(report["missing_keys"]))
+    if missing or report["mismatched_keys"]:
         raise MaskwrightError(
-            f"{auto_class.__name__} does not find all weights in {folder}: {sorted(report['missing_keys'])[:5]}, {report['mismatched_keys']}",
+            f"{auto_class.__name__} does not find all weights in {folder}: {missing[:5]}, {report['mismatched_keys']}",
             "Check that transformers has the version of the checkpoint's MANIFEST.json, and report it if so.",
         )
     return model.eval()

@@ -8,8 +8,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, UnreachableError
-from trainer.architectures import longest_row, new_network_config, with_dropout
-from trainer.config import ModelConfig
+from trainer.architectures import longest_row, new_network_config, require_architecture, with_dropout
+from trainer.config import ModelConfig, RunConfig
 from trainer.networks import PretrainingMaskedLM, PretrainingNetwork, attention_implementation, network_class
 
 
@@ -35,7 +35,7 @@ def build_model(
         if config.init_from is None:
             model = _new_network(config, tokenizer, vocab_size, attention)
         else:
-            model = _load_weights(config, config.init_from, vocab_size, sequence_length, attention)
+            model = _load_weights(config, config.init_from, tokenizer, vocab_size, sequence_length, attention)
             require_same_vocabulary(config.init_from, tokenizer)
     if isinstance(model, PretrainingMaskedLM):
         _require_rows(model, sequence_length, cast(int, tokenizer.cls_token_id))
@@ -46,10 +46,31 @@ def build_model(
     return cast(PretrainingNetwork, model.train())
 
 
+def require_buildable(config: RunConfig) -> None:
+    """Refuse, before any text is prepared, what would be when the network is built and reads its first batch.
+
+    Raises:
+        ConfigError: the architecture is not known, or lacks a setting; or the tokenizer to be loaded has no mask token, and the objective needs one.
+    """
+    from data_pipeline.tokenizer import load_tokenizer
+
+    if config.model.init_from is None and (config.model.architecture != "bert" or config.model.transformers):
+        require_architecture(config.model)
+        network_class(config.model.architecture)
+    if config.objective.kind == "mlm" and config.tokenizer.path is not None and load_tokenizer(config.tokenizer.path).mask_token_id is None:
+        raise ConfigError(
+            f"tokenizer.path {config.tokenizer.path} has no mask token", "Choose a tokenizer made for masked language models, or `objective: clm`."
+        )
+
+
 def _new_network(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int, attention: str) -> PretrainingNetwork:
     kind, network_config = network_class(config.architecture), new_network_config(config, tokenizer, vocab_size)
-    network_config._attn_implementation = attention if kind._supports_sdpa else "eager"
+    network_config._attn_implementation = _kernel(kind, attention)
     return kind(network_config)
+
+
+def _kernel(kind: Any, attention: str) -> str:
+    return attention if kind._supports_sdpa else "eager"
 
 
 def _require_rows(network: PretrainingNetwork, sequence_length: int, token: int) -> None:
@@ -61,11 +82,13 @@ def _require_rows(network: PretrainingNetwork, sequence_length: int, token: int)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"a row of {sequence_length} tokens does not pass through {network.config.model_type}: {_first_line(error)}",
-            "Raise model.max_positions, or choose another model.architecture.",
+            "Choose a shorter batch.sequence_length, raise model.max_positions (of a new model), or choose another model.architecture.",
         ) from error
 
 
-def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_length: int, attention: str) -> PretrainingNetwork:
+def _load_weights(
+    config: ModelConfig, source: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, sequence_length: int, attention: str
+) -> PretrainingNetwork:
     found = _read_config(source)
     if found.model_type != config.architecture:
         raise ConfigError(
@@ -82,14 +105,17 @@ def _load_weights(config: ModelConfig, source: str, vocab_size: int, sequence_le
             f"batch.sequence_length {sequence_length} exceeds the {longest_row(found)} positions of model.init_from {source}",
             "Choose a shorter sequence_length.",
         )
+    if found.pad_token_id is None:  # as of GPT-2 on the hub: a classifier made of the model needs one
+        found.pad_token_id = tokenizer.pad_token_id
+    kind = network_class(found.model_type)
     try:
-        return network_class(found.model_type).from_pretrained(
+        return kind.from_pretrained(
             source,
             config=with_dropout(found, config.dropout),
             dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
-            attn_implementation=attention,
+            attn_implementation=_kernel(kind, attention),
         )
     except (OSError, SafetensorError) as error:
         raise ConfigError(

@@ -74,7 +74,7 @@ class PretrainingNetwork(nn.Module):
     def forward(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields of `LossSums`, as a plain tuple because DeepSpeed's hooks look for tensors in tuples.
 
-        All parameters are in the graph whatever the batch holds. Never waits for the device.
+        All parameters are in the graph whatever the batch holds. Never waits for the device (`PretrainingMaskedLM` may).
         """
         hidden_RTD = self._encode(Rows.of(batch)).flatten(0, 1)
         first_B1D, chosen_ND = hidden_RTD.index_select(0, batch.starts_B)[:, None], hidden_RTD.index_select(0, batch.mlm_positions_N)
@@ -133,9 +133,11 @@ class PretrainingModernBert(PretrainingNetwork, ModernBertForMaskedLM):  # pyrig
 
     def _encode(self, rows: Rows) -> Tensor:
         places_T = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
-        near_TT = (places_T[:, None] - places_T[None, :]).abs() <= self.config.sliding_window
+        distance_TT = (places_T[:, None] - places_T[None, :]).abs()
+        # Padding far behind its row's sample attends to itself: see `Rows.attend`.
+        near = rows.attend & (distance_TT <= self.config.sliding_window) | (distance_TT == 0)
         dtype = self.model.embeddings.tok_embeddings.weight.dtype
-        masks: Any = {"full_attention": self._as_mask(rows.attend, dtype), "sliding_attention": self._as_mask(rows.attend & near_TT, dtype)}
+        masks: Any = {"full_attention": self._as_mask(rows.attend, dtype), "sliding_attention": self._as_mask(near, dtype)}
         return self.model(input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids).last_hidden_state
 
     def _token_logits(self, hidden: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from tests.support.batches import small_config
 from tests.support.contexts import StoppingContext
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
+from trainer.classifier import build_classifier
 from trainer.config import RunConfig
 from trainer.context import LocalContext
 from trainer.export import export
@@ -81,8 +82,11 @@ def test_an_architecture_trains_resumes_bit_for_bit_and_loads_in_transformers(tm
         network, tokenizer = auto_class.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         inputs = tokenizer(["the of and", "a"], padding=True, return_tensors="pt")
         assert "token_type_ids" not in inputs
+        assert (tokenizer.sep_token_id in inputs["input_ids"]) == (variant[0] != "gpt2"), "a text to be continued has no end"
         with torch.no_grad():
             assert bool(network(**inputs).logits.isfinite().all())
+            classifier = build_classifier(folder, ["no", "yes"], "pretrained", seed=0)
+            assert classifier(**inputs).logits.shape == (2, 2)
         card = (Path(folder) / "README.md").read_text()
         assert auto_class.__name__ in card
         assert ("text-generation" in card) == (variant[0] == "gpt2")

@@ -6,17 +6,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from tokenizers import Tokenizer, models
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.masking import Tokens, next_tokens
 from data_pipeline.packing import LAYOUTS, Packing
 from data_pipeline.stream import MicroBatch
 from data_pipeline.window import Finished
-from tests.support.batches import EMPTY, SPECIAL, VOCAB_SIZE, random_micro_batch, write_tokenizer
+from tests.support.batches import EMPTY, SPECIAL, VOCAB_SIZE, random_micro_batch, small_config, write_tokenizer
 from trainer.batch import tensor_batches
+from trainer.classifier import build_classifier
 from trainer.config import ModelConfig
-from trainer.model import build_model
+from trainer.export import without_end
+from trainer.model import build_model, require_buildable
 from trainer.networks import PretrainingNetwork, as_loss_sums, buffers_kept
 from trainer.objectives import LossWeights
 
@@ -54,7 +58,7 @@ def batch_for(network: PretrainingNetwork, packing: Packing = "none") -> MicroBa
     return random_micro_batch(5, num_samples=12, num_tokens=32, pairs=False, packing=packing)
 
 
-def loss_and_gradients(network: PretrainingNetwork, batch: MicroBatch, parts: int = 1) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(network: PretrainingNetwork, batch: MicroBatch, parts: int = 1) -> tuple[float, dict[str, torch.Tensor]]:
     weights = LossWeights.for_step(num_masked=batch.num_masked, num_pairs=batch.num_pairs, world_size=1)
     network.zero_grad()
     total = 0.0
@@ -65,11 +69,11 @@ def loss_and_gradients(network: PretrainingNetwork, batch: MicroBatch, parts: in
     return total, gradients(network)
 
 
-def gradients(network: nn.Module) -> dict[str, Tensor]:
+def gradients(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in network.named_parameters() if parameter.grad is not None}
 
 
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
@@ -142,6 +146,8 @@ def test_dimensions_dropout_and_special_tokens_reach_the_network(tokenizer: str)
         ({"architecture": "llama"}, "no masked language model of that name"),
         ({"architecture": "gpt2", "transformers": {"activation_functoin": "relu"}}, "nearest: activation_function"),
         ({"architecture": "gpt2", "transformers": {"n_inner": 12}}, "n_inner is derived"),
+        ({"architecture": "gpt2", "transformers": {"n_embd": 12}}, "n_embd is derived"),
+        ({"architecture": "gpt2", "transformers": {"to_dict": 1}}, "gpt2 has no such setting"),
         ({"architecture": "bert", "transformers": {"vocab_size": 12}}, "vocab_size is derived"),
         ({"architecture": "electra", "max_positions": 24}, "a row of 32 tokens does not pass through electra"),
     ],
@@ -163,6 +169,36 @@ def test_init_from_continues_a_model_of_the_architecture(tokenizer: str, tmp_pat
     assert (loaded.config.resid_pdrop if architecture == "gpt2" else loaded.config.hidden_dropout_prob) == 0.5
     with pytest.raises(ConfigError, match=f"is a {architecture} model; expected bert"):
         build(tokenizer, "bert", init_from=str(tmp_path))
+
+
+def test_a_model_without_a_padding_token_is_given_one(tokenizer: str, tmp_path: Path) -> None:
+    stock: Any = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    assert stock.config.pad_token_id is None
+    stock.save_pretrained(tmp_path)
+    write_tokenizer(str(tmp_path))
+    assert build(tokenizer, "gpt2", init_from=str(tmp_path)).config.pad_token_id == SPECIAL["pad"]
+    classifier = build_classifier(str(tmp_path), ["no", "yes"], "pretrained", seed=0)
+    assert classifier(input_ids=torch.full((2, 8), 7)).logits.shape == (2, 2)
+
+
+def test_what_cannot_be_built_is_refused_before_text_is_prepared(tmp_path: Path) -> None:
+    require_buildable(small_config())
+    for model, message in [({"architecture": "robberta"}, "robberta"), ({"architecture": "modernbert", "transformers": {"x": 1}}, "no such setting")]:
+        with pytest.raises(ConfigError, match=message):
+            require_buildable(small_config(model=model, objective={"sentence_objective": "none"}))
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<e>": 0, "a": 1}, [])), bos_token="<e>", eos_token="<e>").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="has no mask token"):
+        require_buildable(small_config(tokenizer={"path": str(tmp_path)}))
+    require_buildable(small_config(tokenizer={"path": str(tmp_path)}, objective="clm", model={"architecture": "gpt2"}))
+
+
+def test_a_text_that_is_to_be_continued_has_no_end() -> None:
+    start, text, end = {"SpecialToken": {"id": "[CLS]"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "[SEP]"}}
+    template = {"type": "TemplateProcessing", "single": [start, text, end], "pair": [start, text, end, text, end], "special_tokens": {}}
+    found = without_end({"version": "1.0", "post_processor": template})
+    assert found["post_processor"] == template | {"single": [start, text], "pair": [start, text, end, text]}
+    for other in ({"post_processor": None}, {"post_processor": {"type": "ByteLevel"}}, found):
+        assert without_end(other) == other
 
 
 def test_casting_weights_spares_the_frequencies_of_positions(tokenizer: str) -> None:
