@@ -19,7 +19,8 @@ _MOST_STEPS = 100
 def profile(
     run: RunArgument,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, max=_MOST_STEPS, metavar="K", help="How many, after one to warm up.", show_default="5, or what the run has")
+        int | None,
+        typer.Option("--steps", min=1, max=_MOST_STEPS, metavar="K", help="How many, after one to warm up.", show_default="5, or what the run has"),
     ] = None,
     storage: Storage = None,
     cluster: Cluster = None,

@@ -138,12 +138,17 @@ def _copy_tokenizer(source: Path, folder: Path, trained: PretrainingNetwork) -> 
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name != "config.json":
             shutil.copyfile(path, folder / path.name)
-    if trained.is_causal:
-        definition = folder / "tokenizer.json"
-        definition.write_text(json.dumps(without_end(json.loads(definition.read_bytes())), indent=2, ensure_ascii=False), encoding="utf-8")
+    settings: dict[str, Any] = {}
     if not trained.takes_token_types:
-        settings = Location.at(folder / "tokenizer_config.json")
-        settings.write_json({**settings.read_json(), "model_input_names": ["input_ids", "attention_mask"]})
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
+    if trained.is_causal:
+        definition = json.loads((folder / "tokenizer.json").read_bytes())
+        if (open_ended := without_end(definition)) != definition:
+            (folder / "tokenizer.json").write_text(json.dumps(open_ended, indent=2, ensure_ascii=False), encoding="utf-8")
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # BERT's own makes its template anew
+    if settings:
+        file = Location.at(folder / "tokenizer_config.json")
+        file.write_json(file.read_json() | settings)
 
 
 def without_end(definition: dict[str, Any]) -> dict[str, Any]:

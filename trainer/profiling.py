@@ -1,4 +1,4 @@
-"""Profiles some steps of a run as it is configured: all ranks take them, rank 0 tells a trace, the largest costs, the phases. The run stays as it is."""
+"""Profiles some steps of a run as it is configured: all ranks take them, rank 0 tells trace, largest costs, phases. The run stays as it is."""
 
 import gzip
 import os

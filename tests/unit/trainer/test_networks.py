@@ -186,7 +186,9 @@ def test_what_cannot_be_built_is_refused_before_text_is_prepared(tmp_path: Path)
     for model, message in [({"architecture": "robberta"}, "robberta"), ({"architecture": "modernbert", "transformers": {"x": 1}}, "no such setting")]:
         with pytest.raises(ConfigError, match=message):
             require_buildable(small_config(model=model, objective={"sentence_objective": "none"}))
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<e>": 0, "a": 1}, [])), bos_token="<e>", eos_token="<e>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"<e>": 0, "a": 1}, [])), bos_token="<e>", eos_token="<e>").save_pretrained(
+        tmp_path
+    )
     with pytest.raises(ConfigError, match="has no mask token"):
         require_buildable(small_config(tokenizer={"path": str(tmp_path)}))
     require_buildable(small_config(tokenizer={"path": str(tmp_path)}, objective="clm", model={"architecture": "gpt2"}))
