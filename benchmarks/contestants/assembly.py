@@ -1,6 +1,7 @@
 """A peer's documents to batches with our own pairing, masking and packing: what our arrays buy without our reader."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.chunks import IntArray, cut_chunks
 from data_pipeline.hashing import mix64
-from data_pipeline.masking import Masking, Vocabulary
+from data_pipeline.masking import Masking, Vocabulary, mask_tokens
 from data_pipeline.micro_batch import MicroBatch
 from data_pipeline.order import WINDOW_SAMPLES
 from data_pipeline.packing import LAYOUTS
@@ -23,12 +24,12 @@ _FILL = 0.6
 def batches(documents: Iterator[NDArray[np.integer]], vocabulary: dict[str, Any], sequence_length: int, batch_size: int) -> Iterator[MicroBatch]:
     """Unpadded micro-batches of windows of documents, each shuffled."""
     known = vocabulary_from(vocabulary)
-    masking = Masking.of(known, MASK_RATE)
+    choose = partial(mask_tokens, masking=Masking.of(known, MASK_RATE))
     for number, window in enumerate(windows(documents, int(WINDOW_SAMPLES * sequence_length * _FILL))):
         tokens, sentence_ends, document_ends = without_separators(window, known.sep)
         chunks = cut_chunks(sentence_ends, document_ends, sequence_length)
         samples = make_samples(chunks, mix64(number, np.arange(len(chunks))), sequence_length, "nsp")
-        finished = finish(tokens, samples[np.argsort(samples.keys, kind="stable")], known, masking)
+        finished = finish(tokens, samples[np.argsort(samples.keys, kind="stable")], known, choose)
         for start in range(0, len(finished) - batch_size + 1, batch_size):
             part = finished[start : start + batch_size]
             yield MicroBatch(start, part, LAYOUTS["unpadded"](part.lengths, sequence_length), known.pad)

@@ -83,7 +83,7 @@ def test_ten_costs_are_shown_and_the_others_are_not_forgotten() -> None:
     assert rows[-1] == ("10 others", "20", "1,000.00", "50.0%")
     assert len(cost_rows(costs(10), 5)) == 10
     long = cost_rows([{**costs(1)[0], "name": "void " + 40 * "at::native::"}], 5)[0][0]
-    assert (len(long), long[-1]) == (60, "…")
+    assert (len(long), long[-1]) == (40, "…")
 
 
 def test_what_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
