@@ -134,8 +134,8 @@ class PretrainingModernBert(PretrainingNetwork, ModernBertForMaskedLM):  # pyrig
     def _encode(self, rows: Rows) -> Tensor:
         places_T = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
         distance_TT = (places_T[:, None] - places_T[None, :]).abs()
-        # Padding far behind its row's sample attends to itself: see `Rows.attend`.
-        near = rows.attend & (distance_TT <= self.config.sliding_window) | (distance_TT == 0)
+        near = rows.attend & (distance_TT <= self.config.sliding_window)
+        near = near | ((distance_TT == 0) & ~near.any(-1, keepdim=True))  # padding far behind its row's sample, see `Rows.attend`
         dtype = self.model.embeddings.tok_embeddings.weight.dtype
         masks: Any = {"full_attention": self._as_mask(rows.attend, dtype), "sliding_attention": self._as_mask(near, dtype)}
         return self.model(input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids).last_hidden_state

@@ -119,6 +119,20 @@ def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero(tokenizer: str,
     assert all(not gradient.any() for gradient in found.values())
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_are_those_of_transformers_where_weights_are_large(tokenizer: str, architecture: str) -> None:
+    """As in a trained network: what attends to what then shows."""
+    network: Any = build(tokenizer, architecture, initializer_range=0.5).eval()
+    stock = network.stock(network.config).eval()
+    stock.load_state_dict(network.state_dict())
+    part = tensor_batches(batch_for(network))[0]
+    mask_BT = part.sample_ids_RT.sign()
+    with torch.no_grad():
+        ours = network.logits(part.input_ids_RT, torch.zeros_like(mask_BT), mask_BT)["mlm_logits"]
+        theirs = stock(input_ids=part.input_ids_RT, attention_mask=mask_BT).logits
+    torch.testing.assert_close(ours[mask_BT.bool()], theirs[mask_BT.bool()], rtol=1e-4, atol=1e-4)
+
+
 def test_a_token_does_not_see_those_after_it(tokenizer: str) -> None:
     network = build(tokenizer, "gpt2").eval()
     ids_BT = torch.randint(5, VOCAB_SIZE, (1, 16), generator=torch.Generator().manual_seed(0))
