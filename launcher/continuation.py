@@ -36,15 +36,16 @@ def changes(before: RunConfig, after: RunConfig) -> list[Change]:
     return [Change(path, old.get(path), new.get(path)) for path in sorted({*old, *new}) if old.get(path) != new.get(path)]
 
 
-def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool) -> list[Change]:
+def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool, steps_done: int = 0) -> list[Change]:
     """The changes between a run's configuration and the one given to continue it.
 
     `deliberate` is True for `resume --set`, which may also change the learning rate, other settings of the optimizer, and the schedule.
 
     Raises:
-        ConfigError: a change would make another model out of the same run; all of them are listed.
+        ConfigError: a change would make another model out of the same run, of which `steps_done` steps are committed, or would change nothing.
     """
     found = changes(before, after)
+    _require_steps_for(found, after, steps_done)
     allowed = (*FREE, *DELIBERATE) if deliberate else FREE
     refused = [change for change in found if not (_within(change.path, allowed) or _leaves_choice(change))]
     if not refused:
@@ -55,6 +56,18 @@ def resolve_diff(before: RunConfig, after: RunConfig, *, deliberate: bool) -> li
     else:
         remedy = "Give the configuration another name to start a new run, or change it back."
     raise ConfigError(f"run {before.name!r} exists and cannot continue with {listed}", remedy)
+
+
+def _require_steps_for(found: list[Change], after: RunConfig, steps_done: int) -> None:
+    """Refuse fewer steps than were taken, and another optimizer or schedule for no step at all: what is said of the model would not be true."""
+    idle = [change for change in found if _within(change.path, DELIBERATE)]
+    if not idle or steps_done < after.schedule.steps:
+        return
+    listed = "; ".join(map(str, idle))
+    raise ConfigError(
+        f"run {after.name!r} has taken {steps_done} steps already, and no step would follow {listed}",
+        f"Give more steps: maskwright resume {after.name} --set schedule.steps={2 * steps_done}",
+    )
 
 
 def _leaves_choice(change: Change) -> bool:

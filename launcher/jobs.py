@@ -12,7 +12,7 @@ from launcher.aside import Aside
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
 from launcher.config import Cluster, dump_yaml
-from launcher.continuation import changes, resolve_diff
+from launcher.continuation import Change, changes, resolve_diff
 from launcher.control import clear_stop, read_stop
 from launcher.elastic import Work
 from launcher.job import Job, Stage
@@ -99,10 +99,16 @@ def _with_whole_paths(config: RunConfig) -> RunConfig:
 def _write_configs(run: RunFolder, config: RunConfig, cluster: Cluster, *, deliberate: bool) -> None:
     if run.config.exists():
         before = read_config(run)
-        for change in resolve_diff(before, config, deliberate=deliberate) if has_trained(run) else changes(before, config):
+        for change in _allowed(run, before, config, deliberate=deliberate):
             run.append_event("config_changed", attempt=0, path=change.path, before=change.before, after=change.after)
     run.config.write_bytes(dump_yaml(config))
     cluster_file(run).write_bytes(dump_yaml(cluster))
+
+
+def _allowed(run: RunFolder, before: RunConfig, after: RunConfig, *, deliberate: bool) -> list[Change]:
+    if not has_trained(run):
+        return changes(before, after)
+    return resolve_diff(before, after, deliberate=deliberate, steps_done=max(committed_steps(run), default=0))
 
 
 def record_end(job: Job, error: BaseException) -> None:

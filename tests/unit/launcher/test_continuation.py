@@ -93,3 +93,15 @@ def test_all_refusals_are_listed_and_nothing_changed_is_nothing() -> None:
     assert changes(BASE, BASE) == []
     with pytest.raises(ConfigError, match=r"mask_rate.*seed"):
         resolve_diff(BASE, changed("seed=1", "objective.mask_rate=0.3", "zero.stage=2"), deliberate=False)
+
+
+@pytest.mark.parametrize(("steps_done", "setting"), [(300, "schedule.steps=100"), (100, "optimizer.lr=2e-3"), (100, "schedule.final_ratio=0.5")])
+def test_what_no_step_would_follow_is_refused(steps_done: int, setting: str) -> None:
+    base = changed("schedule.steps=100", "schedule.warmup_steps=10")
+    given = override_run_config(base, [setting])
+    before = override_run_config(base, [f"schedule.steps={steps_done}"])
+    with pytest.raises(ConfigError, match=f"has taken {steps_done} steps already") as error:
+        resolve_diff(before, given, deliberate=True, steps_done=steps_done)
+    assert f"schedule.steps={2 * steps_done}" in error.value.remedy
+    assert resolve_diff(before, override_run_config(before, [setting, "schedule.steps=400"]), deliberate=True, steps_done=steps_done)
+    assert resolve_diff(base, override_run_config(base, ["finetune.epochs=7"]), deliberate=True, steps_done=100)
