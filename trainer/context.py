@@ -38,6 +38,27 @@ class RunContext(Protocol):
         ...
 
 
+class ForwardingContext:
+    """A context that passes everything on to another; who is told of phases overrides `heartbeat`."""
+
+    def __init__(self, context: RunContext) -> None:
+        self.rank = context.rank
+        self.world_size = context.world_size
+        self._context = context
+
+    def stop_requested(self) -> bool:
+        """See `RunContext.stop_requested`."""
+        return self._context.stop_requested()
+
+    def heartbeat(self, step: int, phase: str) -> None:
+        """See `RunContext.heartbeat`."""
+        self._context.heartbeat(step, phase)
+
+    def require_current(self) -> None:
+        """See `RunContext.require_current`."""
+        self._context.require_current()
+
+
 class LocalContext:
     """A context for tests and single processes: never stops, says nothing."""
 

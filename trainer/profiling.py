@@ -22,7 +22,7 @@ from trainer.agreement import Ranks, agreement_group
 from trainer.checkpoint import has_same_layout, newest_intact
 from trainer.choices import looked_up
 from trainer.config import RunConfig
-from trainer.context import RunContext
+from trainer.context import ForwardingContext, RunContext
 from trainer.costs import LABEL, costs_of
 from trainer.engine import Engine, training_device
 from trainer.passes import forward_backward
@@ -48,26 +48,16 @@ _COPY_BYTES = 1 << 20
 _LOAD_TIMEOUT_S = 600.0
 
 
-class Labels:
+class Labels(ForwardingContext):
     """A `RunContext` that passes everything on, and labels the phases in a trace."""
 
     def __init__(self, context: RunContext) -> None:
-        self.rank = context.rank
-        self.world_size = context.world_size
-        self._context = context
+        super().__init__(context)
         self._open: list[tuple[str, record_function]] = []
-
-    def stop_requested(self) -> bool:
-        """See `RunContext.stop_requested`."""
-        return self._context.stop_requested()
-
-    def require_current(self) -> None:
-        """See `RunContext.require_current`."""
-        self._context.require_current()
 
     def heartbeat(self, step: int, phase: str) -> None:
         """See `RunContext.heartbeat`. `reduce` lies within the backward pass, in whose midst it may begin and end; other phases follow each other."""
-        self._context.heartbeat(step, phase)
+        super().heartbeat(step, phase)
         within = [name for name, _ in self._open]
         if phase == "backward" and within == ["backward", "reduce"]:
             self._close(1)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trainer.context import RunContext
+from trainer.context import ForwardingContext, RunContext
 
 ON_DEVICE = {"forward", "backward", "reduce"}
 """Phases whose work a GPU has still before it when the host has gone on."""
@@ -37,7 +37,7 @@ class _Mark:
     event: Event | None
 
 
-class Timeline:
+class Timeline(ForwardingContext):
     """A `RunContext` that passes everything on, and on rank 0 notes when each phase began.
 
     On a CPU phases are told by the host's clock. A GPU is behind its host in forward, backward and reduce: these are told by events that the device
@@ -46,9 +46,7 @@ class Timeline:
     """
 
     def __init__(self, context: RunContext, new_event: Callable[[], Event] | None) -> None:
-        self.rank = context.rank
-        self.world_size = context.world_size
-        self._context = context
+        super().__init__(context)
         self._new_event = new_event
         self._marks: list[_Mark] = []
 
@@ -57,17 +55,9 @@ class Timeline:
         """The time line of a rank that computes on `device`."""
         return cls(context, (lambda: torch.cuda.Event(enable_timing=True)) if device.type == "cuda" else None)
 
-    def stop_requested(self) -> bool:
-        """See `RunContext.stop_requested`."""
-        return self._context.stop_requested()
-
-    def require_current(self) -> None:
-        """See `RunContext.require_current`."""
-        self._context.require_current()
-
     def heartbeat(self, step: int, phase: str) -> None:
         """See `RunContext.heartbeat`."""
-        self._context.heartbeat(step, phase)
+        super().heartbeat(step, phase)
         if self.rank == 0:
             self._marks.append(_Mark(phase, time.monotonic(), self._event_for(phase)))
 
