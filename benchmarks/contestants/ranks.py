@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 from benchmarks.children import Measurement
 from benchmarks.contestants.training import OurTraining, counts_of, process_group
 from benchmarks.contestants.training_batches import micro_batches
+from benchmarks.contestants.training_peers import PlainLoop
 from benchmarks.training import Network, Shape
 
+LOOPS: dict[str, Callable[..., OurTraining | PlainLoop]] = {"ours": OurTraining.build, "DDP": PlainLoop}
 _LEAST_STEPS = 3
 _START_S = 300.0
 """What a rank may take for everything but its steps."""
@@ -29,12 +31,14 @@ def ranks(
     accumulation: int,
     seconds: float,
     dropout: float = 0.1,
+    loop: str = "ours",
 ) -> Measurement:
-    """Tokens a second of all ranks together, each on one of `cores`; each takes `accumulation` micro-batches a step."""
+    """Tokens a second of all ranks together, each on one of `cores`; each takes `accumulation` micro-batches a step of `loop`."""
     if len(cores) < world_size:
         raise RuntimeError(f"{world_size} ranks need as many cores; there are {len(cores)}")
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
-        job = {"network": network, "shape": shape, "precision": precision, "accumulation": accumulation, "dropout": dropout, "seconds": seconds}
+        named = {"network": network, "shape": shape, "precision": precision, "accumulation": accumulation, "dropout": dropout, "seconds": seconds}
+        job = {**named, "loop": loop}
         context = multiprocessing.get_context("spawn")
         processes = [context.Process(target=_rank, args=(folder, rank, world_size, cores[-1 - rank], job), daemon=True) for rank in range(world_size)]
         for process in processes:
@@ -60,7 +64,7 @@ def _rank(folder: str, rank: int, world_size: int, core: int, job: dict[str, Any
     os.sched_setaffinity(0, {core})
     network, shape = Network(**job["network"]), Shape(**job["shape"])
     with process_group(folder, rank, world_size):
-        training = OurTraining.build(network, shape, precision=job["precision"], dropout=job["dropout"], world_size=world_size)
+        training = LOOPS[job["loop"]](network, shape, precision=job["precision"], dropout=job["dropout"], world_size=world_size)
         turns = cycle(micro_batches(shape, network))
         steps = [list(islice(turns, job["accumulation"])) for _ in range(shape.count)]
         training.step(steps[0])
@@ -70,7 +74,7 @@ def _rank(folder: str, rank: int, world_size: int, core: int, job: dict[str, Any
         (Path(folder) / "measured").write_text(json.dumps({**measured, "tokens_per_s": world_size * measured["tokens_per_s"]}))
 
 
-def _agreed_steps(training: OurTraining, batches: Sequence[Any], seconds: float) -> int:
+def _agreed_steps(training: OurTraining | PlainLoop, batches: Sequence[Any], seconds: float) -> int:
     """How many steps take about `seconds`: rank 0 times one and tells the others."""
     import torch
     import torch.distributed as dist
@@ -82,7 +86,7 @@ def _agreed_steps(training: OurTraining, batches: Sequence[Any], seconds: float)
     return int(number)
 
 
-def _timed(training: OurTraining, steps: Sequence[Sequence[Any]], num_steps: int) -> Measurement:
+def _timed(training: OurTraining | PlainLoop, steps: Sequence[Sequence[Any]], num_steps: int) -> Measurement:
     """This rank's tokens by second, from when all begin to when all are done."""
     import torch.distributed as dist
 

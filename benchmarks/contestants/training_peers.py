@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import cycle, islice
 from typing import Any
 
@@ -105,9 +106,13 @@ def _stopping_with(clock: Clock) -> Any:
 
 
 class PlainLoop:
-    """Our network under a loop in plain torch: gradients accumulated in fp32, clipping, fused AdamW on fp32 master weights."""
+    """Our network under a loop in plain torch: gradients accumulated in fp32, clipping, fused AdamW on fp32 master weights.
 
-    def __init__(self, network: Network, shape: Shape, *, precision: str, dropout: float) -> None:
+    Of several ranks each has such a loop, and torch's DDP sums their gradients, in the precision of the weights and once a step. They have equal
+    batches, so that nothing has to be asked about their counts; torch.distributed is initialised.
+    """
+
+    def __init__(self, network: Network, shape: Shape, *, precision: str, dropout: float, world_size: int = 1) -> None:
         import torch
 
         from trainer.engine import training_device
@@ -123,8 +128,10 @@ class PlainLoop:
             self.model = self.model.to(torch.bfloat16)
         self._weights = list(self.model.parameters())
         self.masters = masters or self._weights
-        for weight in self._weights if self._has_masters else ():
-            weight.grad_dtype = torch.float32  # autograd then adds up 16-bit gradients in fp32, without a copy
+        self._world_size = world_size
+        self._replica: Any = self.model if world_size == 1 else torch.nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        for weight in self._weights if self._has_masters and world_size == 1 else ():
+            weight.grad_dtype = torch.float32  # autograd then adds up 16-bit gradients in fp32, without a copy; DDP wants those of the weights' type
         groups = parameter_groups(_Parameters(self.masters), config.optimizer)  # pyright: ignore[reportArgumentType]
         self._optimizer = torch.optim.AdamW(groups, fused=True)
         self._clip_norm = config.optimizer.clip_norm
@@ -136,12 +143,14 @@ class PlainLoop:
         from trainer.objectives import LossWeights
 
         num_masked, num_pairs = (sum(getattr(batch, name) for batch in batches) for name in ("num_masked", "num_pairs"))
-        weights = LossWeights.for_step(num_masked=num_masked, num_pairs=num_pairs, world_size=1)
-        for batch in batches:
-            weights.loss(as_loss_sums(self.model(tensor_batches(batch)[0].to(self._device)))).backward()
+        size = self._world_size
+        weights = LossWeights.for_step(num_masked=size * num_masked, num_pairs=size * num_pairs, world_size=size)
+        for number, batch in enumerate(batches, start=1):
+            with self._replica.no_sync() if size > 1 and number < len(batches) else nullcontext():
+                weights.loss(as_loss_sums(self._replica(tensor_batches(batch)[0].to(self._device)))).backward()
         if self._has_masters:
             for master, weight in zip(self.masters, self._weights, strict=True):
-                master.grad = weight.grad
+                master.grad = weight.grad.float()
         self._torch.nn.utils.clip_grad_norm_(self.masters, self._clip_norm)
         for group in self._optimizer.param_groups:
             group["lr"] = LR

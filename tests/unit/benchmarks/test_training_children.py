@@ -3,10 +3,12 @@
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import train_scaling
 from benchmarks.children import Contestant, run_child
 from benchmarks.training import Network, Shape, arguments
 from data_pipeline.prepare import Prepared
@@ -39,10 +41,10 @@ def test_a_pass_and_its_bare_products_take_turns() -> None:
     assert found["bare_flops_per_s"] > found["ours_flops_per_s"] > 0
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_ranks_take_steps_together(world_size: int) -> None:
+@pytest.mark.parametrize(("world_size", "loop"), [(1, "ours"), (2, "ours"), (2, "DDP")])
+def test_ranks_take_steps_together(world_size: int, loop: str) -> None:
     cores = sorted(os.sched_getaffinity(0))
-    found = measured("ranks:ranks", cores=cores, world_size=world_size, precision="fp32", accumulation=2, seconds=0.1)
+    found = measured("ranks:ranks", cores=cores, world_size=world_size, precision="fp32", accumulation=2, seconds=0.1, loop=loop)
     assert found["tokens_per_s"] == pytest.approx(world_size * 2 * 4 * 32 * found["counts"]["steps"] / found["wall_s"])
 
 
@@ -51,3 +53,13 @@ def test_waiting_is_spread_over_whole_windows(tiny_corpus: Prepared) -> None:
     found = measured("waiting:wait", replace(SHAPE, length=64, packing="rows"), **given)
     assert 0 < found["share"] == pytest.approx(found["wait_s"] / (found["wait_s"] + found["step_s"]))
     assert found["counts"]["steps"] >= 2
+
+
+@pytest.mark.parametrize("function", train_scaling.LAUNCHERS.values(), ids=train_scaling.LAUNCHERS)
+def test_whole_runs_are_timed_between_their_steps(tmp_path: Path, function: str) -> None:
+    config = train_scaling.run_config(tmp_path, NETWORK, SHAPE, "fp32", short=True)
+    corpus = train_scaling.prepare_corpus(config, tmp_path)
+    given = {"cores": sorted(os.sched_getaffinity(0)), "config": config, "corpus": corpus}
+    found = run_child(Contestant("ours", sys.executable, function, given, is_ours=True), timeout_s=280)
+    assert found["counts"]["steps"] == config["schedule"]["steps"]
+    assert found["steps_per_s"] < 1.1 / found["step_s"]
