@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 from data_pipeline.config import CorpusConfig, DataConfig, TokenizerConfig
 from data_pipeline.errors import NotFoundError
 from data_pipeline.storage import Location
-from trainer.config import RunConfig, TaskConfig
+from trainer.config import RunConfig
+from trainer.finetune_config import TaskConfig
 
 if TYPE_CHECKING:
     from data_pipeline.index import CorpusIndex

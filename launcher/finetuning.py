@@ -1,7 +1,7 @@
 """Fine-tunes all tasks of a run in one worker group, whose start costs more than a small task (runs in worker processes)."""
 
-from trainer.config import FinetuneConfig
 from trainer.context import RunContext
+from trainer.finetune_config import FinetuneConfig
 
 
 def finetune_tasks(config: FinetuneConfig, model: str, output: str, context: RunContext, attempt: int) -> None:

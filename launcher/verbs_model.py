@@ -12,7 +12,8 @@ from launcher.config import LocalCluster, load_cluster_config, override_run_conf
 from launcher.lease import holder
 from launcher.options import Cluster, Json, RunArgument, Set, Storage, command, console, next_command, print_json, print_table, say
 from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read_config, resolve_storage
-from trainer.config import RunConfig, TaskConfig
+from trainer.config import RunConfig
+from trainer.finetune_config import TaskConfig
 from trainer.runlog import RunFolder
 
 RunOrModel = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run id, run folder or URL; or the folder of an exported model.")]

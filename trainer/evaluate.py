@@ -18,8 +18,8 @@ from trainer.agreement import Ranks, agreement_group
 from trainer.architectures import longest_row
 from trainer.choices import Precision, fastest_precision
 from trainer.classifier import load_classifier, load_weights, trained_max_length
-from trainer.config import TaskConfig
 from trainer.context import RunContext
+from trainer.finetune_config import TaskConfig
 from trainer.finetune_results import Scores
 from trainer.model_folder import local_folder
 from trainer.task_batches import EncodedRows, collate, encode_rows, padded_length

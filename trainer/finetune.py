@@ -31,9 +31,10 @@ from trainer.architectures import longest_row
 from trainer.baseline import tfidf_baseline
 from trainer.choices import Precision, fastest_precision
 from trainer.classifier import build_classifier, save_classifier
-from trainer.config import FinetuneConfig, ScheduleConfig, TaskConfig
+from trainer.config import ScheduleConfig
 from trainer.context import RunContext
 from trainer.evaluate import forward, open_accelerator, open_ranks, predict, score
+from trainer.finetune_config import FinetuneConfig, TaskConfig
 from trainer.finetune_progress import Progress, ProgressFolder, StateDamagedError
 from trainer.finetune_results import (
     INITS,

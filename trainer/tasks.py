@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, DataCorruptError, NotFoundError
 from data_pipeline.storage import Location
-from trainer.config import TaskConfig
+from trainer.finetune_config import TaskConfig
 
 PYTHON_DOCS = "python-docs"
 SPLITS = ("train", "dev", "test")

@@ -9,8 +9,8 @@ import pytest
 from data_pipeline.errors import InterruptedRunError
 from tests.support.distributed import run_distributed
 from tests.support.tiny_task import write_model, write_task
-from trainer.config import FinetuneConfig, TaskConfig
 from trainer.context import LocalContext
+from trainer.finetune_config import FinetuneConfig, TaskConfig
 
 CONFIG = FinetuneConfig(num_seeds=2, epochs=5, batch_size=20, lr=8e-3, max_length=32)  # 105 rows: the last batch has 5
 

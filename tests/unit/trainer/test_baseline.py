@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.tiny_task import write_task
 from trainer.baseline import CHOICES_OF_C, tfidf_baseline
-from trainer.config import TaskConfig
+from trainer.finetune_config import TaskConfig
 from trainer.tasks import Rows, Task, load_task
 
 

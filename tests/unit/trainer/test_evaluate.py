@@ -11,9 +11,9 @@ import torch
 from data_pipeline.errors import ConfigError, NotFoundError
 from tests.support.tiny_task import write_model, write_task
 from trainer.classifier import build_classifier, save_classifier
-from trainer.config import TaskConfig
 from trainer.context import LocalContext
 from trainer.evaluate import evaluate_model, fill_mask
+from trainer.finetune_config import TaskConfig
 from trainer.model_folder import Location, model_digest
 
 

@@ -15,10 +15,10 @@ from data_pipeline.storage import Location
 from tests.support.tiny_task import write_model, write_task
 from trainer.agreement import Ranks
 from trainer.classifier import build_classifier
-from trainer.config import FinetuneConfig, TaskConfig
 from trainer.context import LocalContext
 from trainer.evaluate import evaluate_model, score
 from trainer.finetune import finetune_task
+from trainer.finetune_config import FinetuneConfig, TaskConfig
 from trainer.finetune_progress import Progress, ProgressFolder
 from trainer.finetune_results import Scores, TaskOutput, TrialResult, best_trial, prediction_lines, read_results, system_summary
 

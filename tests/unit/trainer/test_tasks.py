@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError, NotFoundError
-from trainer.config import TaskConfig
+from trainer.finetune_config import TaskConfig
 from trainer.tasks import load_task
 
 ROWS = [{"text": "one", "label": "b"}, {"text": "zwei\u2028drei", "label": "a"}]
