@@ -198,6 +198,11 @@ class ObjectiveConfig(Section):
             raise ValueError(f"objective clm has no sentence pairs; remove sentence_objective {self.sentence_objective}")
         return self
 
+    @property
+    def losses(self) -> dict[str, str]:
+        """Names of the losses that there are, by their keys in metrics.jsonl, which are the same for every objective."""
+        return {"mlm_loss": self.kind, **({"nsp_loss": self.sentence_objective} if self.sentence_objective != "none" else {})}
+
 
 class Phase(Section):
     """A stretch of steps with one sequence length and one batch shape (derived; see `BatchConfig.phases_until`)."""

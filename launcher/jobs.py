@@ -57,7 +57,7 @@ def run_job(
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run, lease.state.token)
         record_lost_driver(run)
-        progress = TrainingProgress(console, RecordsTail(run.metrics).skip_old(), config.schedule.steps)
+        progress = TrainingProgress(console, RecordsTail(run.metrics).skip_old(), config.schedule.steps, config.objective)
         model = model or run.models / MODEL_NAME
         ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(run) is not None)
         job = Job(config, run, lease, ray, console, progress, model, resumed=as_recorded)

@@ -11,6 +11,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from data_pipeline.config import ObjectiveConfig
 from data_pipeline.lines import LineReader
 from data_pipeline.storage import Location
 from launcher.event_texts import FROM_RANKS, tell
@@ -55,6 +56,7 @@ class TrainingProgress:
     console: Console
     tail: RecordsTail
     steps: int
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     _bar: Progress | None = None
     _task: TaskID | None = None
     _shown: int = -1
@@ -75,9 +77,9 @@ class TrainingProgress:
                 self.console.print(f"  step {done}/{self.steps}  {self.describe(record, done)}", highlight=False)
 
     def describe(self, record: dict[str, Any], done: int) -> str:
-        """`mlm 7.012  nsp 0.693  12.3k tokens/s  1:20 left`."""
+        """`mlm 7.012  nsp 0.693  12.3k tokens/s  1:20 left`, with the losses that the objective has."""
         left = self._seconds_left(done)
-        parts = [f"mlm {_number(record.get('mlm_loss'))}", f"nsp {_number(record.get('nsp_loss'))}", f"{human(record['tokens_per_s'])} tokens/s"]
+        parts = [f"{name} {_number(record.get(key))}" for key, name in self.objective.losses.items()] + [f"{human(record['tokens_per_s'])} tokens/s"]
         return "  ".join([*parts, *([f"{clock(left)} left"] if left is not None else [])])
 
     def close(self) -> None:

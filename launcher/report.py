@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.config import ObjectiveConfig
 from data_pipeline.errors import MaskwrightError
 from data_pipeline.storage import Location
 from launcher import report_tables as tables
@@ -16,9 +17,10 @@ from launcher.history import Attempt, Events, History, attempts_of, read_history
 from launcher.lease import holder
 from launcher.proof import Proof, prove
 from launcher.redaction import redacted, redacted_values
-from launcher.report_figures import Curve, attempt_starts, line_figure, mlm_figure, nsp_figure
-from launcher.scores import SYSTEMS, validation_verdict, verdict
+from launcher.report_figures import Curve, attempt_starts, line_figure, sentence_figure, token_figure
+from launcher.scores import SYSTEMS, TOKEN_LOSS, validation_verdict, verdict
 from launcher.step_phases import StepPhases
+from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
 _TEMPLATE = "report_template.html.j2"
@@ -56,7 +58,7 @@ class Report:
     phases: StepPhases | None
     """None where no step has a time line."""
     proof: Proof | None
-    """None before the first step."""
+    """None before the first step, and where the configuration cannot be read."""
     recoveries: list[dict[str, str]]
     events: list[dict[str, str]]
     config: str
@@ -95,13 +97,15 @@ def collect(run: RunFolder, *, all_steps: bool = False) -> Report:
         attempts[-1] = replace(attempts[-1], ended="lost", cause="the command that ran it was killed")
     manifest, results = tables.newest_manifest(run), read_results_of(run)
     validations = [event for event in events if event["kind"] == "validation"]
-    proof = _proof(run, history, events, all_steps=all_steps) if len(history) else None
+    config = _config(run)
+    objective = ObjectiveConfig() if config is None else config.objective
+    proof = _proof(run, config, history, events, all_steps=all_steps) if config is not None and len(history) else None
     return Report(
         name=run.root.name,
         state=_state(events),
-        verdicts=[*map(verdict, results), *([validation_verdict(validations[-1])] if validations else [])],
+        verdicts=[*map(verdict, results), *([validation_verdict(validations[-1], objective.kind)] if validations else [])],
         facts=tables.facts(events, kept, manifest),
-        pictures=_pictures(kept, validations),
+        pictures=_pictures(objective.kind, kept, validations),
         data=tables.data(events),
         scores=[tables.score_rows(result) for result in results],
         attempts=attempts,
@@ -138,17 +142,22 @@ def read_results_of(run: RunFolder) -> list[dict[str, Any]]:
     return [redacted_values(file.read_json()) for file in files if file.exists()]
 
 
-def _proof(run: RunFolder, history: History, events: Events, *, all_steps: bool) -> Proof | None:
-    """The surviving history against the corpus, or without it where that is gone. None when the configuration cannot be read."""
-    from data_pipeline.mixture import Mixture
-    from data_pipeline.stream import MicroBatchStream
+def _config(run: RunFolder) -> RunConfig | None:
+    """None where it cannot be read."""
     from launcher.runs import read_config
-    from launcher.stages import require_corpus
 
     try:
-        config = read_config(run)
+        return read_config(run)
     except MaskwrightError:
         return None
+
+
+def _proof(run: RunFolder, config: RunConfig, history: History, events: Events, *, all_steps: bool) -> Proof:
+    """The surviving history against the corpus, or without it where that is gone."""
+    from data_pipeline.mixture import Mixture
+    from data_pipeline.stream import MicroBatchStream
+    from launcher.stages import require_corpus
+
     try:
         mixture = Mixture.open(require_corpus(run), config.data)
         stream = MicroBatchStream(mixture, config.objective, config.phases, config.seed)
@@ -169,7 +178,7 @@ def _state(events: Events) -> str:
     return redacted(f"{last['kind'].capitalize()}: {last.get('cause', 'cause not recorded')}")
 
 
-def _pictures(history: History, validations: Events) -> list[tuple[str, str]]:
+def _pictures(kind: str, history: History, validations: Events) -> list[tuple[str, str]]:
     starts = attempt_starts(history.step, history.attempt)
     entropy = next((event["unigram_entropy"] for event in reversed(validations) if event.get("unigram_entropy") is not None), None)
 
@@ -177,10 +186,12 @@ def _pictures(history: History, validations: Events) -> list[tuple[str, str]]:
         return history.step.astype(np.float64), history.values[name]
 
     drawn = {
-        "Masked-LM loss over optimizer steps, training and validation": mlm_figure(
-            over_steps("mlm_loss"), _held_out(validations, "mlm_loss"), entropy, starts
+        f"Training and validation {TOKEN_LOSS[kind]} over optimizer steps": token_figure(
+            kind, over_steps("mlm_loss"), _held_out(validations, "mlm_loss"), entropy, starts
         ),
-        "Sentence loss over optimizer steps, training and validation": nsp_figure(over_steps("nsp_loss"), _held_out(validations, "nsp_loss"), starts),
+        "Training and validation sentence loss over optimizer steps": sentence_figure(
+            over_steps("nsp_loss"), _held_out(validations, "nsp_loss"), starts
+        ),
         "Throughput over optimizer steps": line_figure("Throughput (real tokens per second)", over_steps("tokens_per_s"), starts),
         "Learning rate over optimizer steps": line_figure("Learning rate", over_steps("lr"), starts),
         "Gradient norm over optimizer steps": line_figure("Gradient norm before clipping", over_steps("grad_norm"), starts),

@@ -43,12 +43,16 @@ def curve(steps: NDArray[np.number], values: Values, max_points: int = MAX_POINT
     return np.add.reduceat(steps, firsts) / counts, np.add.reduceat(values, firsts) / counts
 
 
-def mlm_figure(train: Curve, held_out: Curve, unigram_entropy: float | None, attempts: Sequence[int] = ()) -> str | None:
-    """Masked-LM loss: training, validation, and the unigram entropy that it has to get under."""
-    return _loss_figure("Masked-LM loss (nats per masked token)", train, held_out, unigram_entropy, "unigram entropy", attempts)
+_TOKEN_TITLES = {"mlm": "Masked-LM loss (nats per masked token)", "clm": "Causal-LM loss (nats per token)"}
+"""By `objective.kind`."""
 
 
-def nsp_figure(train: Curve, held_out: Curve, attempts: Sequence[int] = ()) -> str | None:
+def token_figure(kind: str, train: Curve, held_out: Curve, unigram_entropy: float | None, attempts: Sequence[int] = ()) -> str | None:
+    """Loss of predicting tokens: training, validation, and the unigram entropy that it has to get under."""
+    return _loss_figure(_TOKEN_TITLES[kind], train, held_out, unigram_entropy, "unigram entropy", attempts)
+
+
+def sentence_figure(train: Curve, held_out: Curve, attempts: Sequence[int] = ()) -> str | None:
     """Sentence loss: training, validation, and what guessing gives."""
     return _loss_figure("Sentence loss (nats per pair)", train, held_out, math.log(2.0), "guessing", attempts)
 

@@ -39,6 +39,8 @@ class RunStatus:
     loss: float | None
     mlm_loss: float | None
     nsp_loss: float | None
+    losses: dict[str, float | None]
+    """Those that the objective has, by its own names: `mlm` or `clm`, then `nsp` or `sop` where there are pairs."""
     tokens_per_s: float | None
     seconds_left: float | None
     """Of pretraining, at the pace of the last steps."""
@@ -83,6 +85,7 @@ def read_status(run: RunFolder) -> RunStatus:
         loss=newest.get("loss"),
         mlm_loss=newest.get("mlm_loss"),
         nsp_loss=newest.get("nsp_loss"),
+        losses={name: newest.get(key) for key, name in config.objective.losses.items()},
         tokens_per_s=newest.get("tokens_per_s"),
         seconds_left=_seconds_left(events, newest, config.schedule.steps, time.time()) if lease else None,
         last_checkpoint=max(committed_steps(run), default=None),

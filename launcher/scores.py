@@ -7,6 +7,9 @@ from rich.table import Table
 
 SYSTEMS = {"pretrained": "pretrained", "scratch": "same network from scratch", "tfidf": "TF-IDF + logistic regression"}
 
+TOKEN_LOSS = {"mlm": "masked-LM loss", "clm": "causal-LM loss"}
+"""By `objective.kind`."""
+
 Results = Mapping[str, Any]
 """What results.json of a task holds."""
 
@@ -28,18 +31,18 @@ def verdict(results: Results) -> str:
     return f"{results['task']}: pretraining bought {bought} ({against}); TF-IDF {beside} {spread(tfidf)}."
 
 
-def validation_verdict(validation: Mapping[str, Any]) -> str:
-    """One sentence on a `validation` event: the held-out loss beside what token frequencies alone would reach."""
+def validation_verdict(validation: Mapping[str, Any], kind: str) -> str:
+    """One sentence on a `validation` event of an objective of this kind: the held-out loss beside what token frequencies alone would reach."""
     loss, entropy = validation.get("mlm_loss"), validation.get("unigram_entropy")
     if loss is None or entropy is None:
-        return f"The validation at step {validation['step']} has no masked-LM loss."
-    text = f"Validation masked-LM loss {loss:.3f} nats at step {validation['step']}; unigram entropy {entropy:.3f}"
+        return f"The validation at step {validation['step']} has no {TOKEN_LOSS[kind]}."
+    text = f"Validation {TOKEN_LOSS[kind]} {loss:.3f} nats at step {validation['step']}; unigram entropy {entropy:.3f}"
     if loss < entropy:
         return f"{text}: {entropy - loss:.3f} nats better than token frequencies alone."
     return f"{text}: not yet better than token frequencies alone."
 
 
-def score_table(results: Sequence[Results], validation: Mapping[str, Any] | None = None) -> Table:
+def score_table(results: Sequence[Results], validation: Mapping[str, Any] | None = None, kind: str = "mlm") -> Table:
     """Accuracy and macro-F1 of each system on each task, mean ± sample standard deviation over seeds, with the verdicts below."""
     table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="")
     for column in ("task", "system"):
@@ -52,5 +55,5 @@ def score_table(results: Sequence[Results], validation: Mapping[str, Any] | None
             scores = result[system]
             cells = (name, spread(scores), spread(scores["macro_f1"]), str(len(scores["seeds"])) if system != "tfidf" else "–")
             table.add_row(result["task"], *cells, style="bold" if system == best else None)
-    table.caption = "\n".join([*map(verdict, results), *([validation_verdict(validation)] if validation else [])])
+    table.caption = "\n".join([*map(verdict, results), *([validation_verdict(validation, kind)] if validation else [])])
     return table

@@ -109,7 +109,7 @@ def _show_scores(job: Job) -> None:
 
     validations = [event for event in job.run.read_events() if event["kind"] == "validation"]
     results = [_results(job.run, task).read_json() for task in _task_names(job)]
-    job.console.print(score_table(results, validations[-1] if validations else None), highlight=False)
+    job.console.print(score_table(results, validations[-1] if validations else None, job.config.objective.kind), highlight=False)
 
 
 def _task_names(job: Job) -> list[str]:

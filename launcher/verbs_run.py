@@ -130,8 +130,8 @@ def list_(storage: Storage = None, as_json: Json = False) -> None:
         say(f"no runs in {root}")
         next_command(f"{command('run', 'CONFIG', storage=storage)}")
         return
-    rows = ((s.id, s.state, f"{s.step}/{s.steps}", _rounded(s.mlm_loss), human(s.tokens_per_s), s.recoveries, _ago(s.updated_at)) for s in statuses)
-    print_table(("run", "state", "step", "mlm loss", "tokens/s", "recoveries", "updated"), rows)
+    rows = ((s.id, s.state, f"{s.step}/{s.steps}", _first_loss(s), human(s.tokens_per_s), s.recoveries, _ago(s.updated_at)) for s in statuses)
+    print_table(("run", "state", "step", "loss", "tokens/s", "recoveries", "updated"), rows)
     next_command(command("status", statuses[-1].id, storage=storage))
 
 
@@ -165,8 +165,7 @@ def _status_fields(status: RunStatus) -> dict[str, Any]:
         "remedy": status.remedy,
         "stages": ", ".join(f"{name} {clock(seconds)}" for name, seconds in status.stages.items()),
         "step": f"{status.step} of {status.steps}",
-        "mlm loss": _rounded(status.mlm_loss),
-        "nsp loss": _rounded(status.nsp_loss),
+        **{f"{name} loss": _rounded(value) for name, value in status.losses.items()},
         "tokens/s": human(status.tokens_per_s),
         "time left": clock(status.seconds_left) if status.seconds_left else None,
         "checkpoint": None if status.last_checkpoint is None else f"step {status.last_checkpoint}",
@@ -249,6 +248,12 @@ def _no_log(run: RunFolder, attempt: int, rank: int) -> NotFoundError:
         return NotFoundError(f"run {run.root.name} has not trained yet, so it has no rank's log", f"See `maskwright status {run.root.name}`.")
     there = [name for name in attempt_folder(run, attempt).children() if name.startswith("rank-")]
     return NotFoundError(f"attempt {attempt} of run {run.root.name} has no log of rank {rank}", f"There: {', '.join(there) or 'none'}.")
+
+
+def _first_loss(status: RunStatus) -> str:
+    """`mlm 6.9012`: runs of one storage may differ in what they learn."""
+    name, value = next(iter(status.losses.items()))
+    return "-" if value is None else f"{name} {_rounded(value)}"
 
 
 def _rounded(value: float | None) -> str:

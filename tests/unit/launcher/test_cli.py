@@ -189,6 +189,21 @@ def test_status_counts_attempts_of_pretraining_and_what_was_left_out(made: RunFo
     assert "1 damaged blocks, 1 batches in numeric trouble" in out
 
 
+def test_status_and_list_name_the_losses_of_the_objective(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    model = {"name": "made", "objective": "clm", "model": {"architecture": "gpt2"}}
+    made.config.write_bytes(dump_yaml(RunConfig.model_validate(model)))
+    made.append_metrics({"step": 0, "attempt": 1, "mlm_loss": 3.5, "nsp_loss": None, "tokens_per_s": 1000.0})
+    assert invoke("status", "made") == 0
+    out = capsys.readouterr().out
+    assert "clm loss" in out
+    assert not any(name in out for name in ("mlm", "nsp"))
+    assert invoke("list") == 0
+    assert "clm 3.5000" in capsys.readouterr().out
+    assert invoke("status", "made", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["losses"], found["mlm_loss"], found["nsp_loss"]) == ({"clm": 3.5}, 3.5, None)
+
+
 def test_a_byte_that_is_no_text_does_not_end_status(made: RunFolder) -> None:
     made.append_event("command_started", attempt=0, verb="run")
     with made.events.path.open("ab") as file:

@@ -161,6 +161,15 @@ def test_what_others_wrote_is_escaped_and_secrets_are_left_out(page: str) -> Non
     assert "part=7" in page
 
 
+def test_a_causal_model_has_no_masked_loss(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    run.config.write_bytes(dump_yaml(RunConfig.model_validate({"name": "full", "objective": "clm", "model": {"architecture": "gpt2"}})))
+    report = collect(run)
+    assert "Training and validation causal-LM loss over optimizer steps" in [text for text, _ in report.pictures]
+    assert report.verdicts[-1].startswith("Validation causal-LM loss 5.400 nats")
+    assert not any("asked-LM" in text for text in (*report.verdicts, *(text for text, _ in report.pictures)))
+
+
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     run = RunFolder(Location.at(tmp_path / "begun"))
     run.append_event("command_started", attempt=0, verb="run")
@@ -203,8 +212,8 @@ def test_verdict_names_the_winner(scores: dict[str, Any], said: str) -> None:
 
 
 def test_validation_verdict_says_when_nothing_but_frequencies_was_learnt() -> None:
-    assert "not yet better" in validation_verdict({"step": 5, "mlm_loss": 6.5, "unigram_entropy": 6.1})
-    assert "no masked-LM loss" in validation_verdict({"step": 5, "mlm_loss": None, "unigram_entropy": 6.1})
+    assert "not yet better" in validation_verdict({"step": 5, "mlm_loss": 6.5, "unigram_entropy": 6.1}, "mlm")
+    assert "no masked-LM loss" in validation_verdict({"step": 5, "mlm_loss": None, "unigram_entropy": 6.1}, "mlm")
 
 
 def test_score_table_prints_systems_verdicts_and_validation(tmp_path: Path) -> None:

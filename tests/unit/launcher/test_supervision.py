@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from data_pipeline.config import ObjectiveConfig
 from data_pipeline.errors import ConflictError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
 from launcher import supervision
@@ -239,6 +241,16 @@ def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None
     assert 10 <= len(lines) <= 14
     assert lines[-1].strip() == "step 100/100  mlm 7.000  nsp 0.690  12.3k tokens/s"
     assert "9.000" not in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("objective", "losses"),
+    [("clm", "clm 7.000"), ({"sentence_objective": "none"}, "mlm 7.000"), ({"sentence_objective": "sop"}, "mlm 7.000  sop 0.690")],
+)
+def test_progress_names_the_losses_of_the_objective(run: RunFolder, objective: Any, losses: str) -> None:
+    progress = TrainingProgress(Console(), RecordsTail(run.metrics), 100, ObjectiveConfig.model_validate(objective))
+    record = {"mlm_loss": 7.0, "nsp_loss": 0.69 if "sop" in losses else None, "tokens_per_s": 1.0}
+    assert progress.describe(record, 1) == f"{losses}  1 tokens/s"
 
 
 def test_a_slow_run_says_something_every_thirty_seconds(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
