@@ -50,6 +50,7 @@ def run_job(
     """
     config = _with_whole_paths(config)
     run = RunFolder(Location.at(config.storage) / config.name)
+    _require_buildable(config, run)
     machine = this_machine()
     workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with Lease.acquire(run, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as lease:
@@ -80,6 +81,16 @@ def run_job(
         finally:
             progress.close()
     return run
+
+
+def _require_buildable(config: RunConfig, run: RunFolder) -> None:
+    """Refuse, before anything is written, a network that cannot be built. One that has trained was."""
+    is_usual = config.model.architecture == "bert" and not config.model.transformers and not config.tokenizer.path
+    if is_usual or has_trained(run):
+        return
+    from trainer.model import require_buildable  # seconds of imports, which the usual run does not need here
+
+    require_buildable(config)
 
 
 def work_left(config: RunConfig, run: RunFolder) -> list[Work]:

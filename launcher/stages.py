@@ -20,10 +20,6 @@ def _prepare(job: Job) -> Outcome:
     recorded = recorded_corpus(job.run)
     if recorded is not None and job.resumed and is_prepared(recorded, job.config.data):
         return Outcome(str(recorded), worked=False)
-    if job.config.model.architecture != "bert" or job.config.model.transformers or job.config.tokenizer.path:
-        from trainer.model import require_buildable  # seconds of imports, which the usual run does not need here
-
-        require_buildable(job.config)
     prepared = prepare_corpora(job.config, job.ray.scratch, job.say)
     if recorded is not None and recorded.name != prepared.folder.name and committed_steps(job.run):
         raise ConfigError(

@@ -41,7 +41,7 @@ def new_network_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
     """A `PretrainedConfig` of `config.architecture` with the dimensions of `config` and the special tokens of `tokenizer`.
 
     Raises:
-        ConfigError: the architecture is not known, lacks a dimension, or does not know a key of `config.transformers`.
+        ConfigError: the architecture lacks a dimension, or does not know a key of `config.transformers`.
     """
     plain = require_architecture(config)
     settings = _derived(config, plain, vocab_size)
@@ -51,12 +51,12 @@ def new_network_config(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, 
 
 
 def require_architecture(config: ModelConfig) -> Any:
-    """The plain configuration of the architecture, if it is known and has the dimensions and the keys that `config` gives it.
+    """The plain configuration of the architecture, a known one, if it has the dimensions and the keys that `config` gives it.
 
     Raises:
-        ConfigError: it is not, or lacks one; or a key of `config.transformers` is derived from others, under whatever name.
+        ConfigError: it lacks one; or a key of `config.transformers` is derived from others, under whatever name.
     """
-    plain = _plain(config.architecture)
+    plain: Any = AutoConfig.for_model(config.architecture)
     aliases: dict[str, str] = plain.attribute_map
     derived = _derived(config, plain, 0).keys() | _special_tokens(config.architecture, plain).keys()
     taken, known = {aliases.get(name, name) for name in derived}, plain.to_dict().keys() - _NOT_SETTINGS
@@ -88,13 +88,6 @@ def longest_row(network_config: Any) -> int:
 
 def _unused_positions(architecture: str, pad_token_id: int | None) -> int:
     return (pad_token_id or 0) + 1 if architecture in _COUNT_FROM_PAD else 0
-
-
-def _plain(architecture: str) -> Any:
-    try:
-        return AutoConfig.for_model(architecture)
-    except ValueError as error:
-        raise ConfigError(f"model.architecture {architecture}: transformers does not know it", "Choose bert, modernbert, gpt2 or roberta.") from error
 
 
 def _derived(config: ModelConfig, plain: Any, vocab_size: int) -> dict[str, Any]:

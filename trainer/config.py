@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.config import BatchConfig, CorpusConfig, DataConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
 from trainer.finetune_config import FinetuneConfig
+from trainer.known_architectures import why_unknown
 
 _WITH_PAIR_HEAD = ("bert",)
 _CAUSAL = ("gpt2",)
@@ -214,15 +215,21 @@ class RunConfig(Section):
         return self
 
     def _require_learnable(self, architecture: str) -> None:
-        """Refuse an architecture that cannot learn the objective."""
+        """Refuse an architecture that cannot learn the objective; of one that there is not, say that and nothing else."""
+        problem = self._why_not_learnable(architecture)
+        if problem is not None:
+            raise ValueError(why_unknown(architecture) or problem)
+
+    def _why_not_learnable(self, architecture: str) -> str | None:
         if (self.objective.kind == "clm") != (architecture in _CAUSAL):
             able = "gpt2" if self.objective.kind == "clm" else "bert, modernbert or another masked language model"
-            raise ValueError(f"model.architecture {architecture} cannot learn objective {self.objective.kind}; choose {able}")
+            return f"model.architecture {architecture} cannot learn objective {self.objective.kind}; choose {able}"
         pairs = self.objective.sentence_objective
         if pairs != "none" and architecture not in _WITH_PAIR_HEAD:
-            raise ValueError(f"model.architecture {architecture} has no head for objective.sentence_objective {pairs}; set it to none")
+            return f"model.architecture {architecture} has no head for objective.sentence_objective {pairs}; set it to none"
         if self.batch.packing == "rows" and architecture not in _PACKED:
-            raise ValueError(f"model.architecture {architecture} cannot keep the samples of a row apart; set batch.packing to none")
+            return f"model.architecture {architecture} cannot keep the samples of a row apart; set batch.packing to none"
+        return None
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -55,8 +55,8 @@ def require_buildable(config: RunConfig) -> None:
     from data_pipeline.tokenizer import load_tokenizer
 
     if config.model.init_from is None and (config.model.architecture != "bert" or config.model.transformers):
-        require_architecture(config.model)
         network_class(config.model.architecture)
+        require_architecture(config.model)
     if config.objective.kind == "mlm" and config.tokenizer.path is not None and load_tokenizer(config.tokenizer.path).mask_token_id is None:
         raise ConfigError(
             f"tokenizer.path {config.tokenizer.path} has no mask token", "Choose a tokenizer made for masked language models, or `objective: clm`."

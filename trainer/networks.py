@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, BertForPreTraining, G
 
 from data_pipeline.errors import ConfigError
 from trainer.batch import TensorBatch
+from trainer.known_architectures import why_unknown
 from trainer.objectives import LossSums, loss_sums
 
 PAIR_CLASSES = 2
@@ -189,14 +190,11 @@ def network_class(architecture: str) -> Any:
     """
     if architecture in _NETWORKS:
         return _NETWORKS[architecture]
+    problem = why_unknown(architecture)
+    if problem is not None:
+        raise ConfigError(problem, "Correct model.architecture.")
     mapping: Any = AutoModelForMaskedLM._model_mapping  # pyright: ignore[reportPrivateUsage]  # there is no public way from a name to a class
-    try:
-        stock = mapping[type(AutoConfig.for_model(architecture))]
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"model.architecture {architecture}: transformers has no masked language model of that name",
-            f"Choose one of {', '.join(_NETWORKS)}, or a model_type of transformers such as roberta or deberta-v2.",
-        ) from error
+    stock = mapping[type(AutoConfig.for_model(architecture))]
     return type(f"Pretraining{stock.__name__}", (PretrainingMaskedLM, stock), {"stock": stock})
 
 

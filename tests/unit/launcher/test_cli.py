@@ -168,6 +168,16 @@ def test_a_storage_that_is_a_file_is_an_error_of_storage(storage: str, capsys: p
     assert "a file is where a folder has to be" in error_of(capsys)[0]
 
 
+def test_a_misspelt_architecture_is_one_error_and_leaves_nothing_behind(capsys: pytest.CaptureFixture[str]) -> None:
+    for objective in ({}, {"sentence_objective": "none"}):  # refused with the file, or only when the network is asked for
+        write_config(model={"architecture": "modrenbert"}, objective=objective, batch={"packing": "rows"} if not objective else {})
+        assert invoke("run", "c.yaml") == ExitCode.CONFIG
+        first, remedy = error_of(capsys)
+        assert first.endswith("model.architecture modrenbert: there is no masked language model of that name; nearest: modernbert")
+        assert remedy.startswith("Correct ")
+        assert not Path("runs").exists()
+
+
 def test_export_stays_in_the_models_folder(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("..", "a/b", "", ".hidden"):
         assert invoke("export", "made", "--name", name) == ExitCode.USAGE

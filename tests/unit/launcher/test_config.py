@@ -98,6 +98,16 @@ finetune: {tasks: [{name: a, pth: b}]}
         ("name: a\nmodel: {architecture: gpt2}\n", (), "model.architecture gpt2 cannot learn objective mlm; choose bert, modernbert"),
         ("name: a\nmodel: {architecture: modernbert}\n", (), "modernbert has no head for objective.sentence_objective nsp; set it to none"),
         (
+            "name: a\nmodel: {architecture: robrta}\n",
+            (),
+            "model.architecture robrta: there is no masked language model of that name; nearest: roberta",
+        ),
+        (
+            "name: a\nobjective: clm\nmodel: {architecture: gtp2}\n",
+            (),
+            "model.architecture gtp2: there is no masked language model of that name; nearest: gpt2",
+        ),
+        (
             "name: a\nmodel: {architecture: roberta}\nobjective: {sentence_objective: none}\nbatch: {packing: rows}\n",
             (),
             "roberta cannot keep the samples of a row apart; set batch.packing to none",
