@@ -2,9 +2,8 @@
 `failed` and `close`)."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +17,7 @@ from trainer.checkpoint_store import checkpoints_of
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine
+from trainer.interruption import Interruption, steps_done
 from trainer.manifest import Circumstances
 from trainer.refusals import require_finite, require_room, require_same_data, require_same_position, require_shared
 from trainer.runlog import RunFolder
@@ -194,11 +194,8 @@ class Saver:
     def _record_resume(self, found: Checkpoint, *, load_s: float, rewinds: bool) -> None:
         """The event `resumed` (R8): nothing is repeated or skipped in the surviving history; what a failure cost is counted apart."""
         events = self._run.read_events()
-        ended = next((event for event in reversed(events) if event["kind"] in ("stopped", "worker_failed", "failed")), {})
-        committed = next((e for e in reversed(events) if e["kind"] == "checkpoint_committed" and e["step"] == found.step), {})
         reached = steps_done(self._run.newest_metrics(), events)
-        steps_lost = max(0, reached - found.step)
-        lost_since = ended.get("time") if not steps_lost else committed.get("time")
+        interruption = Interruption.before_resume(events, reached=reached, resumed_at=found.step, now=time.time())
         self._run.append_event(
             "resumed",
             attempt=self._attempt,
@@ -207,21 +204,13 @@ class Saver:
             skipped=0,
             deliberately_skipped=list(found.state.skipped_steps),
             blocks_left_out=list(found.state.skipped_blocks),
-            steps_lost=steps_lost,
-            seconds_lost=round(time.time() - lost_since, 3) if lost_since else 0.0,
+            steps_lost=interruption.steps_lost,
+            seconds_lost=interruption.seconds_lost,
             rewound_from=reached if rewinds else None,
             load_s=round(load_s, 3),
-            cause=ended.get("cause", "not recorded"),
+            cause=interruption.cause,
             not_bit_exact_because=why_not_exact(found.manifest, self._circumstances(), self._config),
         )
-
-
-def steps_done(newest: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> int:
-    """How far training has got since it was last resumed: the newest record's step, or where an attempt resumed that took none."""
-    resumed = next((event for event in reversed(events) if event["kind"] == "resumed"), None)
-    if resumed is not None and resumed["attempt"] > newest.get("attempt", 0):
-        return resumed["step"]
-    return newest["step"] + 1 if newest else 0
 
 
 def probe_of(engine: Engine) -> Callable[[], dict[str, torch.Tensor]]:

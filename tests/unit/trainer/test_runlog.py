@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from data_pipeline.storage import Location
+from trainer.interruption import steps_done
 from trainer.runlog import RunFolder
-from trainer.saving import steps_done
 
 
 def test_the_newest_record_is_the_last_whole_one_and_costs_no_reading_of_all(tmp_path: Path) -> None:
