@@ -149,7 +149,7 @@ class Supervisor:
         self._ticks, self._requests, self._held = Aside(self.tick), Aside(self._find_request), Aside(self.lease.require_held)
 
     def supervise(self, stages: Callable[[], T]) -> T:
-        """Run `stages` to their end.
+        """Run `stages` to their end, then end Ray. Who asks for a stop when they are done is too late.
 
         Raises:
             CtrlCError, InterruptedRunError: the run was asked to stop. ConflictError: another command took the run.
@@ -157,15 +157,19 @@ class Supervisor:
         """
         work = _Work(stages)
         thread = threading.Thread(target=work.run, daemon=True, name="stages")
-        with ExitStack() as stack, self._catch_signals(), closing(self.ray):
-            thread.start()
-            while thread.is_alive():
-                thread.join(POLL_S)
-                self.ray.serve(stack)
-                self._look(lambda: self._ticks.ask(ANSWER_S))
-                self._look(self._obey)
-            for _ in range(2):  # the first may be one that began before the end
-                self._look(lambda: self._ticks.ask(ANSWER_S))
+        try:
+            with self._catch_signals(), ExitStack() as stack, closing(self.ray):
+                thread.start()
+                while thread.is_alive():
+                    thread.join(POLL_S)
+                    self.ray.serve(stack)
+                    self._look(lambda: self._ticks.ask(ANSWER_S))
+                    self._look(self._obey)
+                for _ in range(2):  # the first may be one that began before the end
+                    self._look(lambda: self._ticks.ask(ANSWER_S))
+        except InterruptedRunError:
+            if not work.result:
+                raise
         if work.error is not None:
             raise self._as_ctrl_c(work.error)
         return work.result[0]

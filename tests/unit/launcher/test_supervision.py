@@ -114,6 +114,19 @@ def test_ctrl_c_twice_ends_though_storage_hangs(run: RunFolder, monkeypatch: pyt
     assert "SIGINT: saving a checkpoint" in said[0]
 
 
+def test_ctrl_c_when_all_is_done_stops_nothing(run: RunFolder) -> None:
+    """As the last stage ends, and while Ray ends, which takes seconds."""
+
+    class RayIsUp(RayOnDemand):
+        def serve(self, stack: ExitStack) -> None:
+            stack.callback(os.kill, os.getpid(), signal.SIGINT)
+
+    with Lease.acquire(run) as lease:
+        ray = RayIsUp(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
+        supervisor = Supervisor(run, lease, ray, print, lambda: None, saves_on_stop=lambda: False)
+        assert supervisor.supervise(lambda: time.sleep(0.1) or os.kill(os.getpid(), signal.SIGINT) or "done") == "done"
+
+
 def test_a_signal_ends_the_run_in_time_though_storage_hangs(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "ANSWER_S", 0.2)
     monkeypatch.setattr(supervision, "CTRL_C_GRACE_S", 1.0)
