@@ -140,9 +140,10 @@ class TrialProgress:
         if before is None:
             return
         for task, trials in found.items():
-            for trial in sorted(set(trials) - set(before[task])):
+            new = sorted(set(trials) - set(before[task]))
+            for number, trial in enumerate(new, len(trials) - len(new) + 1):
                 init, _, seed = trial.rpartition("-")
-                self.console.print(f"  {task}  {init}, seed {seed} done  ({len(trials)} of {self.trials_per_task})", highlight=False)
+                self.console.print(f"  {task}  {init}, seed {seed} done  ({number} of {self.trials_per_task})", highlight=False)
 
     def _trials(self, task: str) -> list[str]:
         names = (self.finetune / task / "trials").children()

@@ -241,6 +241,10 @@ def test_a_line_for_each_trial_that_ends(tmp_path: Path, monkeypatch: pytest.Mon
     progress.update()
     progress.update()
     assert out.getvalue() == "  sst2  pretrained, seed 1 done  (2 of 6)\n  news  scratch, seed 2 done  (1 of 6)\n"
+    for seed in (0, 1):  # between two looks
+        (folder / "sst2" / "trials" / f"scratch-{seed}.json").write_json({})
+    progress.update()
+    assert out.getvalue().endswith("  sst2  scratch, seed 0 done  (3 of 6)\n  sst2  scratch, seed 1 done  (4 of 6)\n")
 
 
 def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None:
