@@ -71,6 +71,8 @@ class CorpusStatistics:
     fingerprint: str
     sources: tuple[str, ...]
     vocabulary_size: int
+    vocabulary_asked: int | None
+    """`tokenizer.vocab_size`; None where the tokenizer was given."""
     unigram_entropy: float
     shards: int
     counts: dict[str, Any]
@@ -100,6 +102,7 @@ def corpus_statistics(index: CorpusIndex) -> CorpusStatistics:
         fingerprint=index.fingerprint,
         sources=tuple(str(source.get("name", source)) for source in index.manifest.get("sources", ())),
         vocabulary_size=index.vocabulary.size,
+        vocabulary_asked=index.manifest["config"]["tokenizer"].get("vocab_size"),
         unigram_entropy=index.unigram_entropy,
         shards=len(index.manifest["shards"]),
         counts=dict(index.manifest["counts"]),

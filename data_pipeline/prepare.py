@@ -36,8 +36,9 @@ class Prepared:
     created: bool
     """False when the corpus was there already."""
     summary: dict[str, Any]
-    """Counts of corpus.json, and two things that are not in it, because a corpus is byte-identical however long it took: `seconds`, and
-    `cpu_seconds` of each step, summed over all tasks (empty when the corpus was there already)."""
+    """Counts of corpus.json with the sizes of the vocabulary (`vocabulary_size`, and `vocabulary_asked`, None where the tokenizer was given), and two
+    things that are not in it, because a corpus is byte-identical however long it took: `seconds`, and `cpu_seconds` of each step, summed over all
+    tasks (empty when the corpus was there already)."""
 
 
 def find_prepared(
@@ -100,7 +101,8 @@ def prepare(
             (folder / WORK).remove()
     manifest = (folder / MANIFEST).read_json()
     measured = {"seconds": round(time.monotonic() - started_at, 3), "cpu_seconds": {step: round(value, 3) for step, value in cpu_seconds.items()}}
-    return Prepared(folder, created, {**manifest["counts"], **measured})
+    vocabulary = {"vocabulary_size": manifest["vocabulary"]["size"], "vocabulary_asked": manifest["config"]["tokenizer"].get("vocab_size")}
+    return Prepared(folder, created, {**manifest["counts"], **vocabulary, **measured})
 
 
 def _remove_torn_writes(folder: Location) -> None:

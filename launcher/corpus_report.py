@@ -10,7 +10,7 @@ from data_pipeline.corpus_statistics import CorpusStatistics, Distribution, RowS
 from data_pipeline.index import CorpusIndex
 from data_pipeline.mixture import MIXTURE
 from data_pipeline.storage import Location
-from launcher.preparation_table import contamination_rows, split_rows
+from launcher.preparation_table import contamination_rows, split_rows, too_little_text
 from launcher.report_figures import bars_figure, histogram_figure
 
 REPORT = "report.html"
@@ -119,6 +119,7 @@ class CorpusReport:
     def verdicts(self) -> list[str]:
         """What matters, in sentences."""
         counts, rows = self.statistics.counts, self.statistics.rows
+        notice = too_little_text(self.statistics.vocabulary_size, self.statistics.vocabulary_asked)
         documents = counts["train_documents"] + counts["validation_documents"]
         tokens = counts["train_tokens"] + counts["validation_tokens"]
         said = [f"{documents:,} of {counts['documents']:,} documents were kept: {tokens:,} tokens."]
@@ -129,7 +130,7 @@ class CorpusReport:
                 f"Rows of {row.sequence_length}: {row.fill_padded[most]:.0%} full when padded, {row.fill_packed[most]:.0%} when packed "
                 f"({gain:.2f} times the tokens per place); {row.share_without_pair:.1%} of the samples are a single sentence and form no pair."
             )
-        return said
+        return [*said, *([notice] if notice else [])]
 
     def _sample(self) -> str:
         found = self.statistics

@@ -1,4 +1,4 @@
-"""What `prepare` did, step by step, as rows of a table (pure)."""
+"""What `prepare` did, step by step, as rows of a table, and what it could not do (pure)."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -50,6 +50,13 @@ def split_rows(summary: Mapping[str, Any]) -> Iterator[Row]:
     """Split, documents, sentences, tokens."""
     for split in ("train", "validation"):
         yield split, *(f"{summary[f'{split}_{name}']:,}" for name in ("documents", "sentences", "tokens"))
+
+
+def too_little_text(size: int, asked: int | None) -> str | None:
+    """That the text did not give as many tokens as `tokenizer.vocab_size` asks for; None where it did, or the tokenizer was given."""
+    if asked is None or size >= asked:
+        return None
+    return f"The tokenizer has {size:,} tokens, fewer than tokenizer.vocab_size {asked:,}: there is too little text for more."
 
 
 def contamination_rows(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:

@@ -6,6 +6,7 @@ from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.storage import Location
 from launcher.corpora import is_prepared, prepare_corpora
 from launcher.job import Job, Outcome, Stage
+from launcher.preparation_table import too_little_text
 from launcher.progress import human
 from launcher.retries import run_with_retries
 from launcher.run_status import committed_steps
@@ -21,6 +22,9 @@ def _prepare(job: Job) -> Outcome:
     if recorded is not None and job.resumed and is_prepared(recorded, job.config.data):
         return Outcome(str(recorded), worked=False)
     prepared = prepare_corpora(job.config, job.ray.scratch, job.say)
+    for part in prepared.parts:
+        if notice := too_little_text(part.summary["vocabulary_size"], part.summary["vocabulary_asked"]):
+            job.say(f"  {notice}")
     if recorded is not None and recorded.name != prepared.folder.name and committed_steps(job.run):
         raise ConfigError(
             f"run {job.config.name!r} was trained on corpus {recorded.name}, the sources now give {prepared.folder.name}",

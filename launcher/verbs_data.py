@@ -89,12 +89,14 @@ def _summary(prepared: "PreparedCorpora") -> dict[str, Any]:
 def _show(prepared: "Prepared") -> None:
     """Where the corpus is, what each step did to its documents and what that cost, what is left, and what it shares with the tasks."""
     from data_pipeline.contamination import reported_tasks
-    from launcher.preparation_table import contamination_rows, split_rows, step_rows
+    from launcher.preparation_table import contamination_rows, split_rows, step_rows, too_little_text
 
     say(f"{prepared.folder} ({'made now' if prepared.created else 'was there already'}, {prepared.summary['seconds']:.1f} s)\n")
     print_table(("step", "dropped", "found", "CPU s"), step_rows(prepared.summary))
     say("")
     print_table(("split", "documents", "sentences", "tokens"), split_rows(prepared.summary))
+    if notice := too_little_text(prepared.summary["vocabulary_size"], prepared.summary["vocabulary_asked"]):
+        say(f"\n{notice}")
     tasks = reported_tasks(prepared.folder)
     if tasks:
         say("")

@@ -29,6 +29,19 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     return load_run_config("run.yaml")
 
 
+def test_too_little_text_for_the_tokenizer_is_said(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ["--set", "mixture=[]", "--set", "corpus.source=news", "--set", "corpus.validation_fraction=0.1"]
+    assert run(["prepare", "run.yaml", *one], debug=False) == 0
+    assert "tokenizer.vocab_size" not in capsys.readouterr().out
+    assert run(["prepare", "run.yaml", *one, "--set", "tokenizer.vocab_size=9000", "--json"], debug=False) == 0
+    made = json.loads(capsys.readouterr().out)
+    said = f"The tokenizer has {made['vocabulary_size']:,} tokens, fewer than tokenizer.vocab_size 9,000: there is too little text for more."
+    assert run(["prepare", "run.yaml", *one, "--set", "tokenizer.vocab_size=9000"], debug=False) == 0
+    assert said in capsys.readouterr().out
+    assert run(["report", made["folder"]], debug=False) == 0
+    assert said in capsys.readouterr().out
+
+
 def no_ray() -> None:
     raise AssertionError("one partition needs no Ray")
 
