@@ -84,6 +84,7 @@ def _record(job: Job, failure: Failure) -> None:
 
 def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure | None, set[str]]:
     """How an attempt ended, and Ray's ids of the nodes that its ranks were on."""
+    job.say(_what_is_awaited(job.ray.workers))
     scratch = job.ray.scratch()
     from launcher.ray_worker import run_attempt
     from launcher.worker_process import WorkerTask
@@ -97,6 +98,13 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure |
     task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
     watch = _watch(job, workers)
     return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
+
+
+def _what_is_awaited(workers: Workers | None) -> str:
+    """Half a minute passes before the first step, on a cluster that lacks nodes more."""
+    if workers is None:
+        return "  waiting for the cluster, then starting workers ..."
+    return f"  starting {workers.num_workers} worker{'s' if workers.num_workers > 1 else ''} ..."
 
 
 def _record_start(job: Job, workers: Workers) -> None:

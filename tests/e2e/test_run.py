@@ -65,6 +65,7 @@ def test_all_stages_leave_what_they_promise(finished: tuple[Path, str], folder: 
     for stage in ("prepare", "pretrain", "export", "finetune", "report"):
         assert f"\n{stage}" in output
     assert f"step {STEPS}/{STEPS}" in output
+    assert output.count("  starting 2 workers ...") == 2, "for pretraining and for fine-tuning"
     assert "next: " in output
     assert len(output.splitlines()) < 60, "a line for each stage and each tenth of training, not more"
     assert (run / "models/final/model.safetensors").is_file()

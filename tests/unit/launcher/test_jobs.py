@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data_pipeline.errors import ConflictError, ExitCode, MaskwrightError, StorageError
+from data_pipeline.errors import ConflictError, ExitCode, InterruptedRunError, MaskwrightError, StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import last_attempt
 from launcher.clusters.local import Machine, Workers
@@ -64,6 +64,16 @@ def test_a_superseded_driver_claims_no_attempt(taken: Job) -> None:
     with pytest.raises(ConflictError, match="taken over"):
         run_with_retries(taken, "nowhere:nothing", {}, done=never)
     assert last_attempt(taken.run) == 0
+
+
+@pytest.mark.parametrize(("workers", "said"), [(Workers(2, 1, False), "starting 2 workers ..."), (None, "waiting for the cluster")])
+def test_what_is_waited_for_is_said_before_ray_starts(job: Job, workers: Workers | None, said: str) -> None:
+    out = io.StringIO()
+    job.console, job.ray = Console(file=out), RayOnDemand(ClusterConfig(), workers, Machine(2, 0))
+    job.ray.close()  # as when the command ends meanwhile
+    with pytest.raises(InterruptedRunError):
+        run_with_retries(job, "nowhere:nothing", {}, done=never)
+    assert said in out.getvalue()
 
 
 @pytest.mark.parametrize(
