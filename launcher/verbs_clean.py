@@ -26,7 +26,7 @@ def clean(
 
     Example: maskwright clean demo --yes
     """
-    root, found = _find(run, storage)
+    root, whose, found = _find(run, storage)
     kept = _remove(found, root) if yes else {}
     total = sum(leftover.bytes for leftover in found.leftovers if leftover.location.url not in kept)
     if as_json:
@@ -38,28 +38,29 @@ def clean(
     else:
         _show(found)
         if yes:
-            say(f"removed {total:,} bytes from {root}")
+            say(f"removed {total:,} bytes from {whose}")
         elif found.leftovers:
             say(f"{total:,} bytes; nothing was removed, --yes removes what is listed")
             next_command(f"{command('clean', *([run] if run else []), storage=storage)} --yes")
         else:
-            say(f"there is nothing to remove in {root}")
+            say(f"there is nothing to remove in {whose}")
     if kept:
         path, why = next(iter(kept.items()))
         raise ConflictError(f"{len(kept)} of {len(found.leftovers)} could not be removed; {path}: {why}", "Run `maskwright clean` again later.")
 
 
-def _find(run: str | None, storage: str | None) -> "tuple[Location, Found]":
+def _find(run: str | None, storage: str | None) -> "tuple[Location, str, Found]":
+    """The storage, what was looked through, in words, and what it has."""
     from launcher.cleaning import Found, find_in_run, find_in_storage
 
     if run is None:
         root = resolve_storage(storage)
-        return root, find_in_storage(root)
+        return root, str(root), find_in_storage(root)
     folder = find_run(run, storage)
     if user_of(folder) is not None:
         remedy = f"Stop it first: `maskwright stop {run}`; or wait for the end of `maskwright profile`."
         raise ConflictError(f"run {folder.root.name} runs, or is profiled: nothing of it can be removed", remedy)
-    return folder.root.parent, Found(find_in_run(folder), {})
+    return folder.root.parent, f"run {folder.root}", Found(find_in_run(folder), {})
 
 
 def _remove(found: "Found", root: Location) -> dict[str, str]:

@@ -220,5 +220,9 @@ def test_without_yes_nothing_is_removed_and_the_command_that_does_is_named(stora
     assert cli.run(["clean", "a", "--yes", "--json"], debug=False) == 0
     assert json.loads(capsys.readouterr().out)["leftovers"][0]["removed"] is True
     assert cli.run(["clean", "a"], debug=False) == 0
-    assert "there is nothing to remove" in capsys.readouterr().out
+    assert f"there is nothing to remove in run {run.root}\n" in capsys.readouterr().out
+    assert cli.run(["clean", "a", "--yes"], debug=False) == 0
+    assert f"removed 0 bytes from run {run.root}\n" in capsys.readouterr().out
+    assert cli.run(["clean"], debug=False) == 0
+    assert f"there is nothing to remove in {storage}\n" in capsys.readouterr().out
     assert cli.run(["clean", "nope"], debug=False) == ExitCode.NOT_FOUND
