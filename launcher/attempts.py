@@ -59,6 +59,11 @@ def stacks_folder(run: RunFolder, attempt: int) -> Location:
     return attempt_folder(run, attempt) / "stacks"
 
 
+def driver_log(run: RunFolder) -> Location:
+    """Log of the commands that drove the run."""
+    return run.root / "logs" / "driver.log"
+
+
 def last_attempt(run: RunFolder) -> int:
     """Number of the newest attempt; 0 when there is none."""
     names = (run.root / "logs").children()

@@ -9,6 +9,7 @@ from rich.console import Console
 from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
 from launcher.aside import Aside
+from launcher.attempts import driver_log
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
 from launcher.config import Cluster, dump_yaml
@@ -140,11 +141,6 @@ def record_end(job: Job, error: BaseException) -> None:
         Aside(record).ask(_RECORD_S)  # storage that hangs may be why the command ends
     except (MaskwrightError, OSError):
         job.say(f"could not record the end of the run in {job.run.root}")
-
-
-def driver_log(run: RunFolder) -> Location:
-    """Log of the commands that drove the run."""
-    return run.root / "logs" / "driver.log"
 
 
 def _run_stages(job: Job, stages: tuple[Stage, ...]) -> None:

@@ -37,6 +37,7 @@ class Failure:
     exit_code: ExitCode
     rank: int | None = None
     traceback: str = ""
+    """Of a rank's exception, or what Ray said of a rank that died: for the log."""
     node: str | None = None
     """Host of the rank, where known; likewise what it was at."""
     phase: str | None = None

@@ -3,7 +3,6 @@
 import os
 import socket
 import struct
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from launcher.aside import through_outages
 from launcher.attempts import read_failure
 from launcher.clusters.existing import remove_placement_groups
 from launcher.clusters.local import Workers
+from launcher.deaths import tell_deaths
 from launcher.group_watch import GroupWatch, Member, SaveReason, describe
 from launcher.heartbeats import BoardLine, RayGroup
 from launcher.policy import Failure, FailureKind
@@ -175,7 +175,8 @@ def _diagnose(error: Exception, recorded: Failure | None, watch: GroupWatch) -> 
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     dead = sorted(rank for rank, failure in failures.items() if _is_death(failure))
     if dead:
-        return _lost(watch, dead[0], f"{name_ranks(dead)} died{_whereabouts(watch, dead[0])}: {_last_line(failures[dead[0]])}")
+        told = _lost(watch, dead[0], tell_deaths(dead, str(failures[dead[0]]), watch))
+        return replace(told, traceback=str(failures[dead[0]]))
     if recorded is not None:
         return recorded
     what = "the board of the attempt died" if watch.board_lost else f"the worker group failed: {_last_line(error)}"
@@ -194,11 +195,6 @@ def _lost(watch: GroupWatch, rank: int, cause: str) -> Failure:
     return Failure(kind, cause, _RESUME, ExitCode.FAILED, rank, node=host, phase=phase, step=step)
 
 
-def _whereabouts(watch: GroupWatch, rank: int) -> str:
-    member, pulse = watch.members.get(rank), watch.health.pulses.get(rank)
-    return f" on {member.host} in {pulse.beat.phase} of step {pulse.beat.step}" if member and pulse else ""
-
-
 def recorded_reason(watch: GroupWatch, recorded: Failure | None) -> Failure | None:
     """What ranks that all returned have recorded, with the reason for which they were asked to save."""
     if recorded is None or recorded.kind is not FailureKind.INTERRUPTED:
@@ -207,12 +203,6 @@ def recorded_reason(watch: GroupWatch, recorded: Failure | None) -> Failure | No
         cause = f"{', '.join(watch.leaving)} is taken away; {recorded.cause}"
         return replace(recorded, kind=FailureKind.PREEMPTION, cause=cause, rank=None, node=watch.leaving[0])
     return replace(recorded, kind=FailureKind.GROWTH) if watch.save_reason is SaveReason.GROWTH else recorded
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, `rank 3, 7`, and of a whole node that was lost no more than the first few."""
-    first, more = ", ".join(map(str, ranks[:8])), len(ranks) - 8
-    return f"rank {first} and {more} more" if more > 0 else f"rank {first}"
 
 
 def _is_death(error: Exception) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from data_pipeline.errors import ExitCode, InterruptedRunError
 from launcher.aside import through_outages
-from launcher.attempts import claim_attempt
+from launcher.attempts import claim_attempt, driver_log
 from launcher.clusters.local import Workers
 from launcher.clusters.sizing import TooFewWorkersError
 from launcher.control import read_stop
@@ -16,6 +16,7 @@ from launcher.group_watch import GroupWatch, SaveReason
 from launcher.health import Deadlines, beat_interval_s
 from launcher.job import Job
 from launcher.policy import Budgets, Failure, FailureKind, History, Retry, blame_newcomers, decide
+from launcher.redaction import redacted
 from launcher.run_status import committed_steps
 
 
@@ -80,6 +81,8 @@ def _record(job: Job, failure: Failure) -> None:
         phase=failure.phase,
         cause=failure.cause,
     )
+    if failure.traceback:
+        driver_log(job.run).append_line(redacted(f"attempt {job.attempt}: {failure.cause}\n{failure.traceback}"))
 
 
 def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure | None, set[str]]:

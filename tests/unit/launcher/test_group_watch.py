@@ -9,8 +9,9 @@ import pytest
 
 from data_pipeline.errors import StorageError
 from data_pipeline.storage import Location
-from launcher.attempts import stacks_folder
+from launcher.attempts import driver_log, stacks_folder
 from launcher.control import read_stop
+from launcher.deaths import name_ranks, tell_deaths
 from launcher.group_watch import BoardLostError, GroupWatch, Member, SaveReason, describe
 from launcher.health import Beat, Deadlines, Seen, State, Verdict
 from launcher.rank_watch import SAVE, STACKS
@@ -81,6 +82,26 @@ def test_a_stopped_rank_is_named_recorded_and_the_group_ended(run: RunFolder) ->
     assert (stacks_folder(run, 1) / "rank-00001.txt").read_bytes().decode().endswith("State:\tT (stopped)")
     assert len(said) == 1
     assert "rank 1 on host1 (process 101) has been stopped" in said[0]
+
+
+def test_a_dead_rank_is_told_in_our_words(run: RunFolder) -> None:
+    watch, log = watch_of(run, []), run.rank_log(1, 1)
+    assert tell_deaths([1], "", watch) == f"rank 1 died: it was killed, or crashed; see {log}", "before anything was seen of it"
+    watch.look(Ranks(), 1.0)
+    rays = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\nWorker unexpectedly exits with a connection error"
+    where = "died on host1 (process 101) in forward of step 1"
+    assert tell_deaths([1], rays, watch) == f"rank 1 {where}: it was killed, or crashed; see {log}"
+    assert "rank 1, 7 died on host1" in tell_deaths([1, 7], "The actor died because its node has died. Node Id: 7", watch)
+    assert "its node is gone; see" in tell_deaths([1, 7], "The actor died because its node has died. Node Id: 7", watch)
+    assert "low on memory" in tell_deaths([1], "1 worker(s) were killed due to the node running low on memory. More", watch)
+    watch.world_size = 1000  # of which rank 1 keeps no log in storage
+    assert tell_deaths([1], rays, watch).endswith(f"see {driver_log(run)}")
+
+
+def test_many_ranks_are_named_in_a_line() -> None:
+    assert name_ranks([3]) == "rank 3"
+    assert name_ranks([3, 7]) == "rank 3, 7"
+    assert name_ranks(range(1000)) == "rank 0, 1, 2, 3, 4, 5, 6, 7 and 992 more"
 
 
 def test_the_pace_of_all_ranks_is_that_of_the_slowest(run: RunFolder) -> None:

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from data_pipeline.errors import ConflictError, ExitCode, InterruptedRunError, MaskwrightError, StorageError
 from data_pipeline.storage import Location
-from launcher.attempts import last_attempt
+from launcher.attempts import driver_log, last_attempt
 from launcher.clusters.local import Machine, Workers
 from launcher.config import ClusterConfig, dump_yaml
 from launcher.job import Job
-from launcher.jobs import driver_log, record_end, record_finish
+from launcher.jobs import record_end, record_finish
 from launcher.lease import STALE_AFTER_S, Lease
 from launcher.progress import RecordsTail, TrainingProgress
 from launcher.retries import run_with_retries

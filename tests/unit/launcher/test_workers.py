@@ -90,14 +90,6 @@ def test_interface_of_an_address() -> None:
     assert interface_of("192.0.2.254") is None or socket.gethostname()
 
 
-def test_many_ranks_are_named_in_a_line() -> None:
-    from launcher.ray_worker import name_ranks
-
-    assert name_ranks([3]) == "rank 3"
-    assert name_ranks([3, 7]) == "rank 3, 7"
-    assert name_ranks(range(1000)) == "rank 0, 1, 2, 3, 4, 5, 6, 7 and 992 more"
-
-
 # Entries, named by string as the launcher names the trainer's.
 
 
