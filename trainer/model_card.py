@@ -21,7 +21,7 @@ tags:
 A {{ layers }}-layer {{ shown_architecture }} {{ "decoder" if is_causal else "encoder" }} of width {{ width }}, {{ "{:,}".format(num_parameters) }}
 parameters and a vocabulary of
 {{ "{:,}".format(vocab_size) }} tokens.
-Pretrained with {{ task|lower }} modelling{{ " and next-sentence prediction" if objective == "nsp" }} by Maskwright.
+Pretrained with {{ task|lower }} modelling{{ " and %s prediction"|format(pairs) if pairs }} by Maskwright.
 
 ## Load it
 
@@ -61,9 +61,9 @@ Measured after step {{ validation.step }} on documents that were kept out of tra
 |---|---|
 | {{ task }} modelling loss | {{ shown(validation.mlm_loss, " nats") }} |
 | {{ task }} modelling accuracy | {{ shown(validation.mlm_accuracy) }} |
-{% if objective == "nsp" -%}
-| Next-sentence loss | {{ shown(validation.nsp_loss, " nats") }} |
-| Next-sentence accuracy | {{ shown(validation.nsp_accuracy) }} |
+{% if pairs -%}
+| {{ pairs|capitalize }} loss | {{ shown(validation.nsp_loss, " nats") }} |
+| {{ pairs|capitalize }} accuracy | {{ shown(validation.nsp_accuracy) }} |
 {% endif -%}
 | Loss of guessing by word frequency | {{ shown(validation.unigram_entropy, " nats") }} |
 {% else %}
@@ -89,6 +89,7 @@ class CardFacts:
     num_parameters: int
     vocab_size: int
     objective: str
+    """Of sentence pairs: `nsp`, `sop` or `none`."""
     corpus: str
     fingerprint: str
     steps: int
@@ -108,4 +109,6 @@ def render_model_card(facts: CardFacts) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True, autoescape=False)
     auto_class, task = ("AutoModelForCausalLM", "Causal-language") if facts.is_causal else ("AutoModelForMaskedLM", "Masked-language")
     shown = {"bert": "BERT", "modernbert": "ModernBERT", "gpt2": "GPT-2"}.get(facts.architecture, facts.architecture)
-    return environment.from_string(_TEMPLATE).render(**vars(facts) | {"auto_class": auto_class, "task": task, "shown_architecture": shown})
+    pairs = {"nsp": "next-sentence", "sop": "sentence-order"}.get(facts.objective)
+    derived = {"auto_class": auto_class, "task": task, "shown_architecture": shown, "pairs": pairs}
+    return environment.from_string(_TEMPLATE).render(**vars(facts) | derived)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.config import DataConfig
+from data_pipeline.config import DataConfig, ObjectiveConfig
 from data_pipeline.errors import ConfigError, DataCorruptError, EnvironmentMismatchError, MaskwrightError, NoCheckpointError, NotFoundError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
@@ -194,3 +194,8 @@ def test_the_card_of_a_run_whose_validation_had_nothing_to_predict(run: RunFolde
     assert card.startswith("---\nlibrary_name")
     assert "| Next-sentence loss | not measured |" in card
     assert "| Loss of guessing by word frequency | 6.0000 nats |" in card
+    assert "Pretrained with masked-language modelling and next-sentence prediction by" in card
+    other = CONFIG.model_copy(update={"objective": ObjectiveConfig(sentence_objective="sop")})
+    card = (export(run, other, tiny_corpus.folder, name="sop") / "README.md").read_bytes().decode()
+    assert "modelling and sentence-order prediction by" in card
+    assert "| Sentence-order loss | not measured |" in card
