@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 from launcher.attempts import driver_log
 from launcher.group_watch import GroupWatch
-from launcher.worker_process import MOST_LOGS
+from launcher.rank_log import is_kept_only_if_failed
 
-_KNOWN = {"low on memory": "Ray ended it because its node ran low on memory", "node has died": "its node is gone"}
+_NODE_GONE = "node has died"
+_KNOWN = {"low on memory": "Ray ended it because its node ran low on memory", _NODE_GONE: "its node is gone"}
 """What Ray can tell, by its words. Of a process that ended by itself or by a signal it knows no more than that the connection broke."""
 
 
@@ -17,8 +18,8 @@ def tell_deaths(ranks: Sequence[int], rays_words: str, watch: GroupWatch) -> str
     where = f" on {member.host} (process {member.pid})" if member else ""
     doing = f" in {pulse.beat.phase} of step {pulse.beat.step}" if pulse else ""
     how = next((ours for theirs, ours in _KNOWN.items() if theirs in rays_words), "it was killed, or crashed")
-    has_log = first == 0 or watch.world_size <= MOST_LOGS
-    log = watch.run.rank_log(watch.attempt, first) if has_log else driver_log(watch.run)
+    is_lost = _NODE_GONE in rays_words and is_kept_only_if_failed(first, watch.world_size)  # the log went with the node
+    log = driver_log(watch.run) if is_lost else watch.run.rank_log(watch.attempt, first)
     return f"{name_ranks(ranks)} died{where}{doing}: {how}; see {log}"
 
 

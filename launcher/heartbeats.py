@@ -3,7 +3,7 @@
 import os
 import signal
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +14,15 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipeline.errors import UnreachableError
+from data_pipeline.storage import Location
 from launcher.clusters.existing import draining_nodes, remove_placement_groups
 from launcher.group_watch import BoardLostError, Member
 from launcher.health import UNHEARD, Beat, Seen
 from launcher.lease import process_start
+from launcher.rank_log import keep_logs_of_killed
 
 _ANSWER_S = 5.0
+_KEEP_LOGS_S = 15.0
 
 
 class Board:
@@ -170,8 +173,7 @@ class RayGroup:
                 return
             with suppress(RayError):
                 self._seen |= ray.get(asked)
-        there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
-        self._looking[node] = ray.remote(num_cpus=0, max_retries=0)(see_processes).options(scheduling_strategy=there).remote(processes)
+        self._looking[node] = _on(node, see_processes).remote(processes)
 
     def end(self) -> None:
         """End every rank, whatever state it is in: Ray forgets its actor at once, and kills a process that does not answer within seconds.
@@ -196,10 +198,26 @@ class RayGroup:
         own = {member.node for member in self.members.values()}
         return {node: deadline for node, deadline in nodes.items() if node in own}
 
+    def keep_logs(self, logs: Mapping[int, Location]) -> None:
+        """Have the nodes of ranks that were killed copy their logs to storage, as far as they do so within seconds."""
+        by_node: dict[str, list[Location]] = {}
+        for rank, log in logs.items():
+            if rank in self.members:
+                by_node.setdefault(self.members[rank].node, []).append(log)
+        copying = [_on(node, keep_logs_of_killed).remote(there) for node, there in by_node.items()]
+        if copying:
+            ray.wait(copying, num_returns=len(copying), timeout=_KEEP_LOGS_S)
+
     def close(self) -> None:
         """End the board."""
         with suppress(RayError, ValueError):
             ray.kill(self.board)
+
+
+def _on(node: str, function: Callable[..., Any]) -> Any:
+    """A function as a task of a node, which takes no place from a rank."""
+    there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
 
 
 def see_processes(processes: Mapping[int, tuple[int, str]]) -> dict[int, tuple[Seen, str]]:

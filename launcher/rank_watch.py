@@ -16,6 +16,7 @@ from data_pipeline.errors import MaskwrightError
 from launcher.aside import Aside
 from launcher.attempts import last_attempt, stacks_folder
 from launcher.health import Beat, beat_interval_s
+from trainer.manifest import nothing
 from trainer.runlog import RunFolder
 
 SAVE, STACKS, END = "save", "stacks", "end"
@@ -29,6 +30,7 @@ _LOOK_FOR_SUCCESSOR_S = 2.0
 _LOOK_FOR_SUCCESSOR_REMOTE_S = 10.0
 _WRITE_S = 2.0
 """How long the watch waits for what it writes into the run folder: beats go on whether storage answers or not."""
+_KEEP_LOG_S = 15.0
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
@@ -93,6 +95,8 @@ class RankWatch:
     line: Line
     ask_to_stop: Callable[[], None]
     end: Callable[[int], None] = os._exit
+    keep_log: Callable[[], object] = nothing
+    """Copies the log to storage; called when nobody else can any more."""
     _obeyed: tuple[str, ...] = ()
     _unanswered: int = 0
     _heard_at: float = field(default_factory=time.monotonic)
@@ -132,7 +136,7 @@ class RankWatch:
         if commands is None:
             self._unanswered += 1
             if self._unanswered > 2 and time.monotonic() - self._heard_at > ORPHANED_AFTER_S:
-                self._end_with("nothing has been heard of the driver for %.0f s", time.monotonic() - self._heard_at)
+                self._end_orphaned()
             return
         self._unanswered, self._heard_at = 0, time.monotonic()
         for command in commands:
@@ -162,13 +166,17 @@ class RankWatch:
             self.line.tell(END)
             self._end_with("attempt %d is superseded by a newer one", self.attempt)
 
-    def _end_with(self, why: str, *values: object) -> None:
+    def _end_orphaned(self) -> None:
+        self._end_with("nothing has been heard of the driver for %.0f s", time.monotonic() - self._heard_at, last=self.keep_log, within_s=_KEEP_LOG_S)
+
+    def _end_with(self, why: str, *values: object, last: Callable[[], object] = nothing, within_s: float = _WRITE_S) -> None:
         def log() -> None:
             logging.getLogger(__name__).error("this process ends: " + why, *values)
             sys.stderr.flush()
+            last()
 
         with suppress(OSError):  # the log lies in the run folder
-            Aside(log).ask(_WRITE_S)
+            Aside(log).ask(within_s)
         self.end(ENDED)
 
 

@@ -24,6 +24,7 @@ from launcher.deaths import tell_deaths
 from launcher.group_watch import GroupWatch, Member, SaveReason, describe
 from launcher.heartbeats import BoardLine, RayGroup
 from launcher.policy import Failure, FailureKind
+from launcher.rank_log import lies_on_node
 from launcher.worker_process import WorkerTask, run_task
 from trainer.runlog import RunFolder
 
@@ -99,13 +100,15 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupW
 
     Never retries by itself, start-up included: the policy decides, and sees every failure.
     """
-    group = RayGroup.open()
+    group, run = RayGroup.open(), RunFolder(Location(task.run))
     try:
         with watch.over(group):
             error = _fit(task, workers, scratch, group)
+        logs = {rank: run.rank_log(task.attempt, rank) for rank in _killed(error, watch)}
+        group.keep_logs({rank: log for rank, log in logs.items() if lies_on_node(log, rank, workers.num_workers)})
     finally:
         group.close()
-    recorded = through_outages(lambda: read_failure(RunFolder(Location(task.run)), task.attempt))
+    recorded = through_outages(lambda: read_failure(run, task.attempt))
     return recorded_reason(watch, recorded) if error is None else _diagnose(error, recorded, watch)
 
 
@@ -172,11 +175,9 @@ def _diagnose(error: Exception, recorded: Failure | None, watch: GroupWatch) -> 
         return recorded
     if watch.verdict is not None:
         return _lost(watch, watch.verdict.rank, describe(watch.verdict, watch.members))
-    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    dead = sorted(rank for rank, failure in failures.items() if _is_death(failure))
-    if dead:
-        told = _lost(watch, dead[0], tell_deaths(dead, str(failures[dead[0]]), watch))
-        return replace(told, traceback=str(failures[dead[0]]))
+    if dead := _dead(error):
+        words = str(dead[min(dead)])
+        return replace(_lost(watch, min(dead), tell_deaths(sorted(dead), words, watch)), traceback=words)
     if recorded is not None:
         return recorded
     what = "the board of the attempt died" if watch.board_lost else f"the worker group failed: {_last_line(error)}"
@@ -203,6 +204,17 @@ def recorded_reason(watch: GroupWatch, recorded: Failure | None) -> Failure | No
         cause = f"{', '.join(watch.leaving)} is taken away; {recorded.cause}"
         return replace(recorded, kind=FailureKind.PREEMPTION, cause=cause, rank=None, node=watch.leaving[0])
     return replace(recorded, kind=FailureKind.GROWTH) if watch.save_reason is SaveReason.GROWTH else recorded
+
+
+def _killed(error: Exception | None, watch: GroupWatch) -> Sequence[int]:
+    """Ranks whose processes ended without a word, or were ended because they stood still; not those that were ended for their sake."""
+    return watch.verdict.ranks if watch.verdict is not None else sorted(_dead(error))
+
+
+def _dead(error: Exception | None) -> dict[int, Exception]:
+    """What Ray says of ranks that died."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    return {rank: failure for rank, failure in failures.items() if _is_death(failure)}
 
 
 def _is_death(error: Exception) -> bool:

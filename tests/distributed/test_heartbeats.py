@@ -7,15 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from data_pipeline.storage import Location
 from launcher.group_watch import BoardLostError, Member
 from launcher.health import UNHEARD, Beat, Seen
 from launcher.heartbeats import BoardLine, RayGroup
 from launcher.lease import process_start
+from launcher.rank_log import log_to
 from launcher.rank_watch import SAVE, STACKS
 from tests.support.ray_nodes import RayCluster
 
@@ -31,6 +34,11 @@ class Rank:
 
     def beat(self, step: int, obeyed: tuple[str, ...] = ()) -> tuple[str, ...] | None:
         return self._line.beat(Beat(step, "forward", step, 0, False, 0.0), obeyed)
+
+    def say(self, log: Location, text: str) -> None:
+        self._log = log_to(log, only_if_failed=True)
+        self._log.__enter__()
+        print(text)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,7 @@ def test_a_rank_that_is_stopped_before_its_first_word_is_seen_and_ended(cluster:
     group.close()
 
 
-def test_a_group_of_two_nodes(cluster: RayCluster) -> None:
+def test_a_group_of_two_nodes(cluster: RayCluster, tmp_path: Path) -> None:
     import ray
 
     group = RayGroup.open()
@@ -111,6 +119,9 @@ def test_a_group_of_two_nodes(cluster: RayCluster) -> None:
     assert sightings is not None
     assert {rank: (count, beat.step) for rank, (count, beat) in sightings.items()} == {0: (2, 2), 1: (2, 2)}
     assert len({member.node for member in group.members.values()} | {group.node}) == 3
+
+    logs = [Location.at(tmp_path / f"logs/rank-{rank}") for rank in (0, 1)]
+    ray.get([rank.say.remote(log, f"last words of {log.name}") for rank, log in zip(ranks, logs, strict=True)], timeout=60)
 
     stopped = group.members[1]
     os.kill(stopped.pid, signal.SIGSTOP)
@@ -126,6 +137,9 @@ def test_a_group_of_two_nodes(cluster: RayCluster) -> None:
     until(lambda: not any(process_start(member.pid) == member.started for member in group.members.values()), 20)
     assert time.monotonic() - started_at < 15, "a stopped process on another node is Ray's to kill"
     until(lambda: group.see([0]).get(0, (None, ""))[0] is Seen.GONE)
+    group.keep_logs({1: logs[1]})
+    assert [log.exists() for log in logs] == [False, True]
+    assert b"last words of rank-1" in logs[1].read_bytes()
     group.close()
     until(lambda: is_lost(group))
 

@@ -94,8 +94,9 @@ def test_a_dead_rank_is_told_in_our_words(run: RunFolder) -> None:
     assert "rank 1, 7 died on host1" in tell_deaths([1, 7], "The actor died because its node has died. Node Id: 7", watch)
     assert "its node is gone; see" in tell_deaths([1, 7], "The actor died because its node has died. Node Id: 7", watch)
     assert "low on memory" in tell_deaths([1], "1 worker(s) were killed due to the node running low on memory. More", watch)
-    watch.world_size = 1000  # of which rank 1 keeps no log in storage
-    assert tell_deaths([1], rays, watch).endswith(f"see {driver_log(run)}")
+    watch.world_size = 1000  # of which rank 1 leaves a log in storage when it fails, unless its node is lost
+    assert tell_deaths([1], rays, watch).endswith(f"see {log}")
+    assert tell_deaths([1], "The actor died because its node has died.", watch).endswith(f"see {driver_log(run)}")
 
 
 def test_many_ranks_are_named_in_a_line() -> None:

@@ -94,7 +94,7 @@ def test_commands_are_obeyed_once_and_that_is_said(make: Callable[[int], Rank], 
     assert "thread MainThread" in text
     assert "test_commands_are_obeyed_once" in text
     assert not rank.ends
-    rank.driver.commands = (END,)
+    rank.driver.commands, rank.watch.keep_log = (END,), lambda: pytest.fail("one of a thousand logs that say the same")
     rank.watch.look()
     assert rank.ends == [ENDED]
 
@@ -164,7 +164,8 @@ def test_beats_and_commands_go_on_while_storage_hangs(make: Callable[[int], Rank
 
 def test_a_rank_whose_driver_is_gone_ends_within_the_bound(make: Callable[[int], Rank], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_watch, "ORPHANED_AFTER_S", 0.5)
-    rank = make(1)
+    rank, kept = make(1), list[str]()
+    rank.watch.keep_log = lambda: kept.append("log")
     with rank.watch.running():
         deadline = time.monotonic() + 10
         while not rank.driver.beats:
@@ -177,6 +178,7 @@ def test_a_rank_whose_driver_is_gone_ends_within_the_bound(make: Callable[[int],
             time.sleep(0.01)
     assert time.monotonic() - lost_at >= 0.4
     assert rank.driver.joined == 1
+    assert kept[:1] == ["log"], "nobody else can copy it any more"
 
 
 def test_a_driver_that_answers_now_and_then_is_there(make: Callable[[int], Rank], monkeypatch: pytest.MonkeyPatch) -> None:

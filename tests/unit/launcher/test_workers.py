@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
-from launcher import worker_process
+from launcher import rank_log
 from launcher.attempts import attempt_folder, claim_attempt, read_failure
 from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
 from launcher.config import ClusterConfig, LocalCluster
 from launcher.health import Beat
 from launcher.policy import FailureKind
+from launcher.rank_log import keep_logs_of_killed
 from launcher.rank_watch import SAVE
 from launcher.worker_process import WorkerTask, resolve, run_task
 from trainer.context import RunContext
@@ -112,6 +113,11 @@ def entry_full(context: RunContext) -> None:
     raise StorageError("disk full", "free some")
 
 
+def entry_killed(context: RunContext) -> None:
+    os.write(2, b"last words\n")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def entry_superseded(context: RunContext, folder: str) -> None:
     claim_attempt(RunFolder(Location(folder)))
     time.sleep(30)
@@ -192,6 +198,25 @@ def test_in_a_large_group_rank_0_and_ranks_that_fail_leave_a_log(run: RunFolder)
     assert "disk full" in log
 
 
+def test_the_log_of_a_rank_that_is_killed_can_be_kept_until_another_rank_begins(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node"))
+    assert in_process(run, "entry_killed", rank=16, world_size=17) == -signal.SIGKILL
+    assert not run.rank_log(1, 16).exists()
+    keep_logs_of_killed([run.rank_log(1, rank) for rank in (7, 16)])
+    assert b"rank 16 of 17" in run.rank_log(1, 16).read_bytes()
+    assert b"last words" in run.rank_log(1, 16).read_bytes()
+    assert not run.rank_log(1, 7).exists()
+    assert not os.listdir(tmp_path / "node")
+
+    assert in_process(run, "entry_killed", rank=16, world_size=17) == -signal.SIGKILL
+    assert len(os.listdir(tmp_path / "node")) == 1
+    assert in_process(run, "entry_ok", rank=16, world_size=17, word="hello") == 0
+    assert not os.listdir(tmp_path / "node")
+
+
 def test_a_log_is_copied_out_while_it_grows_whatever_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log, write, sizes, failures = Location.at(tmp_path / "log"), Location.write_bytes, list[int](), [RuntimeError("odd"), OSError("odd")]
 
@@ -202,15 +227,15 @@ def test_a_log_is_copied_out_while_it_grows_whatever_goes_wrong(tmp_path: Path, 
         write(location, data, patience_s)
 
     monkeypatch.setattr(Location, "write_bytes", writes)
-    monkeypatch.setattr(worker_process, "_UPLOAD_S", 0.02)
+    monkeypatch.setattr(rank_log, "_UPLOAD_S", 0.02)
     with tempfile.TemporaryFile() as file:
         done = threading.Event()
-        copier = threading.Thread(target=worker_process._copy_out, args=(file.fileno(), log, done))
+        copier = threading.Thread(target=rank_log._copy_out, args=(file.fileno(), log, done))
         copier.start()
         os.write(file.fileno(), b"first\n")
         time.sleep(0.4)
         assert sizes == [6]
-        monkeypatch.setattr(worker_process, "_UPLOAD_S", 60.0)
+        monkeypatch.setattr(rank_log, "_UPLOAD_S", 60.0)
         os.write(file.fileno(), b"last\n")
         done.set()
         copier.join(10)
