@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UnreachableError
+from launcher.aside import Aside
 from launcher.clusters.local import (
     RAY_ENVIRONMENT,
     environment,
@@ -22,6 +24,8 @@ from launcher.config import RayCluster
 from launcher.elastic import Node
 
 _ANSWER_S = 1.0
+_HEAD_ANSWER_S = 10.0
+"""How long a head is waited for that may hang: Ray knows no time-out for most of what it asks it."""
 _WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "TOKENIZERS_PARALLELISM": "false"}
 """What processes on the cluster's nodes need and do not inherit from us. Anybody can read it there: never a secret."""
 
@@ -142,18 +146,26 @@ def remove_placement_groups() -> None:
     """Give back what an attempt of this driver had reserved, if its controller did not; whatever runs there ends. (With the driver, all of it goes.)
 
     Raises:
-        UnreachableError: the head does not answer now.
+        UnreachableError: the head does not answer within seconds. When it does at last, nothing is removed: that may be another attempt's.
     """
+    given_up = threading.Event()
+    with _asking_the_head():
+        try:
+            Aside(lambda: _remove_placement_groups(given_up)).ask(_HEAD_ANSWER_S)
+        finally:
+            given_up.set()
+
+
+def _remove_placement_groups(given_up: threading.Event) -> None:
     import ray
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    with _asking_the_head():
-        groups: dict[str, dict[str, Any]] = placement_group_table()
-        job: str = ray.get_runtime_context().get_job_id()
-        for name, group in groups.items():
-            if name.endswith(job) and group["state"] != "REMOVED":
-                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+    groups: dict[str, dict[str, Any]] = placement_group_table()
+    job: str = ray.get_runtime_context().get_job_id()
+    for name, group in groups.items():
+        if name.endswith(job) and group["state"] != "REMOVED" and not given_up.is_set():
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def draining_nodes() -> dict[str, int]:
