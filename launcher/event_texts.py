@@ -63,8 +63,9 @@ def _continued(event: Event) -> str:
 
 def _rank_unhealthy(event: Event) -> str:
     where = f" on {event['node']}" if event.get("node") else ""
+    who = "a rank" if event.get("rank") is None else f"rank {event['rank']}"
     return (
-        f"rank {event.get('rank')}{where} (process {event.get('pid')}) {event.get('state', 'unhealthy')} in phase {event.get('phase')} of step "
+        f"{who}{where} (process {event.get('pid')}) {event.get('state', 'unhealthy')} in phase {event.get('phase')} of step "
         f"{event.get('step')} for {event.get('seconds') or 0:.0f} s" + (f"; stacks of all ranks: {event['stacks']}" if event.get("stacks") else "")
     )
 

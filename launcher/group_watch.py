@@ -15,7 +15,7 @@ from data_pipeline.errors import MaskwrightError
 from launcher.aside import Aside
 from launcher.attempts import stacks_folder
 from launcher.elastic import Pace
-from launcher.health import Beat, Deadlines, Health, Seen, State, Verdict, judge
+from launcher.health import Beat, Deadlines, Health, Seen, State, Verdict, is_numbered, judge
 from launcher.rank_watch import SAVE, STACKS
 from trainer.runlog import RunFolder
 
@@ -64,7 +64,7 @@ class Group(Protocol):
 
     @property
     def members(self) -> Mapping[int, Member]:
-        """The ranks whose processes are known."""
+        """The ranks whose processes are known, or processes that are to become ranks (see `is_numbered`)."""
         ...
 
     def look(self) -> Mapping[int, tuple[int, Beat]] | None:
@@ -209,7 +209,7 @@ class GroupWatch:
         """The verdict; and of ranks that do not answer, what the system says of their process."""
         folder = stacks_folder(self.run, self.attempt)
         for rank in verdict.ranks[:_MOST_DESCRIBED]:
-            if rank in texts:
+            if rank in texts and is_numbered(rank):
                 with suppress(MaskwrightError, OSError):
                     (folder / f"rank-{rank:05d}.txt").write_bytes(f"{describe(verdict, members)}\n\n{texts[rank]}".encode())
         member = members.get(verdict.rank)
@@ -217,8 +217,8 @@ class GroupWatch:
             "rank_unhealthy",
             attempt=self.attempt,
             step=verdict.step,
-            rank=verdict.rank,
-            ranks=list(verdict.ranks),
+            rank=verdict.rank if is_numbered(verdict.rank) else None,
+            ranks=list(filter(is_numbered, verdict.ranks)),
             node=member.host if member else None,
             pid=member.pid if member else None,
             phase=verdict.phase,
@@ -234,7 +234,8 @@ def describe(verdict: Verdict, members: Mapping[int, Member]) -> str:
     where = f" on {member.host} (process {member.pid})" if member else ""
     more, has = (f" and {len(verdict.ranks) - 1} more", "have") if len(verdict.ranks) > 1 else ("", "has")
     what = f"{has} {_WHAT[verdict.state]} for {verdict.seconds:.0f} s"
-    return f"rank {verdict.rank}{where}{more} {what} in {verdict.phase} of step {verdict.step}"
+    who = f"rank {verdict.rank}" if is_numbered(verdict.rank) else "a rank"
+    return f"{who}{where}{more} {what} in {verdict.phase} of step {verdict.step}"
 
 
 _WHAT = {State.STOPPED: "been stopped", State.HUNG: "made no progress", State.SILENT: "not been heard of"}

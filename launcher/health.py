@@ -85,6 +85,11 @@ UNHEARD = Beat(0, "set-up", 0, 0, waits=False, longest_s=0.0)
 """What stands for a beat of a rank whose process is known and has not said anything yet."""
 
 
+def is_numbered(rank: int) -> bool:
+    """Whether this is a rank. Ray gives ranks to processes once all of them answer; until then each goes by a negative number."""
+    return rank >= 0
+
+
 @dataclass(frozen=True)
 class Pulse:
     """A rank as the driver has followed it."""
@@ -121,9 +126,9 @@ class Health:
 
     def after(self, sightings: Mapping[int, tuple[int, Beat]], elapsed_s: float) -> "Health":
         """The health at a look that finds these beats (their number and the last), `elapsed_s` after the look before."""
-        pulses, longest_s = dict(self.pulses), dict(self.longest_s)
+        pulses, longest_s = dict[int, Pulse](), dict(self.longest_s)
         for rank, (count, beat) in sightings.items():
-            known = pulses.get(rank)
+            known = self.pulses.get(rank)
             pulses[rank] = known.after(count, beat, elapsed_s) if known else Pulse(count, beat)
             longest_s[beat.phase] = max(longest_s.get(beat.phase, 0.0), beat.longest_s)
         return Health(pulses, longest_s, self.age_s + elapsed_s)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipeline.errors import UnreachableError
 from data_pipeline.storage import Location
-from launcher.clusters.existing import draining_nodes, remove_placement_groups
+from launcher.aside import Aside
+from launcher.clusters.existing import Process, draining_nodes, remove_placement_groups, starting_processes
 from launcher.group_watch import BoardLostError, Member
 from launcher.health import UNHEARD, Beat, Seen
 from launcher.lease import process_start
@@ -23,6 +25,8 @@ from launcher.rank_log import keep_logs_of_killed
 
 _ANSWER_S = 5.0
 _KEEP_LOGS_S = 15.0
+_LOOK_AT_PROCESSES_S = 5.0
+"""Between two looks at all processes of a group that has no ranks yet, which costs the head more than a look at the board."""
 
 
 class Board:
@@ -111,6 +115,8 @@ class RayGroup:
     members: dict[int, Member] = field(default_factory=dict[int, Member])
     _seen: dict[int, tuple[Seen, str]] = field(default_factory=dict[int, tuple[Seen, str]])
     _looking: dict[str, Any] = field(default_factory=dict[str, Any])
+    _processes: Aside[dict[int, Process]] = field(default_factory=lambda: Aside(starting_processes))
+    _processes_at: float = field(default_factory=time.monotonic)
 
     @classmethod
     def open(cls) -> "RayGroup":
@@ -127,6 +133,8 @@ class RayGroup:
         """
         try:
             sightings: dict[int, tuple[int, Beat]] = ray.get(self.board.look.remote(), timeout=_ANSWER_S)
+            if not sightings:
+                return self._look_at_processes()
             if any(self._is_new(rank, count) for rank, (count, _) in sightings.items()):
                 self.members = ray.get(self.board.members.remote(), timeout=_ANSWER_S)
         except GetTimeoutError:
@@ -134,6 +142,14 @@ class RayGroup:
         except RayError as error:
             raise BoardLostError(str(error)) from error
         return sightings
+
+    def _look_at_processes(self) -> dict[int, tuple[int, Beat]]:
+        """Processes that Ray has started and given no rank yet, as it does once all of them answer: one that is stopped keeps it from that."""
+        if time.monotonic() > self._processes_at + _LOOK_AT_PROCESSES_S:
+            with suppress(UnreachableError, TimeoutError):
+                self.members = {-1 - number: Member(*process, actor=None) for number, process in self._processes.ask(_ANSWER_S).items()}
+                self._processes_at = time.monotonic()
+        return dict.fromkeys(self.members, (0, UNHEARD))
 
     def _is_new(self, rank: int, count: int) -> bool:
         """Whether more is known of a rank than was: that it is there, and from its first beat on when its process started."""

@@ -22,6 +22,7 @@ from launcher.clusters.existing import remove_placement_groups
 from launcher.clusters.local import Workers
 from launcher.deaths import tell_deaths
 from launcher.group_watch import GroupWatch, Member, SaveReason, describe
+from launcher.health import is_numbered
 from launcher.heartbeats import BoardLine, RayGroup
 from launcher.policy import Failure, FailureKind
 from launcher.rank_log import lies_on_node
@@ -193,7 +194,7 @@ def _lost(watch: GroupWatch, rank: int, cause: str) -> Failure:
     host = member.host if member else None
     kind = FailureKind.PREEMPTION if host in watch.leaving else FailureKind.INFRASTRUCTURE
     step, phase = (pulse.beat.step, pulse.beat.phase) if pulse else (None, None)
-    return Failure(kind, cause, _RESUME, ExitCode.FAILED, rank, node=host, phase=phase, step=step)
+    return Failure(kind, cause, _RESUME, ExitCode.FAILED, rank if is_numbered(rank) else None, node=host, phase=phase, step=step)
 
 
 def recorded_reason(watch: GroupWatch, recorded: Failure | None) -> Failure | None:
@@ -208,7 +209,7 @@ def recorded_reason(watch: GroupWatch, recorded: Failure | None) -> Failure | No
 
 def _killed(error: Exception | None, watch: GroupWatch) -> Sequence[int]:
     """Ranks whose processes ended without a word, or were ended because they stood still; not those that were ended for their sake."""
-    return watch.verdict.ranks if watch.verdict is not None else sorted(_dead(error))
+    return list(filter(is_numbered, watch.verdict.ranks)) if watch.verdict is not None else sorted(_dead(error))
 
 
 def _dead(error: Exception | None) -> dict[int, Exception]:

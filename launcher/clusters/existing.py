@@ -8,7 +8,7 @@ from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_pipeline.errors import UnreachableError
 from launcher.aside import Aside
@@ -24,6 +24,8 @@ from launcher.config import RayCluster
 from launcher.elastic import Node
 
 _ANSWER_S = 1.0
+_RANK_ACTOR = "RayTrainWorker"
+"""What Ray Train calls the actors that become ranks."""
 _HEAD_ANSWER_S = 10.0
 """How long a head is waited for that may hang: Ray knows no time-out for most of what it asks it."""
 _WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -166,6 +168,35 @@ def _remove_placement_groups(given_up: threading.Event) -> None:
     for name, group in groups.items():
         if name.endswith(job) and group["state"] != "REMOVED" and not given_up.is_set():
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+
+
+class Process(NamedTuple):
+    """A process of a worker group, as Ray knows it."""
+
+    pid: int
+    started: str
+    """Empty: Ray does not know it."""
+    node: str
+    host: str
+
+
+def starting_processes() -> dict[int, Process]:
+    """Processes that are to become ranks of this driver's worker group, numbered from 0; where some have not begun to answer, those.
+
+    Raises:
+        UnreachableError: the head does not answer now.
+    """
+    import ray
+    from ray._private.state import state
+
+    with _asking_the_head():
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+        actors = sorted(state.actor_table(None, job_id=ray.get_runtime_context().job_id).items())
+    ranks = [actor for _, actor in actors if actor["ActorClassName"] == _RANK_ACTOR]
+    there = {number: actor for number, actor in enumerate(ranks) if actor["Pid"] and actor["State"] != "DEAD"}
+    late = {number: actor for number, actor in there.items() if actor["State"] != "ALIVE"} or there
+    places = {number: (actor["Pid"], actor["Address"]["NodeID"]) for number, actor in late.items()}
+    return {number: Process(pid, "", node, hosts.get(node, node)) for number, (pid, node) in places.items()}
 
 
 def draining_nodes() -> dict[str, int]:

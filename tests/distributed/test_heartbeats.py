@@ -105,6 +105,44 @@ def test_a_rank_that_is_stopped_before_its_first_word_is_seen_and_ended(cluster:
     group.close()
 
 
+class RayTrainWorker:
+    """A process that Ray Train has begun to make a rank of; its constructor takes its time."""
+
+    def __init__(self, folder: str) -> None:
+        (Path(folder) / str(os.getpid())).touch()
+        time.sleep(0 if os.listdir(folder) == [str(os.getpid())] else 600)
+
+
+def test_a_process_that_is_stopped_before_it_has_a_rank_is_seen_and_ended(cluster: RayCluster, tmp_path: Path) -> None:
+    """Of two, one is there and waits for the other, which is what is told."""
+    import ray
+
+    group, place = RayGroup.open(), ray.util.placement_group([{"CPU": 1}, {"CPU": 1}])
+    here = PlacementGroupSchedulingStrategy(place)
+    first, second = [ray.remote(num_cpus=1)(RayTrainWorker).options(scheduling_strategy=here) for _ in (0, 1)]
+    actors = [first.remote(str(tmp_path))]
+    (ready,) = until(lambda: os.listdir(tmp_path))
+    until(lambda: [member.pid for member in members_now(group)] == [int(ready)])
+    actors.append(second.remote(str(tmp_path)))
+    until(lambda: len(os.listdir(tmp_path)) == 2)
+    (late,) = [int(name) for name in os.listdir(tmp_path) if name != ready]
+    until(lambda: [member.pid for member in members_now(group)] == [late])
+    (number,) = group.members
+    os.kill(late, signal.SIGSTOP)
+    until(lambda: group.see([number]).get(number, (None, ""))[0] is Seen.STOPPED)
+    started = process_start(late)
+    group.end()
+    until(lambda: process_start(late) != started, 30)
+    group.close()
+
+
+def members_now(group: RayGroup) -> list[Member]:
+    sightings = group.look()
+    assert sightings is not None
+    assert all(sighting == (0, UNHEARD) for sighting in sightings.values())
+    return list(group.members.values())
+
+
 def test_a_group_of_two_nodes(cluster: RayCluster, tmp_path: Path) -> None:
     import ray
 

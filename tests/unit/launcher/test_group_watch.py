@@ -12,8 +12,9 @@ from data_pipeline.storage import Location
 from launcher.attempts import driver_log, stacks_folder
 from launcher.control import read_stop
 from launcher.deaths import name_ranks, tell_deaths
+from launcher.event_texts import tell
 from launcher.group_watch import BoardLostError, GroupWatch, Member, SaveReason, describe
-from launcher.health import Beat, Deadlines, Seen, State, Verdict
+from launcher.health import UNHEARD, Beat, Deadlines, Seen, State, Verdict
 from launcher.rank_watch import SAVE, STACKS
 from tests.support.dead_storage import dead_storage
 from trainer.runlog import RunFolder
@@ -121,6 +122,35 @@ def test_a_rank_that_never_says_a_word_is_named(run: RunFolder) -> None:
     assert watch.verdict is not None
     assert (watch.verdict.state, watch.verdict.ranks, ranks.ended) == (State.STOPPED, (0, 1), 1)
     assert watch.pace.first_step is None
+
+
+def test_a_process_that_is_stopped_before_it_has_a_rank_is_named(run: RunFolder) -> None:
+    """Ray gives ranks once all processes answer: one that does not keeps the others from theirs. It is named as what it is, and no rank for it."""
+    said, ranks, watch = list[str](), Ranks(), watch_of(run, [])
+    watch.say = said.append
+    ranks.members = {-1: Member(101, "", "node-id-1", "host1", None), -2: Member(102, "", "node-id-1", "host1", None)}
+    ranks.look = lambda: {-1: (0, UNHEARD), -2: (0, UNHEARD)}
+    ranks.see = lambda _: {-1: (Seen.ALIVE, "State:\tS"), -2: (Seen.STOPPED, "State:\tT (stopped)")}
+    for _ in range(30):
+        if watch.verdict is None:
+            watch.look(ranks, 1.0)
+    assert ranks.ended == 1
+    (event,) = run.read_events()
+    assert (event["rank"], event["ranks"], event["node"], event["pid"], event["phase"]) == (None, [], "host1", 102, "set-up")
+    assert event["state"] == "stopped"
+    assert "a rank on host1 (process 102) has been stopped" in said[0]
+    assert "a rank on host1 (process 102) stopped in phase set-up" in tell(event)
+
+
+def test_processes_that_have_got_their_ranks_are_no_longer_watched_as_others(run: RunFolder) -> None:
+    ranks, watch = Ranks(), watch_of(run, [])
+    ranks.look, look = lambda: {-1: (0, UNHEARD), -2: (0, UNHEARD)}, ranks.look
+    for _ in range(12):
+        watch.look(ranks, 1.0)
+    ranks.look = look
+    for _ in range(60):
+        watch.look(ranks, 1.0)
+    assert (watch.verdict, set(watch.health.pulses)) == (None, {0, 1})
 
 
 def test_time_that_the_driver_itself_was_held_up_is_not_counted(run: RunFolder) -> None:
