@@ -1,4 +1,4 @@
-"""`Scratch`, a temporary folder that outlives nobody: its owner holds a lock on it, and what killed processes leave the next one removes."""
+"""`Scratch`, a temporary folder that outlives nobody: who uses it holds a lock on it, and what killed processes leave the next one removes."""
 
 import fcntl
 import hashlib
@@ -14,7 +14,10 @@ from pathlib import Path
 
 @dataclass
 class Scratch:
-    """A temporary folder of this process. The lock goes with the process, in whatever container that is; a process number would not."""
+    """A temporary folder of this process, or of several of this machine: the last one removes it.
+
+    The lock, which they share, goes with the process, in whatever container that is; a process number would not.
+    """
 
     path: Path
     _lock: int | None
@@ -26,16 +29,28 @@ class Scratch:
         remove_abandoned(prefix, parent)
         while True:
             path = Path(tempfile.mkdtemp(prefix=f"{prefix}{_machine()}-", dir=parent))
-            lock = os.open(path, os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists():
-                return cls(path, lock)
-            os.close(lock)  # another process found it before it was locked, and took it for abandoned
+            if (scratch := cls.join(path)) is not None:
+                return scratch  # otherwise another process found it before it was locked, and took it for abandoned
+
+    @classmethod
+    def join(cls, path: Path) -> "Scratch | None":
+        """The folder that a process of this user has made and still uses; None where this machine has none of this name."""
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if path.exists() and os.fstat(lock).st_uid == os.getuid():
+            return cls(path, lock)
+        os.close(lock)
+        return None
 
     def remove(self) -> None:
-        """Remove the folder; a second time does nothing."""
+        """Have done with the folder, and remove it unless another process uses it; a second time does nothing."""
         if self._lock is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
+            with suppress(BlockingIOError):  # of several that leave at once, the last to let go of the shared lock gets this one
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(self.path, ignore_errors=True)
             os.close(self._lock)
             self._lock = None
 

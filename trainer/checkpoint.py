@@ -19,6 +19,7 @@ from trainer.agreement import Ranks
 from trainer.checkpoint_store import Checkpoints, checkpoints_of, step_of
 from trainer.config import RunConfig
 from trainer.manifest import MANIFEST, Circumstances, Manifest, Problem, check_files, nothing, read_manifest, shares
+from trainer.node_copy import COPY, copy_to_nodes
 from trainer.object_checkpoints import download
 from trainer.retention import committed_by
 from trainer.runlog import RunFolder
@@ -27,7 +28,6 @@ from trainer.state import TrainState
 
 STATE_FILE = "state.json"
 PROBE_FILE = "probe.safetensors"
-_COPY = "maskwright-checkpoint-"
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
 
 
@@ -38,7 +38,7 @@ class Checkpoint:
     location: Location
     manifest: Manifest
     copy: Scratch | None = None
-    """This process' copy of what it needs out of a store."""
+    """The copy of what this process, or the ranks of its node, need out of a store."""
 
     @property
     def folder(self) -> Path:
@@ -66,7 +66,7 @@ class Checkpoint:
         return self.folder / PROBE_FILE
 
     def discard_copy(self) -> None:
-        """Remove the copy, if it is one, once it is loaded."""
+        """Have done with the copy, if it is one, once it is loaded; the last rank of the node removes it."""
         if self.copy is not None:
             self.copy.remove()
 
@@ -89,8 +89,8 @@ def newest_usable(
     file and the cause, and the one before it is tried. Ask `has_same_layout` how to load it.
 
     `before_step` goes back in history: to a checkpoint of at most that step. Those after it are renamed to `step-N.rewound-<attempt>`, once
-    there is one to go back to. Out of a store each rank copies what it needs into a folder of its own: where the layout is that of `config` its
-    own part, else everything. `on_piece` is called before each piece that this rank reads.
+    there is one to go back to. Out of a store the ranks of a node copy what they need into a folder that they share: where the layout is that of
+    `config` their own parts, else everything. `on_piece` is called before each piece that this rank reads.
 
     Raises:
         ConfigError: see `has_same_layout`.
@@ -222,7 +222,7 @@ def open_checkpoint(run: RunFolder, step: int | None = None) -> Checkpoint:
     if chosen.location.is_local:
         problems = check_files(chosen.folder, files, files)
     else:
-        chosen = replace(chosen, copy=Scratch.make(_COPY))
+        chosen = replace(chosen, copy=Scratch.make(COPY))
         with _discarding(chosen):
             problems = download(chosen.location, chosen.manifest, files, chosen.folder)
     if problems:
@@ -252,22 +252,24 @@ def _selectable(run: RunFolder, checkpoints: Checkpoints, attempt: int) -> tuple
 def _obtain(
     ranks: Ranks, location: Location, manifest: Manifest, config: RunConfig | None, on_piece: Callable[[], None]
 ) -> tuple[Scratch | None, list[Problem]]:
-    """What is wrong with any file. On a shared file system each is re-hashed by one rank; out of a store every rank copies what it needs."""
+    """What is wrong with any file. On a shared file system each is re-hashed by one rank; out of a store every node gets what its ranks need."""
     if location.is_local:
         return None, _verify_together(ranks, location.path, manifest, on_piece)
     is_same = config is not None and has_same_layout(manifest, config, ranks.world_size)
-    names = [name for name in manifest.files if not is_same or rank_of(name) in (None, ranks.rank)]
-    copy = Checkpoint(location, manifest, Scratch.make(_COPY))
-    with _discarding(copy):
-        found = ranks.all_do("copy its part of the checkpoint", lambda: download(location, manifest, names, copy.folder, on_piece))
+
+    def needs(rank: int) -> list[str]:
+        return [name for name in manifest.files if not is_same or rank_of(name) in (None, rank)]
+
+    copy, found = copy_to_nodes(ranks, location, manifest, needs, on_piece)
+    with _discarding(Checkpoint(location, manifest, copy)):
         problems = _confirmed(ranks, location, found, lambda doubtful: _download_again(location, manifest, doubtful, on_piece))
     if problems:
-        copy.discard_copy()
-    return copy.copy, problems
+        copy.remove()
+    return copy, problems
 
 
 def _download_again(location: Location, manifest: Manifest, names: list[str], on_piece: Callable[[], None]) -> list[Problem]:
-    scratch = Scratch.make(_COPY)
+    scratch = Scratch.make(COPY)
     try:
         return download(location, manifest, names, scratch.path, on_piece)
     finally:

@@ -3,7 +3,9 @@
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,17 @@ import pytest
 from data_pipeline.errors import ConflictError, MaskwrightError, NoCheckpointError, NotFoundError, StorageUnreachableError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
+from data_pipeline.scratch import Scratch
 from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN_MODEL, golden_run, resign, run_config, save_request, snapshot_of
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, reachable_object_store
-from trainer import checkpoint as checkpoint_module
+from trainer import node_copy
+from trainer.agreement import Ranks
 from trainer.background_save import Save
 from trainer.checkpoint import Checkpoint, list_checkpoints, newest_usable, open_checkpoint
 from trainer.checkpoint_store import checkpoints_of
-from trainer.manifest import MANIFEST, Problem
+from trainer.manifest import MANIFEST, Manifest, Problem
+from trainer.node_copy import copy_to_nodes
 from trainer.runlog import RunFolder
 from trainer.verification import verify_checkpoint, verify_model
 
@@ -82,6 +87,49 @@ def test_a_rank_copies_its_own_part_only(run: RunFolder) -> None:
     assert {path.name for path in found.zero_folder.iterdir()} == {Path(name).name for name in FILES[0] if name.startswith("zero")}
 
 
+class Neighbours(Ranks):
+    """Ranks of one node that are threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, words: list[Any]) -> None:
+        super().__init__(rank, barrier.parties, None, 60.0)
+        object.__setattr__(self, "_barrier", barrier)
+        object.__setattr__(self, "_words", words)
+
+    def _gather(self, outcome: Any, what: str, original: Exception | None) -> list[Any]:
+        barrier, words = self._barrier, self._words
+        words[self.rank] = outcome
+        barrier.wait(60)
+        heard = list(words)
+        barrier.wait(60)
+        return heard
+
+
+def test_ranks_of_a_node_share_one_copy_and_the_last_removes_it(
+    run: RunFolder, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a change of the world size each of them needs everything."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    save(run, 5)
+    manifest = checkpoints_of(run).read("step-00000005")
+    assert isinstance(manifest, Manifest)
+    store.fail()
+    barrier, words = threading.Barrier(3), [None] * 3
+
+    def copy(rank: int) -> tuple[Scratch, list[list[Problem]]]:
+        return copy_to_nodes(Neighbours(rank, barrier, words), run.checkpoints / "step-00000005", manifest, lambda _: manifest.files, lambda: None)
+
+    with ThreadPoolExecutor(3) as threads:
+        copies = list(threads.map(copy, range(3)))
+    fetched = sorted(request.split()[1] for request in store.requests() if request.startswith("GET") and "/attempt-1/" in request)
+    assert [name.rpartition("attempt-1/")[2] for name in fetched] == sorted([*FILES[0], *FILES[1]])
+    assert {found.path for found, _ in copies} == set(tmp_path.iterdir())
+    assert [problems for _, problems in copies] == [[[], [], []]] * 3
+    for found, _ in copies:
+        assert (found.path / WEIGHTS).read_bytes() == FILES[0][WEIGHTS]
+        found.remove()
+    assert not list(tmp_path.iterdir())
+
+
 def test_without_a_manifest_nothing_is_selectable_and_it_goes(run: RunFolder) -> None:
     save(run, 5)
     Save(save_request(run, 6, 1, 2), snapshot_of(FILES[1])).start().wait(60.0)  # rank 0 was killed
@@ -106,13 +154,13 @@ def test_damage_in_the_store_means_the_checkpoint_before(run: RunFolder) -> None
 def test_what_a_later_reading_finds_intact_is_not_damage(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here by the same rank; of several another one reads again."""
     save(run, 5)
-    download, calls = checkpoint_module.download, list[int]()
+    download, calls = node_copy.download, list[int]()
 
     def fails_first(*arguments: Any) -> list[Problem]:
         calls.append(1)
         return [Problem(f"attempt-1/{WEIGHTS}", "sha256 is other")] if len(calls) == 1 else download(*arguments)
 
-    monkeypatch.setattr(checkpoint_module, "download", fails_first)
+    monkeypatch.setattr(node_copy, "download", fails_first)
     with pytest.raises(StorageUnreachableError, match=r"rank 0 finds .* damaged, and rank 0 finds it intact"):
         newest(run)
     assert steps(run) == [5]
