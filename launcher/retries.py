@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from data_pipeline.errors import ExitCode, InterruptedRunError
@@ -18,6 +17,7 @@ from launcher.job import Job
 from launcher.policy import Budgets, Failure, FailureKind, History, Retry, blame_newcomers, decide
 from launcher.redaction import redacted
 from launcher.run_status import committed_steps
+from trainer.runlog import event_line
 
 
 def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Callable[[], bool]) -> None:
@@ -49,7 +49,7 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
             job.ray.keep_to(nodes_before)
         history = history.after(failure, time.monotonic(), progressed=reached > newest)
         newest = reached
-        through_outages(partial(_record, job, failure))
+        _record(job, failure)
         decision = decide(failure, history, budgets)
         if not isinstance(decision, Retry):
             raise decision.error
@@ -71,9 +71,9 @@ def _newest_step(job: Job) -> int:
 def _record(job: Job, failure: Failure) -> None:
     if failure.kind in {FailureKind.INTERRUPTED, FailureKind.GROWTH}:
         return
-    job.run.append_event(
+    _append_event(
+        job,
         "worker_failed",
-        attempt=job.attempt,
         step=failure.step,
         failure=failure.kind.value,
         rank=failure.rank,
@@ -85,6 +85,12 @@ def _record(job: Job, failure: Failure) -> None:
         driver_log(job.run).append_line(redacted(f"attempt {job.attempt}: {failure.cause}\n{failure.traceback}"))
 
 
+def _append_event(job: Job, kind: str, **details: Any) -> None:
+    """Record an event, again while storage is away, and always as the same line: an append whose answer is lost may have been carried out."""
+    line = event_line(kind, attempt=job.attempt, **details)
+    through_outages(lambda: job.run.events.append_line(line))
+
+
 def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure | None, set[str]]:
     """How an attempt ended, and Ray's ids of the nodes that its ranks were on."""
     job.say(_what_is_awaited(job.ray.workers))
@@ -94,10 +100,10 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure |
 
     workers = job.ray.workers_now()
     through_outages(job.lease.require_held)  # a newer attempt ends the workers of an older one: never those of a driver that has taken over
-    through_outages(lambda: _record_size(job, workers))
+    _record_size(job, workers)
     job.attempt = through_outages(lambda: claim_attempt(job.run))
     through_outages(lambda: job.lease.beat(attempt=job.attempt))
-    through_outages(lambda: _record_start(job, workers))
+    _record_start(job, workers)
     task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
     watch = _watch(job, workers)
     return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
@@ -111,9 +117,9 @@ def _what_is_awaited(workers: Workers | None) -> str:
 
 
 def _record_start(job: Job, workers: Workers) -> None:
-    job.run.append_event(
+    _append_event(
+        job,
         "attempt_started",
-        attempt=job.attempt,
         stage=job.stage,
         world_size=workers.num_workers,
         zero_stage=job.config.zero.stage if job.stage == "pretrain" else None,
@@ -133,7 +139,7 @@ def _record_size(job: Job, workers: Workers) -> None:
     """Say that the cluster gives this attempt more or fewer ranks than the one before."""
     before = job.workers
     if before is not None and before.num_workers != workers.num_workers:
-        job.run.append_event("resized", attempt=job.attempt, before=before.num_workers, after=workers.num_workers)
+        _append_event(job, "resized", before=before.num_workers, after=workers.num_workers)
         job.say(f"  {before.num_workers} ranks before, {workers.num_workers} now; the global batch stays the same")
     job.workers = workers
 

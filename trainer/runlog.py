@@ -79,11 +79,11 @@ class RunFolder:
 
     def append_event(self, kind: str, *, attempt: int, step: int | None = None, **details: Any) -> None:
         """Record that something happened: `kind`, when, at which step, with `details` (steps_lost, seconds_lost, cause, …)."""
-        self.events.append_line(json.dumps({"time": time.time(), "kind": kind, "attempt": attempt, "step": step, **details}))
+        self.events.append_line(event_line(kind, attempt=attempt, step=step, **details))
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All events, oldest first."""
-        return list(_records(self.events.iter_lines()))
+        """All events, oldest first. One that is there twice, to the letter, was written again because the answer was lost: it counts once."""
+        return list(_records(dict.fromkeys(self.events.iter_lines())))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """Record one optimizer step."""
@@ -114,6 +114,11 @@ class RunFolder:
         start = json.dumps({"step": step})[:-1] + ","  # `step` is the first key of every record
         newest = deque((line for line in lines if line.startswith(start)), maxlen=1)
         return next(_records(newest), {})
+
+
+def event_line(kind: str, *, attempt: int, step: int | None = None, **details: Any) -> str:
+    """The record of something that happens now, for who appends it more than once until storage takes it. See `RunFolder.append_event`."""
+    return json.dumps({"time": time.time(), "kind": kind, "attempt": attempt, "step": step, **details})
 
 
 def _records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipeline.storage import Location
 from trainer.interruption import steps_done
-from trainer.runlog import RunFolder
+from trainer.runlog import RunFolder, event_line
 
 
 def test_the_newest_record_is_the_last_whole_one_and_costs_no_reading_of_all(tmp_path: Path) -> None:
@@ -33,3 +33,13 @@ def test_the_newest_record_is_the_last_whole_one_and_costs_no_reading_of_all(tmp
 def test_steps_done_are_those_since_the_last_resume(newest: dict[str, Any], resumed: list[tuple[int, int]], done: int) -> None:
     events = [{"kind": "resumed", "attempt": attempt, "step": step} for attempt, step in resumed]
     assert steps_done(newest, [*events, {"kind": "validation", "attempt": 9, "step": 9}]) == done
+
+
+def test_an_event_that_is_written_again_counts_once(tmp_path: Path) -> None:
+    """An append whose answer was lost may have been carried out; events that are alike and happen one after the other are two."""
+    run = RunFolder(Location.at(tmp_path / "run"))
+    line = event_line("worker_failed", attempt=1, cause="killed")
+    run.events.append_line(line)
+    run.append_event("worker_failed", attempt=1, cause="killed")
+    run.events.append_line(line)
+    assert [(event["kind"], event["cause"]) for event in run.read_events()] == [("worker_failed", "killed")] * 2
