@@ -45,6 +45,8 @@ _REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EINVAL, 
 """What a file system refuses now, and will in a moment, beside what the types above stand for."""
 _TRY_AGAIN_STATUS = {408, 409, 425, 429}
 _GONE = (404, 410)
+_CHANGED = (404, 412)
+"""What a write is answered with whose condition does not hold."""
 _RANGE_NOT_SATISFIABLE = 416
 _LONGEST_PAUSE_S = 10.0
 _GRACE_S = 2.0
@@ -230,6 +232,27 @@ async def create(store: Store, data: bytes) -> bool:
     except FileExistsError:
         return await cat(store) == data
     return True
+
+
+async def rewrite(store: Store, change: Callable[[bytes | None], bytes]) -> None:
+    """Write a file by what it holds (None: there is none). Where another writer comes between, `change` is asked again. It may raise, not wait.
+
+    Where it is there already, this needs a store that knows If-Match (S3 does); in others a writer that comes between the look and the write loses.
+    """
+    while True:
+        etag, held = None, None
+        if await exists(store):
+            etag = (await store.fs._info(store.path)).get("ETag")  # pyright: ignore[reportPrivateUsage]
+            held = await cat(store)
+        data = change(held)
+        if held == data:  # written before, and the answer was lost
+            return
+        condition: dict[str, Any] = {"mode": "create"} if held is None else {"IfMatch": etag} if etag else {}
+        try:
+            return await store.fs._pipe_file(store.path, data, **condition)  # pyright: ignore[reportPrivateUsage]
+        except OSError as error:
+            if not isinstance(error, FileExistsError) and http_status(error) not in _CHANGED:
+                raise
 
 
 async def remove(store: Store) -> None:

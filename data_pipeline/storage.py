@@ -180,7 +180,11 @@ class Location:
 
     def write_json(self, value: Any, patience_s: float | None = None) -> None:
         """Write `value` as indented JSON with sorted keys, atomically."""
-        self.write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), patience_s)
+        self.write_bytes(json_bytes(value), patience_s)
+
+    def rewrite(self, change: Callable[[bytes | None], bytes]) -> None:
+        """Write a file of a store by what it holds; see `remote.rewrite`. Errors as `write_bytes` and `change` have them."""
+        self._ask(lambda store: remote.rewrite(store, change), "write", remote.patience())
 
     def claim(self, data: bytes) -> bool:
         """Create the file if nobody has; True for exactly one of several callers, whose `data` differ. Errors as `write_bytes` has them."""
@@ -253,6 +257,11 @@ class Location:
     def _ask(self, request: Callable[[remote.Store], Awaitable[T]], what: remote.What, settings: DataConfig) -> T:
         store = remote.Store.of(self.url)
         return remote.call(self.url, lambda: request(store), settings, what)
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as indented JSON with sorted keys."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _next_part() -> str:

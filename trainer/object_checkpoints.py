@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from data_pipeline.errors import NotFoundError, StorageError
-from data_pipeline.storage import Location
+from data_pipeline.storage import Location, json_bytes
 from trainer.checkpoint_store import Entry, name_of, require_older
 from trainer.manifest import MANIFEST, FileDigest, Manifest, Problem, nothing, parse_manifest
 from trainer.runlog import RunFolder
@@ -63,7 +63,9 @@ class ObjectCheckpoints:
         return None
 
     def publish(self, manifest: Manifest) -> None:
-        """The manifest last: with it, and at once, the files count."""
+        """The manifest last: with it, and at once, the files count. A newer attempt's stays, also one that comes while this is under way (in stores
+        other than S3 only where it is the first of its step).
+        """
         name, part = name_of(manifest.step), self.part(manifest.step, manifest.attempt)
         fs, path = part.filesystem()
         fs.invalidate_cache()
@@ -71,12 +73,19 @@ class ObjectCheckpoints:
         for file, digest in manifest.files.items():
             if sizes.get(file) != digest.bytes:
                 raise StorageError(f"{part}/{file} has {sizes.get(file, 0)} bytes instead of {digest.bytes}", "Check the store, then resume the run.")
-        before = self.read(name)
-        require_older(before, manifest)
         stored = replace(manifest, files={f"{part.name}/{file}": digest for file, digest in manifest.files.items()})
-        (self._location / name / MANIFEST).write_json(stored.to_json())
-        if isinstance(before, Manifest) and before.attempt != manifest.attempt:
-            self.part(manifest.step, before.attempt).remove()
+        data, replaced = json_bytes(stored.to_json()), list[Manifest | Problem]()
+
+        def commit(held: bytes | None) -> bytes:
+            replaced[:] = [] if held is None else [parse_manifest(held, MANIFEST)]
+            for before in replaced:
+                require_older(before, manifest)
+            return data
+
+        (self._location / name / MANIFEST).rewrite(commit)
+        for before in replaced:
+            if isinstance(before, Manifest) and before.attempt != manifest.attempt:
+                self.part(manifest.step, before.attempt).remove()
 
     def set_aside(self, name: str, kind: str, attempt: int) -> str:
         folder, aside = self._location / name, f"MANIFEST.{kind}-{attempt}.json"

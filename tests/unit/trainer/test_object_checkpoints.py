@@ -1,5 +1,6 @@
 """Checkpoints in a store: committed by a manifest that is written last, verified as they are copied out (a real S3 server; one process)."""
 
+import asyncio
 import os
 import re
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from data_pipeline import remote
 from data_pipeline.errors import ConflictError, MaskwrightError, NoCheckpointError, NotFoundError, StorageUnreachableError
 from data_pipeline.index import CorpusIndex
 from data_pipeline.prepare import Prepared
@@ -256,6 +258,31 @@ def test_a_step_is_committed_again_and_a_superseded_attempt_s_is_not(run: RunFol
     assert (run.checkpoints / "step-00000005").children() == ["MANIFEST.json", "attempt-2"]
     with pytest.raises(ConflictError, match="attempt 2 has committed step 5; attempt 1 is superseded"):
         save(run, 5, attempt=1)
+    assert verify_checkpoint(run.checkpoints / "step-00000005", lambda *_: None) == []
+
+
+@pytest.mark.parametrize(("there", "look"), [([], "exists"), ([1], "cat")])
+def test_an_attempt_that_is_superseded_in_the_middle_of_its_commit_does_not_commit(
+    run: RunFolder, there: list[int], look: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer attempt commits the step between the last look at what is there and the write: the store itself refuses the write."""
+    for attempt in there:
+        save(run, 5, attempt=attempt)
+    looked, overtaken = getattr(remote, look), list[str]()
+
+    async def is_overtaken(store: remote.Store) -> Any:
+        found = await looked(store)
+        if store.path.endswith(MANIFEST) and not overtaken:
+            overtaken.append(store.path)
+            await asyncio.to_thread(save, run, 5, attempt=3)
+        return found
+
+    monkeypatch.setattr(remote, look, is_overtaken)
+    with pytest.raises(ConflictError, match="attempt 3 has committed step 5; attempt 2 is superseded"):
+        save(run, 5, attempt=2)
+    manifest = checkpoints_of(run).read("step-00000005")
+    assert isinstance(manifest, Manifest)
+    assert (manifest.attempt, len(overtaken)) == (3, 1)
     assert verify_checkpoint(run.checkpoints / "step-00000005", lambda *_: None) == []
 
 
