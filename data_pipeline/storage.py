@@ -203,14 +203,14 @@ class Location:
                 whole.unlink(missing_ok=True)
             return True
 
-    def append_line(self, line: str) -> None:
-        """Append one line in a single write. On an object store the file is a folder of parts, a folder for each hour, named by the time.
+    def append_line(self, *lines: str) -> None:
+        """Append one line, or several, in one write. On an object store the file is a folder of parts, a folder for each hour, named by the time.
 
         A line that a full disk or a crash has cut is closed first: it spoils itself and not the one that follows.
 
         Errors as `write_bytes` has them. A part that is put again has the same name: a line is never there twice.
         """
-        data = (line + "\n").encode()
+        data = "".join(f"{line}\n" for line in lines).encode()
         if not self.is_local:
             (self / _next_part()).write_bytes(data)
             return

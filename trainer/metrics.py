@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from data_pipeline.errors import MaskwrightError
 from data_pipeline.micro_batch import SkippedBlock
 from trainer.engine import Engine, StepOutcome
 from trainer.flops import StepFlops
 from trainer.numerics import continuity
 from trainer.peaks import device_name, measured_peak, stated_peak
-from trainer.runlog import RunFolder
+from trainer.runlog import MetricsWriter, RunFolder
 from trainer.state import TrainState
 from trainer.timeline import Timeline
 from trainer.totals import StepCounts, StepLosses
@@ -88,6 +89,7 @@ class StepLog:
         self._peak_flops = measured_peak(engine.device, engine.dtype) * timeline.world_size if self._writes else 0.0
         stated = stated_peak(device_name(engine.device), engine.dtype)
         self._stated_flops = None if stated is None else stated * timeline.world_size
+        self._records = MetricsWriter(run)
         self._tensorboard: Any = None
         self._started_at = time.monotonic()
         self._said_at = -math.inf
@@ -130,7 +132,7 @@ class StepLog:
         values = finite(asdict(record))
         if state.step == self._first_step > 0:
             self._continued(state, values["loss"])
-        self._run.append_metrics(values)
+        self._records.add(values)
         self._say(values)
         self._draw("train", state.step, values)
 
@@ -158,8 +160,16 @@ class StepLog:
         if self._writes:
             self._run.append_event("stopped", attempt=self._attempt, step=state.step, cause="requested")
 
+    def flush(self) -> None:
+        """Write what is held back for a store. The history of a checkpoint has to be complete when it is committed."""
+        self._records.flush()
+
     def close(self) -> None:
-        """Flush TensorBoard's file."""
+        """Write what is held back, of an attempt that fails, too; and TensorBoard's file."""
+        try:
+            self.flush()
+        except MaskwrightError as error:  # of steps that no checkpoint holds; why the attempt ends is the news
+            _log.warning("the records of the last steps are lost: %s", error)
         if self._tensorboard is not None:
             self._tensorboard.close()
 

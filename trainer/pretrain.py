@@ -90,6 +90,7 @@ def train(
         if counts.failures:
             raise_together(part.error or saver.error, f"read the data of step {state.step}" if part.error else "save a checkpoint")
         if counts.stops:
+            log.flush()
             soundness.save(engine, state, validation_loss)
             saver.finish()
             log.stopped(state)
@@ -117,6 +118,7 @@ def train(
             soundness.require_finite(held_out, state)
             state, validation_loss = with_skipped(state, skipped, config.data.skip_budget), held_out.loss
         if is_due(state.step, config.checkpoint.every_steps, config):
+            log.flush()
             soundness.save(engine, state, validation_loss)
     saver.finish()
 

@@ -1,15 +1,19 @@
 """The run folder: where everything of a run lies, its events and its metrics (append-only JSON lines)."""
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from data_pipeline.lines import last_lines
 from data_pipeline.storage import Location
+
+STORE_EVERY_S = 5.0
+"""How long records of steps are held back for a store: `status` is no later than that."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,9 @@ class RunFolder:
         """All events, oldest first. One that is there twice, to the letter, was written again because the answer was lost: it counts once."""
         return list(_records(dict.fromkeys(self.events.iter_lines())))
 
-    def append_metrics(self, record: dict[str, Any]) -> None:
-        """Record one optimizer step."""
-        self.metrics.append_line(json.dumps(record))
+    def append_metrics(self, *records: dict[str, Any]) -> None:
+        """Record optimizer steps."""
+        self.metrics.append_line(*map(json.dumps, records))
 
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
         """Every record as it was written, those of steps that were repeated later too, without holding all of them."""
@@ -114,6 +118,30 @@ class RunFolder:
         start = json.dumps({"step": step})[:-1] + ","  # `step` is the first key of every record
         newest = deque((line for line in lines if line.startswith(start)), maxlen=1)
         return next(_records(newest), {})
+
+
+@dataclass
+class MetricsWriter:
+    """Records optimizer steps: on a disk at once, in a store, where each time is a request that training waits for, those of some seconds together.
+
+    What a killed process holds back are steps after its newest checkpoint, which are lost with it, as long as each save is preceded by `flush`.
+    """
+
+    run: RunFolder
+    _held: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    _written_at: float = -math.inf
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Record a step, or hold it back for a moment."""
+        self._held.append(record)
+        if self.run.metrics.is_local or time.monotonic() - self._written_at >= STORE_EVERY_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        if self._held:
+            self.run.append_metrics(*self._held)
+            self._held, self._written_at = [], time.monotonic()
 
 
 def event_line(kind: str, *, attempt: int, step: int | None = None, **details: Any) -> str:

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from data_pipeline.storage import Location
+from tests.support.object_store import reachable_object_store
+from trainer import runlog
 from trainer.interruption import steps_done
-from trainer.runlog import RunFolder, event_line
+from trainer.runlog import MetricsWriter, RunFolder, event_line
 
 
 def test_the_newest_record_is_the_last_whole_one_and_costs_no_reading_of_all(tmp_path: Path) -> None:
@@ -43,3 +45,27 @@ def test_an_event_that_is_written_again_counts_once(tmp_path: Path) -> None:
     run.append_event("worker_failed", attempt=1, cause="killed")
     run.events.append_line(line)
     assert [(event["kind"], event["cause"]) for event in run.read_events()] == [("worker_failed", "killed")] * 2
+
+
+def test_steps_are_recorded_on_a_disk_at_once(tmp_path: Path) -> None:
+    run = RunFolder(Location.at(tmp_path / "run"))
+    writer = MetricsWriter(run)
+    for step in range(3):
+        writer.add({"step": step, "attempt": 1})
+        assert run.newest_metrics()["step"] == step
+
+
+def test_a_store_gets_the_steps_of_some_seconds_in_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    with reachable_object_store() as store:
+        run = RunFolder(Location(f"s3://{store.bucket}/run"))
+        writer = MetricsWriter(run)
+        for step in range(50):
+            writer.add({"step": step, "attempt": 1})
+        assert len(store.requests()) - 1 < 10  # the first, and then one every few seconds
+        writer.flush()
+        writer.flush()
+        assert [record["step"] for record in run.read_metrics()] == list(range(50))
+        assert run.newest_metrics()["step"] == 49
+        monkeypatch.setattr(runlog, "STORE_EVERY_S", 0.0)
+        writer.add({"step": 50, "attempt": 1})
+        assert run.newest_metrics()["step"] == 50, "status sees it when the time has come"
