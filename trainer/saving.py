@@ -23,6 +23,7 @@ from trainer.refusals import require_finite, require_room, require_same_data, re
 from trainer.runlog import RunFolder
 from trainer.snapshot import Snapshot
 from trainer.state import TrainState
+from trainer.writing import as_known
 
 PROBE_TOKENS = 16
 _CLOSE_S = 5.0
@@ -107,14 +108,15 @@ class Saver:
 
         Raises:
             StorageError: there is no room for it; nothing has been written. The same on every rank.
-            MaskwrightError: the save before has failed on some rank.
+            MaskwrightError: the save before has failed on some rank; or this rank could not copy its part, which only this rank knows then.
         """
         if state.step == self._saved_step:
             return
         started_at = time.monotonic()
         self._context.heartbeat(state.step, "checkpoint")
         free_bytes = self._ranks.all_do("save the checkpoint before", lambda: self._wait(state.step))[0]
-        sizes = self._ranks.all_do("copy its part of the checkpoint", lambda: self._take_snapshot(engine, state))
+        probe = self._take_snapshot(engine)
+        sizes = self._ranks.all_do("copy its part of the checkpoint", lambda: self._complete_snapshot(probe, state))
         require_room(self._run, state.step, sum(sizes), free_bytes)
         request = SaveRequest(
             run=self._run,
@@ -177,11 +179,21 @@ class Saver:
             self._save = None
         return checkpoints_of(self._run).free_bytes() if self._context.rank == 0 else None
 
-    def _take_snapshot(self, engine: Engine, state: TrainState) -> int:
-        """Copy what this rank has to save into the memory of the last save; returns its bytes."""
+    def _take_snapshot(self, engine: Engine) -> dict[str, torch.Tensor]:
+        """Copy what this rank has to save into the memory of the last save; returns the probe.
+
+        DeepSpeed's collectives are in it. A rank that fails raises at once, as it does in a step: the others are in a collective, where they cannot
+        hear of it, and the end of the group takes seconds, their waiting for each other minutes.
+        """
         self._snapshot.clear()
-        engine.snapshot(self._snapshot)
-        probe = probe_of(engine)()
+        try:
+            engine.snapshot(self._snapshot)
+            return probe_of(engine)()
+        except Exception as error:
+            raise as_known(error, f"rank {self._context.rank} could not copy its part of the checkpoint") from error
+
+    def _complete_snapshot(self, probe: dict[str, torch.Tensor], state: TrainState) -> int:
+        """Add what is ours; returns the bytes of this rank's part."""
         require_finite(probe, state.step)
         if self._context.rank == 0:
             self._snapshot.add(PROBE_FILE, to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in probe.items()}))

@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,9 +19,9 @@ from data_pipeline.prepare import Prepared
 from data_pipeline.scratch import Scratch
 from data_pipeline.storage import Location
 from tests.support.checkpoints import GOLDEN_MODEL, golden_run, resign, run_config, save_request, snapshot_of
+from tests.support.neighbours import Neighbours, Table
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, reachable_object_store
 from trainer import node_copy
-from trainer.agreement import Ranks
 from trainer.background_save import Save
 from trainer.checkpoint import Checkpoint, list_checkpoints, newest_usable, open_checkpoint
 from trainer.checkpoint_store import checkpoints_of
@@ -89,23 +88,6 @@ def test_a_rank_copies_its_own_part_only(run: RunFolder) -> None:
     assert {path.name for path in found.zero_folder.iterdir()} == {Path(name).name for name in FILES[0] if name.startswith("zero")}
 
 
-class Neighbours(Ranks):
-    """Ranks of one node that are threads of this process."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, words: list[Any]) -> None:
-        super().__init__(rank, barrier.parties, None, 60.0)
-        object.__setattr__(self, "_barrier", barrier)
-        object.__setattr__(self, "_words", words)
-
-    def _gather(self, outcome: Any, what: str, original: Exception | None) -> list[Any]:
-        barrier, words = self._barrier, self._words
-        words[self.rank] = outcome
-        barrier.wait(60)
-        heard = list(words)
-        barrier.wait(60)
-        return heard
-
-
 def test_ranks_of_a_node_share_one_copy_and_the_last_removes_it(
     run: RunFolder, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,10 +97,10 @@ def test_ranks_of_a_node_share_one_copy_and_the_last_removes_it(
     manifest = checkpoints_of(run).read("step-00000005")
     assert isinstance(manifest, Manifest)
     store.fail()
-    barrier, words = threading.Barrier(3), [None] * 3
+    table = Table(3)
 
     def copy(rank: int) -> tuple[Scratch, list[list[Problem]]]:
-        return copy_to_nodes(Neighbours(rank, barrier, words), run.checkpoints / "step-00000005", manifest, lambda _: manifest.files, lambda: None)
+        return copy_to_nodes(Neighbours(rank, table), run.checkpoints / "step-00000005", manifest, lambda _: manifest.files, lambda: None)
 
     with ThreadPoolExecutor(3) as threads:
         copies = list(threads.map(copy, range(3)))
