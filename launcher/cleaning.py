@@ -22,6 +22,7 @@ from launcher.runs import read_config, run_ids
 from trainer.checkpoint_store import Entry, checkpoints_of
 from trainer.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from trainer.manifest import Manifest, Problem, parse_manifest
+from trainer.retention import committed_by
 from trainer.runlog import RunFolder
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -80,18 +81,23 @@ def _set_aside(run: RunFolder) -> Iterator[tuple[Location, str]]:
 
 
 def _set_aside_in_store(run: RunFolder) -> Iterator[tuple[Location, str]]:
-    """Manifests that were set aside, then files that no committed manifest names. A step with a manifest that cannot be read is left alone."""
-    entries = checkpoints_of(run).entries()
+    """Manifests that were set aside, then files that no committed manifest names. A step whose committed manifest cannot be read is left alone.
+
+    Files whose own manifest was lost, by the word of the run's events or of what was set aside in its place, are a damaged checkpoint.
+    """
+    entries, vouched = checkpoints_of(run).entries(), committed_by(run.read_events())
     any_committed = any(not entry.kind for entry in entries)
-    for _, group in groupby(sorted(entries, key=lambda entry: (entry.step, entry.name)), key=lambda entry: entry.step):
+    for step, group in groupby(sorted(entries, key=lambda entry: (entry.step, entry.name)), key=lambda entry: entry.step):
         there = list(group)
         manifests = [(entry.kind, _manifest(run, entry)) for entry in there if entry.kind != "partial"]
         readable = [(kind, manifest.attempt) for kind, manifest in manifests if isinstance(manifest, Manifest)]
-        if len(readable) < len(manifests):
+        lost = len(readable) < len(manifests)
+        if lost and any(not kind and isinstance(manifest, Problem) for kind, manifest in manifests):
             continue
         kinds = {attempt: kind for kind, attempt in sorted(readable, reverse=True)}  # committed last: it counts
         for entry in there:
-            kind = kinds.get(entry.attempt, "partial") if entry.kind == "partial" else entry.kind
+            unnamed = "damaged" if lost or vouched.get(step) == entry.attempt else "partial"
+            kind = kinds.get(entry.attempt, unnamed) if entry.kind == "partial" else entry.kind
             if kind == "partial" or (kind and any_committed):
                 yield run.checkpoints / entry.name, kind
 

@@ -100,6 +100,31 @@ def store() -> Iterator[ObjectStore]:
         yield running
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_in_a_store_a_checkpoint_whose_manifest_was_lost_goes_once_there_is_another(store: ObjectStore, *, resumed: bool) -> None:
+    """Also after the next resume, which has set an empty manifest aside in its place."""
+    storage = Location(f"s3://{store.bucket}/lost-{resumed}")
+    run = write_run(storage, "a")
+
+    def save(step: int) -> None:
+        Save(save_request(run, step, 0, 1, 1), snapshot_of({"state.json": b"{}"})).start().wait(60.0)
+
+    save(20)
+    (run.checkpoints / "step-00000020" / "MANIFEST.json").remove()
+    if resumed:
+        checkpoints_of(run).set_aside("step-00000020", "damaged", 2)
+        run.append_event("checkpoint_damaged", attempt=2, step=20)
+    assert find_in_run(run) == [], "it may be all that is left"
+    save(30)
+    found = find_in_run(run)
+    assert {each.location.name: each.kind for each in found} == dict.fromkeys(
+        ["MANIFEST.damaged-2.json", "attempt-1"] if resumed else ["attempt-1"], "damaged"
+    )
+    for leftover in found:
+        remove(leftover, storage)
+    assert run.checkpoints.children() == ["step-00000030"]
+
+
 def test_in_a_store_files_that_a_committed_manifest_names_stay(store: ObjectStore) -> None:
     storage = Location(f"s3://{store.bucket}/runs")
     run = write_run(storage, "a")
