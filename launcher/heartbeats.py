@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +20,7 @@ from launcher.clusters.existing import Process, draining_nodes, remove_placement
 from launcher.group_watch import BoardLostError, Member
 from launcher.health import UNHEARD, Beat, Seen
 from launcher.lease import process_start
+from launcher.process_table import see_processes
 from launcher.rank_log import keep_logs_of_killed
 
 _ANSWER_S = 5.0
@@ -220,9 +220,9 @@ class RayGroup:
         for rank, log in logs.items():
             if rank in self.members:
                 by_node.setdefault(self.members[rank].node, []).append(log)
-        copying = [_on(node, keep_logs_of_killed).remote(there) for node, there in by_node.items()]
-        if copying:
-            ray.wait(copying, num_returns=len(copying), timeout=_KEEP_LOGS_S)
+        with suppress(RayError):  # why the attempt ended is the news
+            if copying := [_on(node, keep_logs_of_killed).remote(there) for node, there in by_node.items()]:
+                ray.wait(copying, num_returns=len(copying), timeout=_KEEP_LOGS_S)
 
     def close(self) -> None:
         """End the board."""
@@ -234,22 +234,3 @@ def _on(node: str, function: Callable[..., Any]) -> Any:
     """A function as a task of a node, which takes no place from a rank."""
     there: Any = NodeAffinitySchedulingStrategy(node, soft=False)
     return ray.remote(num_cpus=0, max_retries=0)(function).options(scheduling_strategy=there)
-
-
-def see_processes(processes: Mapping[int, tuple[int, str]]) -> dict[int, tuple[Seen, str]]:
-    """What is seen of processes of this machine (by rank: number and start), and what the system says of each."""
-    return {rank: _see_process(pid, started) for rank, (pid, started) in processes.items()}
-
-
-def _see_process(pid: int, started: str) -> tuple[Seen, str]:
-    folder = Path(f"/proc/{pid}")
-    try:
-        if (start := process_start(pid)) != (started or start) or not start:
-            return Seen.GONE, f"process {pid} is gone\n"
-        state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        text = (folder / "status").read_text()
-    except OSError:
-        return Seen.GONE, f"process {pid} is gone\n"
-    with suppress(OSError):
-        text += f"wchan:\t{(folder / 'wchan').read_text()}\n"
-    return (Seen.STOPPED if state in "Tt" else Seen.ALIVE), text

@@ -96,7 +96,7 @@ class RankWatch:
     ask_to_stop: Callable[[], None]
     end: Callable[[int], None] = os._exit
     keep_log: Callable[[], object] = nothing
-    """Copies the log to storage; called when nobody else can any more."""
+    """Copies the log to storage; called where nobody else will."""
     _obeyed: tuple[str, ...] = ()
     _unanswered: int = 0
     _heard_at: float = field(default_factory=time.monotonic)
@@ -136,7 +136,8 @@ class RankWatch:
         if commands is None:
             self._unanswered += 1
             if self._unanswered > 2 and time.monotonic() - self._heard_at > ORPHANED_AFTER_S:
-                self._end_orphaned()
+                silent_s = time.monotonic() - self._heard_at
+                self._end_with("nothing has been heard of the driver for %.0f s", silent_s, last=self.keep_log, within_s=_KEEP_LOG_S)
             return
         self._unanswered, self._heard_at = 0, time.monotonic()
         for command in commands:
@@ -165,9 +166,6 @@ class RankWatch:
         if last_attempt(self.run) > self.attempt:
             self.line.tell(END)
             self._end_with("attempt %d is superseded by a newer one", self.attempt)
-
-    def _end_orphaned(self) -> None:
-        self._end_with("nothing has been heard of the driver for %.0f s", time.monotonic() - self._heard_at, last=self.keep_log, within_s=_KEEP_LOG_S)
 
     def _end_with(self, why: str, *values: object, last: Callable[[], object] = nothing, within_s: float = _WRITE_S) -> None:
         def log() -> None:
