@@ -190,8 +190,9 @@ def starting_processes() -> dict[int, Process]:
     from ray._private.state import state
 
     with _asking_the_head():
+        job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
         hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-        actors = sorted(state.actor_table(None, job_id=ray.get_runtime_context().job_id).items())
+        actors = sorted(state.actor_table(None, job_id=job).items())
     ranks = [actor for _, actor in actors if actor["ActorClassName"] == _RANK_ACTOR]
     there = {number: actor for number, actor in enumerate(ranks) if actor["Pid"] and actor["State"] != "DEAD"}
     late = {number: actor for number, actor in there.items() if actor["State"] != "ALIVE"} or there
