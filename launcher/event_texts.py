@@ -9,6 +9,7 @@ Event = Mapping[str, Any]
 
 FROM_RANKS = {
     "precision_chosen",
+    "attention_chosen",
     "slow_precision",
     "resumed",
     "continued",
@@ -133,6 +134,9 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "preempted": lambda event: f"{', '.join(event.get('nodes') or ['machines'])} will be taken away: saving a checkpoint{_because(event)}",
     "precision_chosen": lambda event: (
         f"computing in {event.get('precision')}, which is fastest on this {_DEVICES.get(event.get('device', ''), 'device')}"
+    ),
+    "attention_chosen": lambda event: (
+        f"attention kernel: {event.get('kernels')}, which is fastest on this {_DEVICES.get(event.get('device', ''), 'device')}"
     ),
     "slow_precision": lambda event: (
         f"{event.get('precision')} takes {event.get('factor')} times as long as {event.get('faster')} in a matrix product on this processor; "

@@ -6,8 +6,11 @@ from typing import Any, Literal
 import torch
 
 from data_pipeline.errors import NotFoundError
+from trainer.attention import Table, fastest_kernels, table_in_words, usual_kernel
 from trainer.checkpoint import list_checkpoints
 from trainer.config import RunConfig
+from trainer.manifest import Circumstances
+from trainer.networks import PretrainingNetwork
 from trainer.runlog import RunFolder
 from trainer.totals import on_rank_zero
 
@@ -39,6 +42,51 @@ def looked_up(config: RunConfig, run: RunFolder, device: torch.device) -> RunCon
     return config.model_copy(update={"precision": on_rank_zero("look up the precision", precision)})
 
 
+def settled_kernels(config: RunConfig, run: RunFolder, network: PretrainingNetwork, device: torch.device, attempt: int) -> Table:
+    """The attention kernels of the run: a person's choice, or those that the run was begun with; in a new run those that rank 0's device is fastest
+    with. `config.precision` is settled. Collective.
+
+    Raises:
+        ConfigError: the architecture has no such kernel.
+    """
+    network.require_kernel(config.model.attention)
+
+    def choose() -> Table:
+        known = _known_kernels(config, run, device)
+        if known is not None:
+            return known
+        candidates = network.candidate_kernels()
+        kernels = fastest_kernels(config, network.config, candidates, device)
+        run.choices.write_json({"device": device.type, **_read(run), "attention": kernels})
+        if len(candidates) > 1:
+            run.append_event("attention_chosen", attempt=attempt, kernels=table_in_words(kernels), device=device.type)
+        return kernels
+
+    return on_rank_zero("choose attention kernels", choose)
+
+
+def looked_up_kernels(config: RunConfig, run: RunFolder, network: PretrainingNetwork, device: torch.device) -> Table:
+    """The same as `settled_kernels`, for who only looks. Collective."""
+    network.require_kernel(config.model.attention)
+
+    def look_up() -> Table:
+        known = _known_kernels(config, run, device)
+        return fastest_kernels(config, network.config, network.candidate_kernels(), device) if known is None else known
+
+    return on_rank_zero("look up attention kernels", look_up)
+
+
+def _known_kernels(config: RunConfig, run: RunFolder, device: torch.device) -> Table | None:
+    """None where nobody has chosen yet."""
+    lengths = [str(length) for length in config.batch.sequence_lengths]
+    if config.model.attention != "auto":
+        return dict.fromkeys(lengths, config.model.attention)
+    if chosen := _read(run).get("attention"):
+        return chosen
+    trained = _newest_circumstances(run)  # which began before there was a choice, has lost it, or left it to a person
+    return None if trained is None else trained.attention or dict.fromkeys(lengths, usual_kernel(device))
+
+
 def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> str:
     if config.precision != "auto":
         if config.precision == "bf16" and device.type == "cpu" and attempt == 1 and (slower := 1 / bf16_gain()) > _SLOWER:
@@ -48,7 +96,7 @@ def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt:
     if known is not None:
         return known
     precision = fastest_precision(device)
-    run.choices.write_json({"precision": precision, "device": device.type})
+    run.choices.write_json({**_read(run), "precision": precision, "device": device.type})
     run.append_event("precision_chosen", attempt=attempt, precision=precision, device=device.type)
     return precision
 
@@ -67,8 +115,13 @@ def _read(run: RunFolder) -> dict[str, Any]:
 
 def _trained_in(run: RunFolder) -> str | None:
     """What the newest checkpoint was computed in: of a run that began before it made choices, or that has lost them."""
+    trained = _newest_circumstances(run)
+    return None if trained is None else trained.precision
+
+
+def _newest_circumstances(run: RunFolder) -> Circumstances | None:
     checkpoints = list_checkpoints(run)
-    return checkpoints[-1].manifest.circumstances.precision if checkpoints else None
+    return checkpoints[-1].manifest.circumstances if checkpoints else None
 
 
 def fastest_precision(device: torch.device) -> Precision:

@@ -36,6 +36,9 @@ class ModelConfig(Section):
     """Dropout of hidden states and attention probabilities, keyed by (seed, micro-batch). Exported with the model: fine-tuning uses it, too."""
     initializer_range: float = Field(default=0.02, gt=0.0)
     """Standard deviation of the initial weights. Narrow networks leave the plateau of word frequencies sooner with a larger one."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """Attention kernel: `eager` plain matrix products, `sdpa` torch's scaled_dot_product_attention. `auto`: for each sequence length what is fastest
+    forward and backward in the run's precision; measured before step 1 and kept for the whole run (`choices.json`)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     transformers: dict[str, Any] = Field(default_factory=dict)

@@ -6,8 +6,8 @@ Reads and hashes files; imports no torch unless asked for the present circumstan
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -67,9 +67,11 @@ class Circumstances:
     threads_per_rank: int
     device: str
     versions: dict[str, str]
+    attention: Mapping[str, str] = field(default_factory=dict)
+    """Kernels by row length; empty of a release that did not choose."""
 
     @classmethod
-    def now(cls, *, world_size: int, zero_stage: int, precision: str) -> "Circumstances":
+    def now(cls, *, world_size: int, zero_stage: int, precision: str, attention: Mapping[str, str]) -> "Circumstances":
         """The circumstances of this process."""
         import torch
 
@@ -77,13 +79,16 @@ class Circumstances:
         # Kernels, and so the order of additions, differ between instruction sets as they do between GPU models.
         device = f"cuda {torch.cuda.get_device_name()}" if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
         versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-        return cls(world_size, zero_stage, precision, torch.get_num_threads(), device, versions)
+        return cls(world_size, zero_stage, precision, torch.get_num_threads(), device, versions, attention)
 
     def differences(self, now: "Circumstances") -> list[str]:
         """One line for each way in which `now` differs, old value first."""
         before, after = asdict(self), asdict(now)
         before |= {f"{name} version": value for name, value in before.pop("versions").items()}
         after |= {f"{name} version": value for name, value in after.pop("versions").items()}
+        then = before.pop("attention") or dict.fromkeys(now.attention, "sdpa" if self.device.startswith("cuda") else "eager")
+        before |= {f"attention at {length} tokens": kernel for length, kernel in then.items()}
+        after |= {f"attention at {length} tokens": kernel for length, kernel in after.pop("attention").items()}
         return [f"{key.replace('_', ' ')}: {before.get(key)}, now {after.get(key)}" for key in after if before.get(key) != after[key]]
 
 
@@ -119,7 +124,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "step": self.step,
             "attempt": self.attempt,
-            **asdict(self.circumstances),
+            **{name: value for name, value in asdict(self.circumstances).items() if name != "attention" or value},
             "files": {name: asdict(file) for name, file in self.files.items()},
             "train_state": self.train_state.to_json(),
             "config": self.config,
@@ -141,10 +146,10 @@ class Manifest:
             raise ValueError("its contents do not match the digest in it")
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in value["files"]):
             raise ValueError("it names files outside its folder")
-        fields = ("world_size", "zero_stage", "precision", "threads_per_rank", "device", "versions")
+        names = ("world_size", "zero_stage", "precision", "threads_per_rank", "device", "versions")
         return cls(
             attempt=value["attempt"],
-            circumstances=Circumstances(**{field: value[field] for field in fields}),
+            circumstances=Circumstances(**{name: value[name] for name in names}, attention=value.get("attention", {})),
             files={name: FileDigest(**file) for name, file in value["files"].items()},
             train_state=TrainState.from_json(value["train_state"]),
             config=value["config"],

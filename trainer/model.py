@@ -9,8 +9,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, UnreachableError
 from trainer.architectures import longest_row, new_network_config, require_architecture, with_dropout
+from trainer.attention import usual_kernel
 from trainer.config import ModelConfig, RunConfig
-from trainer.networks import PretrainingMaskedLM, PretrainingNetwork, attention_implementation, network_class
+from trainer.networks import PretrainingMaskedLM, PretrainingNetwork, network_class
 
 
 def build_model(
@@ -29,7 +30,7 @@ def build_model(
 
     tokenizer = load_tokenizer(tokenizer_folder)
     vocab_size = vocabulary_of(tokenizer).size  # not len(tokenizer): ids may have gaps
-    attention = attention_implementation(device)
+    attention = usual_kernel(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if config.init_from is None:

@@ -4,7 +4,7 @@ Parameters keep their transformers names, so that exported weights load in stock
 of a row, D hidden width, N places to predict, V vocabulary.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertForPreTraining, GPT2LMHeadModel, ModernBertForMaskedLM
 
 from data_pipeline.errors import ConfigError
+from trainer.attention import KERNELS, kernel_for
 from trainer.batch import TensorBatch
 from trainer.known_architectures import why_unknown
 from trainer.objectives import LossSums, loss_sums
@@ -70,14 +71,17 @@ class PretrainingNetwork(nn.Module):
     """Whether it is told which segment a token is of."""
     is_causal: ClassVar[bool] = False
     """Whether a token attends to those before it only."""
+    kernels: Mapping[str, str] = {}
+    """Attention kernels by row length, see `trainer.attention.Table`; empty for the one that the network was built with."""
     config: Any
+    _supports_sdpa: bool
 
     def forward(self, batch: TensorBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The fields of `LossSums`, as a plain tuple because DeepSpeed's hooks look for tensors in tuples.
 
         All parameters are in the graph whatever the batch holds. Never waits for the device (`PretrainingMaskedLM` may).
         """
-        hidden_RTD = self._encode(Rows.of(batch)).flatten(0, 1)
+        hidden_RTD = self._hidden(Rows.of(batch)).flatten(0, 1)
         first_B1D, chosen_ND = hidden_RTD.index_select(0, batch.starts_B)[:, None], hidden_RTD.index_select(0, batch.mlm_positions_N)
         token_logits_NV, pair_logits_B2 = self._token_logits(chosen_ND), self._pair_logits(first_B1D)
         sums = loss_sums(token_logits_NV, batch.mlm_labels_N, pair_logits_B2, batch.nsp_labels_B)
@@ -85,9 +89,30 @@ class PretrainingNetwork(nn.Module):
 
     def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
         """In fp32, `mlm_logits` (B, T, V) and, where there is a head for pairs, `nsp_logits` (B, 2) of a sample a row."""
-        hidden_BTD = self._encode(Rows.padded(input_ids_BT, token_type_ids_BT, attention_mask_BT))
+        hidden_BTD = self._hidden(Rows.padded(input_ids_BT, token_type_ids_BT, attention_mask_BT))
         found = {"mlm_logits": self._token_logits(hidden_BTD).float()}
         return found | {"nsp_logits": self._pair_logits(hidden_BTD).float()} if self.has_pair_head else found
+
+    def candidate_kernels(self) -> list[str]:
+        """Attention kernels that the architecture has."""
+        return list(KERNELS) if self._supports_sdpa else ["eager"]
+
+    def require_kernel(self, name: str) -> None:
+        """Refuse an attention kernel that the architecture lacks; `auto` chooses among those that it has.
+
+        Raises:
+            ConfigError: it has none of that name.
+        """
+        if name not in ("auto", *self.candidate_kernels()):
+            raise ConfigError(
+                f"model.attention {name}: {self.config.model_type} has no such attention in transformers", "Set model.attention to auto or eager."
+            )
+
+    def _hidden(self, rows: Rows) -> Tensor:
+        """(R, T, D), with the kernel for rows of this length, which transformers looks up in each forward pass."""
+        if self.kernels:
+            self.config._attn_implementation = kernel_for(self.kernels, rows.input_ids.shape[1])
+        return self._encode(rows)
 
     def _encode(self, rows: Rows) -> Tensor:
         """(R, T, D)"""
@@ -102,10 +127,8 @@ class PretrainingNetwork(nn.Module):
         return first_BTD.new_zeros(len(first_BTD), PAIR_CLASSES)
 
     def _as_mask(self, attend: Tensor, dtype: torch.dtype) -> Tensor:
-        """`attend` as the attention kernel wants it: plain attention adds the mask to the scores."""
-        if self.config._attn_implementation != "eager":
-            return attend
-        return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
+        """`attend` as the attention kernel takes it."""
+        return KERNELS[self.config._attn_implementation].mask(attend, dtype)
 
 
 class PretrainingBert(PretrainingNetwork, BertForPreTraining):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -213,11 +236,6 @@ def buffers_kept(network: nn.Module) -> Generator[None]:
         owner, _, attribute = name.rpartition(".")
         module = network.get_submodule(owner)
         setattr(module, attribute, buffer.to(getattr(module, attribute).device))
-
-
-def attention_implementation(device: torch.device) -> str:
-    """Attention kernel by device: on a CPU, SDPA's bf16 kernel takes twice the time of plain matrix products."""
-    return "sdpa" if device.type == "cuda" else "eager"
 
 
 def _counting(ids_RT: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
 from data_pipeline.tokenizer import load_tokenizer, vocabulary_of
-from trainer.choices import settled
+from trainer.choices import settled, settled_kernels
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome, training_device
@@ -56,6 +56,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     saver = Saver.open(folder, config, context, attempt)  # before the corpus is missed on a host that does not see the storage: that is the cause
     corpora = Mixture.open(Location.at(corpus), config.data)
     engine = build_engine(config, corpora)
+    engine.model.kernels = settled_kernels(config, folder, engine.model, engine.device, attempt)
     soundness = Soundness.open(folder, config, saver, attempt)
     fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
     state = saver.resume(engine, fresh, before_step=soundness.resume_before)

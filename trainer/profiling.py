@@ -19,8 +19,9 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
 from trainer.agreement import Ranks, agreement_group
+from trainer.attention import table_in_words
 from trainer.checkpoint import has_same_layout, newest_intact
-from trainer.choices import looked_up
+from trainer.choices import looked_up, looked_up_kernels
 from trainer.config import RunConfig
 from trainer.context import ForwardingContext, RunContext
 from trainer.costs import LABEL, costs_of
@@ -95,6 +96,7 @@ def profile_steps(config: RunConfig, corpus: str, run: str, output: str, steps: 
     config = looked_up(config, folder, training_device())
     corpora = Mixture.open(Location.at(corpus), config.data)
     engine = build_engine(config, corpora)
+    engine.model.kernels = looked_up_kernels(config, folder, engine.model, engine.device)
     fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
     state = _load(engine, folder, config, fresh, timeline)
     first_step = min(state.step, config.schedule.steps - steps - WARM_UP_STEPS)
@@ -108,6 +110,7 @@ def profile_steps(config: RunConfig, corpus: str, run: str, output: str, steps: 
         "world_size": context.world_size,
         "zero_stage": config.zero.stage,
         "precision": config.precision,
+        "attention": table_in_words(engine.model.kernels),
         "device": device_name(engine.device),
         "step_s": sum(seconds.values()) / steps,
         "phases": _phases(seconds, steps, reduces_apart=engine.reduces_apart) if seconds else [],

@@ -98,7 +98,7 @@ class Saver:
             found.discard_copy()
         self._saved_step = found.step
         if rank == 0:
-            self._record_resume(found, load_s=time.monotonic() - started_at, rewinds=before_step is not None)
+            self._record_resume(engine, found, load_s=time.monotonic() - started_at, rewinds=before_step is not None)
         return found.state
 
     def save(self, engine: Engine, state: TrainState, validation_loss: float | None = None) -> None:
@@ -122,7 +122,7 @@ class Saver:
             run=self._run,
             config=self._config,
             state=state,
-            circumstances=self._circumstances(),
+            circumstances=self._circumstances(engine),
             attempt=self._attempt,
             rank=self._context.rank,
             require_current=self._context.require_current,
@@ -200,10 +200,13 @@ class Saver:
             self._snapshot.add_json(STATE_FILE, state.to_json())
         return self._snapshot.num_bytes
 
-    def _circumstances(self) -> Circumstances:
-        return Circumstances.now(world_size=self._context.world_size, zero_stage=self._config.zero.stage, precision=self._config.precision)
+    def _circumstances(self, engine: Engine) -> Circumstances:
+        config = self._config
+        return Circumstances.now(
+            world_size=self._context.world_size, zero_stage=config.zero.stage, precision=config.precision, attention=engine.model.kernels
+        )
 
-    def _record_resume(self, found: Checkpoint, *, load_s: float, rewinds: bool) -> None:
+    def _record_resume(self, engine: Engine, found: Checkpoint, *, load_s: float, rewinds: bool) -> None:
         """The event `resumed` (R8): nothing is repeated or skipped in the surviving history; what a failure cost is counted apart."""
         events = self._run.read_events()
         reached = steps_done(self._run.newest_metrics(), events)
@@ -221,7 +224,7 @@ class Saver:
             rewound_from=reached if rewinds else None,
             load_s=round(load_s, 3),
             cause=interruption.cause,
-            not_bit_exact_because=why_not_exact(found.manifest, self._circumstances(), self._config),
+            not_bit_exact_because=why_not_exact(found.manifest, self._circumstances(engine), self._config),
         )
 
 

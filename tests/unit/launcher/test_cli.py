@@ -442,7 +442,7 @@ def test_verify_a_checkpoint(made: RunFolder, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     manifest = Manifest(
         attempt=1,
-        circumstances=Circumstances.now(world_size=1, zero_stage=1, precision="fp32"),
+        circumstances=Circumstances.now(world_size=1, zero_stage=1, precision="fp32", attention={}),
         files={"state.json": FileDigest.of(folder / "state.json")},
         train_state=TrainState(step=5),
         config={},

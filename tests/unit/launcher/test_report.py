@@ -294,6 +294,8 @@ def test_events_of_every_kind_are_told_in_words() -> None:
     failed = {"kind": "checkpoint_failed", "step": 4, "rank": 1, "retried": True, "cause": "no space"}
     assert tell(failed) == "the checkpoint of step 4 failed on rank 1, it is tried again: no space"
     assert tell({"kind": "preempted", "step": None, "nodes": ["a", "b"]}) == "a, b will be taken away: saving a checkpoint"
+    chosen = {"kind": "attention_chosen", "step": None, "kernels": "eager up to 128 tokens, sdpa up to 512 tokens", "device": "cpu"}
+    assert tell(chosen) == "attention kernel: eager up to 128 tokens, sdpa up to 512 tokens, which is fastest on this processor"
     assert tell({"kind": "something_new", "time": 1.0, "step": 1, "attempt": 1, "size": 3, "url": "s3://key:hidden@bucket"}) == (
         "size 3; url s3://(redacted)@bucket"
     )

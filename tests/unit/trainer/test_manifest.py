@@ -26,6 +26,10 @@ def manifest(**files: bytes) -> Manifest:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_manifest(tmp_path, manifest(a=b"1", b=b"22"))
     assert read_manifest(tmp_path) == manifest(a=b"1", b=b"22")
+    chosen = replace(manifest(a=b"1"), circumstances=replace(CIRCUMSTANCES, attention={"1024": "sdpa", "128": "eager"}))
+    write_manifest(tmp_path, chosen)
+    assert read_manifest(tmp_path) == chosen
+    assert "attention" not in manifest(a=b"1").to_json()  # of a release that did not choose: its digest stays
 
 
 @pytest.mark.parametrize("key", ["step", "attempt", "world_size", "files", "train_state", "config", "versions", "digest"])
@@ -101,6 +105,8 @@ def test_shares_cover_every_file_once_and_evenly(sizes: dict[str, int], num_part
         ({}, None),
         ({"threads_per_rank": 2}, "threads per rank: 1, now 2"),
         ({"device": "cuda H200"}, "device: cpu AVX2, now cuda H200"),
+        ({"attention": {"128": "eager"}}, None),  # what releases took that did not choose
+        ({"attention": {"128": "eager", "512": "sdpa"}}, "attention at 512 tokens: eager, now sdpa"),
         ({"versions": {"torch": "2.14.0", "deepspeed": "0.19.8"}}, "torch version: 2.13.0, now 2.14.0"),
     ],
 )

@@ -1,0 +1,105 @@
+"""Attention kernels: which rows get which, what is measured, and networks that switch between them."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import ConfigError
+from tests.support.batches import random_micro_batch, small_config, write_tokenizer
+from trainer.attention import KERNELS, Shape, faster, fastest_kernels, kernel_for, measured, shape_of, table_in_words, usual_kernel
+from trainer.batch import tensor_batches
+from trainer.config import RunConfig
+from trainer.model import build_model
+from trainer.networks import PretrainingNetwork
+
+CPU = torch.device("cpu")
+PHASES = {"sequence_length": 32, "phases": [{"from_step": 10, "sequence_length": 64}]}
+
+
+def network_of(folder: Any, **model: Any) -> tuple[RunConfig, PretrainingNetwork]:
+    write_tokenizer(str(folder))
+    base, pairs = small_config(), {} if model.get("architecture", "bert") == "bert" else {"objective": {"sentence_objective": "none"}}
+    batch = base.batch.model_dump() | PHASES
+    config = small_config(model=base.model.model_dump() | {"attention": "auto"} | model, batch=batch, **pairs)
+    return config, build_model(config.model, str(folder), seed=3, sequence_length=64, device=CPU)
+
+
+def test_rows_get_the_kernel_of_the_shortest_that_are_as_long() -> None:
+    table = {"1024": "c", "128": "a", "512": "b"}
+    assert [kernel_for(table, length) for length in (1, 128, 129, 512, 513, 1024, 2000)] == ["a", "a", "b", "b", "c", "c", "c"]
+    assert table_in_words(table) == "a up to 128 tokens, b up to 512 tokens, c up to 1024 tokens"
+    assert table_in_words({"128": "a", "512": "a"}) == "a"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"eager": 1.0, "sdpa": 0.5}, "sdpa"),
+        ({"eager": 1.0, "sdpa": 0.95}, "eager"),  # noise
+        ({"eager": 1.0, "sdpa": 2.0}, "eager"),
+    ],
+)
+def test_another_kernel_than_the_usual_one_must_gain(seconds: dict[str, float], chosen: str) -> None:
+    assert faster(seconds, "eager") == chosen
+
+
+def test_a_run_has_a_kernel_for_each_of_its_lengths(tmp_path: Any) -> None:
+    config, network = network_of(tmp_path)
+    found = fastest_kernels(config, network.config, network.candidate_kernels(), CPU)
+    assert found.keys() == {"32", "64"}
+    assert set(found.values()) <= KERNELS.keys()
+    assert fastest_kernels(config, None, ["eager"], CPU) == {"32": "eager", "64": "eager"}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_kernel_is_measured_and_random_numbers_stay(packed: bool) -> None:
+    before = torch.get_rng_state()
+    shape = Shape(rows=2, heads=2, length=24, head_width=8, packed=packed, dtype=torch.float32, dropout=0.1)
+    seconds = measured(list(KERNELS), shape, CPU)
+    assert seconds.keys() == KERNELS.keys()
+    assert all(0 < spent < 10 for spent in seconds.values())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_measured_has_the_shape_of_the_run_and_is_bounded(tmp_path: Any) -> None:
+    config, network = network_of(tmp_path)
+    assert shape_of(config, network.config, 32, CPU) == Shape(4, 2, 32, 16, packed=False, dtype=torch.float32, dropout=0.0)
+    large = shape_of(config, network.config, 2048, CPU)
+    assert (large.rows, large.length) == (1, 2048)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "roberta"])
+def test_a_network_switches_by_the_length_of_rows(tmp_path: Any, architecture: str) -> None:
+    _, network = network_of(tmp_path, architecture=architecture)
+    short, long = (tensor_batches(random_micro_batch(1, num_tokens=length, pairs=False))[0] for length in (24, 64))
+    expected = [network(batch)[0].item() for batch in (short, long)]
+    network.kernels = {"32": "sdpa", "64": "eager"}
+    for batch, kernel, loss in zip((short, long, short), ("sdpa", "eager", "sdpa"), (*expected, expected[0]), strict=True):
+        assert network(batch)[0].item() == pytest.approx(loss, rel=1e-5)
+        assert network.config._attn_implementation == kernel
+
+
+@pytest.mark.parametrize("packing", ["none", "rows"])
+def test_dropout_falls_alike_in_both_kernels_of_a_cpu(tmp_path: Any, packing: Any) -> None:
+    """R4: what is dropped depends on the seed, not on the kernel."""
+    _, network = network_of(tmp_path, dropout=0.3)
+    batch, losses = tensor_batches(random_micro_batch(1, num_samples=8, num_tokens=32, packing=packing))[0], []
+    for kernel in KERNELS:
+        network.kernels = {"64": kernel}
+        torch.manual_seed(5)
+        losses.append(network(batch)[0].item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_kernel_that_the_architecture_lacks_is_refused(tmp_path: Any) -> None:
+    _, network = network_of(tmp_path, architecture="deberta-v2")
+    assert network.candidate_kernels() == ["eager"]
+    with pytest.raises(ConfigError, match="deberta-v2 has no such attention"):
+        network.require_kernel("sdpa")
+    for name in ("auto", "eager"):
+        network.require_kernel(name)
+
+
+def test_plain_products_are_usual_on_a_cpu_and_sdpa_on_a_gpu() -> None:
+    assert (usual_kernel(CPU), usual_kernel(torch.device("cuda"))) == ("eager", "sdpa")

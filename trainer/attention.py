@@ -1,0 +1,151 @@
+"""Which kernel computes attention: a table by row length, measured on this device before step 1, and masks in the form that each kernel takes.
+
+Shape suffixes: R rows, H heads, T places of a row, W width of a head.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.bert.modeling_bert import eager_attention_forward
+
+from trainer.config import RunConfig
+
+Table = Mapping[str, str]
+"""By the longest row that it is for, in tokens, the name of a kernel; as JSON has it."""
+
+_FASTER = 1.1
+"""What a kernel must gain on the usual one to be chosen."""
+_TIMINGS = 5
+_MOST_SCORES = 1 << 20
+"""Scores (R x H x T x T) of a measurement, unless one row has more: some milliseconds of a core, some megabytes."""
+_MOST_SCORES_GPU = 1 << 25
+"""The same of a GPU, which less would not fill."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to compute attention, under the name that transformers gives it."""
+
+    forward: Callable[..., tuple[Tensor, Any]]
+    """As transformers calls it; stands in for each architecture's own function of the name."""
+    mask: Callable[[Tensor, torch.dtype], Tensor]
+    """From "attends to" (R, 1, 1 or T, T) and the dtype of the scores to the mask that it takes."""
+
+
+def _added(attend: Tensor, dtype: torch.dtype) -> Tensor:
+    """What plain attention adds to the scores."""
+    return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
+
+
+KERNELS: dict[str, Kernel] = {
+    "eager": Kernel(eager_attention_forward, _added),
+    "sdpa": Kernel(sdpa_attention_forward, lambda attend, dtype: attend),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of one layer over a micro-batch, as it is measured."""
+
+    rows: int
+    heads: int
+    length: int
+    head_width: int
+    packed: bool
+    """Whether rows hold several samples, so that each place has a mask of its own."""
+    dtype: torch.dtype
+    dropout: float
+
+
+def usual_kernel(device: torch.device) -> str:
+    """What is taken unless another one is found to be faster: on a CPU, SDPA's bf16 kernel takes twice the time of plain matrix products."""
+    return "sdpa" if device.type == "cuda" else "eager"
+
+
+def kernel_for(table: Table, length: int) -> str:
+    """The kernel of the shortest rows in `table` that are as long as `length`, or of its longest: rows are padded to their longest sample only."""
+    known = sorted(map(int, table))
+    return table[str(next((longest for longest in known if longest >= length), known[-1]))]
+
+
+def table_in_words(table: Table) -> str:
+    """For people: one name, or which at which length."""
+    kernels = set(table.values())
+    return kernels.pop() if len(kernels) == 1 else ", ".join(f"{table[length]} up to {length} tokens" for length in sorted(table, key=int))
+
+
+def fastest_kernels(config: RunConfig, network_config: Any, candidates: list[str], device: torch.device) -> dict[str, str]:
+    """For each sequence length of the run, which of `candidates` is fastest forward and backward on `device`, which is measured."""
+    if len(candidates) == 1:
+        return {str(length): candidates[0] for length in config.batch.sequence_lengths}
+    shapes = {str(length): shape_of(config, network_config, length, device) for length in config.batch.sequence_lengths}
+    return {length: faster(measured(candidates, shape, device), usual_kernel(device)) for length, shape in shapes.items()}
+
+
+def faster(seconds: Mapping[str, float], usual: str) -> str:
+    """The kernel with the least seconds, if it gains a tenth over the usual one: less is noise."""
+    best = min(seconds, key=lambda name: seconds[name])
+    return best if seconds[usual] > _FASTER * seconds[best] else usual
+
+
+def shape_of(config: RunConfig, network_config: Any, length: int, device: torch.device) -> Shape:
+    """The run's micro-batches at `length`, with fewer rows where they would take long to measure."""
+    heads = int(network_config.num_attention_heads)
+    most_rows = (_MOST_SCORES_GPU if device.type == "cuda" else _MOST_SCORES) // (heads * length * length)
+    return Shape(
+        rows=max(1, min(config.batch.micro_batch_size // config.batch.split, most_rows)),
+        heads=heads,
+        length=length,
+        head_width=int(getattr(network_config, "head_dim", None) or network_config.hidden_size // heads),
+        packed=config.batch.row_packing == "rows" or config.objective.kind == "clm",
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision],
+        dropout=config.model.dropout,
+    )
+
+
+def measured(candidates: list[str], shape: Shape, device: torch.device) -> dict[str, float]:
+    """Seconds of each kernel, forward and backward: the least of a few times, in which they take turns. Leaves torch's random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        passes = {name: _pass_of(KERNELS[name], shape, device) for name in candidates}
+        for once in passes.values():  # which may set things up
+            once()
+        best = dict.fromkeys(passes, float("inf"))
+        for _ in range(_TIMINGS):
+            for name, once in passes.items():
+                best[name] = min(best[name], _seconds(once, device))
+    return best
+
+
+def _pass_of(kernel: Kernel, shape: Shape, device: torch.device) -> Callable[[], Any]:
+    """A forward and backward pass over made-up rows; every second place of two samples a row, or the last place padding."""
+    size = (shape.rows, shape.length, shape.heads, shape.head_width)
+    query_RHTW, key_RHTW, value_RHTW = (torch.randn(size, dtype=shape.dtype, device=device, requires_grad=True).transpose(1, 2) for _ in range(3))
+    places_T = torch.arange(shape.length, device=device)
+    if shape.packed:
+        attend = (places_T[:, None] % 2 == places_T % 2).expand(shape.rows, 1, -1, -1)
+    else:
+        attend = (places_T < shape.length - 1).expand(shape.rows, 1, 1, -1)
+    mask, layer = kernel.mask(attend, shape.dtype), nn.Identity()
+
+    def once() -> Any:
+        attended_RTHW, _ = kernel.forward(layer, query_RHTW, key_RHTW, value_RHTW, mask, dropout=shape.dropout, scaling=shape.head_width**-0.5)
+        return torch.autograd.grad(attended_RTHW, (query_RHTW, key_RHTW, value_RHTW), cast(Any, torch.ones_like(attended_RTHW)))
+
+    return once
+
+
+def _seconds(once: Callable[[], Any], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    started_at = time.perf_counter()
+    once()
+    wait()
+    return time.perf_counter() - started_at
