@@ -11,7 +11,7 @@ from trainer.config import RunConfig
 
 FREE = (
     *("storage", "data", "zero", "batch.split", "batch.loader_workers", "checkpoint", "validation", "numerics", "finetune"),
-    *("model.activation_checkpointing", "model.attention"),
+    *("model.activation_checkpointing", "model.attention", "model.compile"),
 )
 """Change what a run costs or keeps, never what it computes (beyond summation order, and but for steps in numeric trouble)."""
 DELIBERATE = (*("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"), "schedule")

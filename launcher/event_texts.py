@@ -10,6 +10,8 @@ Event = Mapping[str, Any]
 FROM_RANKS = {
     "precision_chosen",
     "attention_chosen",
+    "compiling",
+    "compiled",
     "slow_precision",
     "resumed",
     "continued",
@@ -138,6 +140,8 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
     "attention_chosen": lambda event: (
         f"attention kernel: {event.get('kernels')}, which is fastest on this {_DEVICES.get(event.get('device', ''), 'device')}"
     ),
+    "compiling": lambda event: f"compiling {event.get('layers')} layers, which may take a minute or two",
+    "compiled": lambda event: f"compiled in {event.get('seconds')} s",
     "slow_precision": lambda event: (
         f"{event.get('precision')} takes {event.get('factor')} times as long as {event.get('faster')} in a matrix product on this processor; "
         "precision: auto takes the faster"

@@ -185,8 +185,8 @@ def why_not_exact(manifest: Manifest, now: Circumstances, config: RunConfig | No
             reasons.append(f"batch.split: {split}, now {config.batch.split} (dropout is drawn for each part)")
         if _zero_layout(manifest)[2] != config.zero.deepspeed:
             reasons.append("zero.deepspeed differs")
-        if manifest.config.get("model", {}).get("activation_checkpointing", False) != config.model.activation_checkpointing:
-            reasons.append("model.activation_checkpointing differs")
+        before, after = manifest.config.get("model", {}), config.model
+        reasons += [f"model.{name} differs" for name in ("activation_checkpointing", "compile") if before.get(name, False) != getattr(after, name)]
     if now.device.startswith("cuda"):
         reasons.append("GPU kernels may add in another order each time")
     return reasons

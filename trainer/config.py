@@ -39,6 +39,10 @@ class ModelConfig(Section):
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """Attention kernel: `eager` plain matrix products, `sdpa` torch's scaled_dot_product_attention. `auto`: for each sequence length what is fastest
     forward and backward in the run's precision; measured before step 1 and kept for the whole run (`choices.json`)."""
+    compile: bool = False
+    """Compile the layers with torch.compile before step 1, which each attempt waits for: about a minute, less where torch's cache
+    (`TORCHINDUCTOR_CACHE_DIR`, by default a folder of the user in the temporary one) has them. Needs a C++ compiler, on a GPU Triton. Not under
+    `zero.stage` 3 or with `activation_checkpointing`. On a CPU it may as well be slower; `maskwright profile` tells."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     transformers: dict[str, Any] = Field(default_factory=dict)
@@ -212,10 +216,18 @@ class RunConfig(Section):
         if self.name == "corpora":
             raise ValueError("name 'corpora' is taken by the corpora folder; choose another")
         self._require_learnable(self.model.architecture)
+        self._require_compilable()
         longest = max(self.batch.sequence_lengths)
         if self.model.init_from is None and longest > self.model.max_positions:
             raise ValueError(f"batch.sequence_length {longest} exceeds model.max_positions {self.model.max_positions}")
         return self
+
+    def _require_compilable(self) -> None:
+        """Refuse to compile what is changed under the compiler's hands."""
+        if self.model.compile and self.zero.stage == 3:
+            raise ValueError("model.compile does not go with zero.stage 3, which takes parameters away between layers; choose another stage")
+        if self.model.compile and self.model.activation_checkpointing:
+            raise ValueError("model.compile does not go with model.activation_checkpointing; set one of them to false")
 
     def _require_learnable(self, architecture: str) -> None:
         """Refuse an architecture that cannot learn the objective; of one that there is not, say that and nothing else."""

@@ -15,6 +15,7 @@ from data_pipeline.storage import Location
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
 from data_pipeline.tokenizer import load_tokenizer, vocabulary_of
 from trainer.choices import settled, settled_kernels
+from trainer.compiling import compile_layers, nobody
 from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine, StepOutcome, training_device
@@ -57,6 +58,9 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     corpora = Mixture.open(Location.at(corpus), config.data)
     engine = build_engine(config, corpora)
     engine.model.kernels = settled_kernels(config, folder, engine.model, engine.device, attempt)
+    if config.model.compile:
+        context.heartbeat(0, "set-up")
+        compile_layers(engine.model, config, engine.device, partial(folder.append_event, attempt=attempt) if context.rank == 0 else nobody)
     soundness = Soundness.open(folder, config, saver, attempt)
     fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
     state = saver.resume(engine, fresh, before_step=soundness.resume_before)

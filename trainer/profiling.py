@@ -22,6 +22,7 @@ from trainer.agreement import Ranks, agreement_group
 from trainer.attention import table_in_words
 from trainer.checkpoint import has_same_layout, newest_intact
 from trainer.choices import looked_up, looked_up_kernels
+from trainer.compiling import compile_layers
 from trainer.config import RunConfig
 from trainer.context import ForwardingContext, RunContext
 from trainer.costs import LABEL, costs_of
@@ -97,6 +98,8 @@ def profile_steps(config: RunConfig, corpus: str, run: str, output: str, steps: 
     corpora = Mixture.open(Location.at(corpus), config.data)
     engine = build_engine(config, corpora)
     engine.model.kernels = looked_up_kernels(config, folder, engine.model, engine.device)
+    if config.model.compile:
+        compile_layers(engine.model, config, engine.device)
     fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
     state = _load(engine, folder, config, fresh, timeline)
     first_step = min(state.step, config.schedule.steps - steps - WARM_UP_STEPS)
@@ -111,6 +114,7 @@ def profile_steps(config: RunConfig, corpus: str, run: str, output: str, steps: 
         "zero_stage": config.zero.stage,
         "precision": config.precision,
         "attention": table_in_words(engine.model.kernels),
+        "compiled": config.model.compile,
         "device": device_name(engine.device),
         "step_s": sum(seconds.values()) / steps,
         "phases": _phases(seconds, steps, reduces_apart=engine.reduces_apart) if seconds else [],

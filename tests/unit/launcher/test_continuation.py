@@ -19,7 +19,7 @@ def changed(*overrides: str) -> RunConfig:
 @pytest.mark.parametrize(
     "override",
     [
-        *("zero.stage=3", "model.attention=sdpa"),
+        *("zero.stage=3", "model.attention=sdpa", "model.compile=true"),
         "batch.split=2",
         "batch.loader_workers=1",
         "checkpoint.every_steps=7",

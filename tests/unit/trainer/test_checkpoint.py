@@ -289,5 +289,7 @@ def test_what_may_change_the_last_bits_is_said() -> None:
     assert why_not_exact(manifest, manifest.circumstances, split) == ["batch.split: 1, now 2 (dropout is drawn for each part)"]
     overridden = config.model_copy(update={"zero": config.zero.model_copy(update={"deepspeed": {"zero_optimization": {"overlap_comm": True}}})})
     assert why_not_exact(manifest, manifest.circumstances, overridden) == ["zero.deepspeed differs"]
+    compiled = config.model_copy(update={"model": config.model.model_copy(update={"compile": True})})
+    assert why_not_exact(manifest, manifest.circumstances, compiled) == ["model.compile differs"]
     on_gpu = replace(manifest.circumstances, device="cuda X")
     assert why_not_exact(replace(manifest, circumstances=on_gpu), on_gpu, config) == ["GPU kernels may add in another order each time"]
