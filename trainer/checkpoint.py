@@ -25,10 +25,14 @@ from trainer.retention import committed_by
 from trainer.runlog import RunFolder
 from trainer.snapshot import ZERO_FOLDER
 from trainer.state import TrainState
+from trainer.zero_config import ZeroConfig
 
 STATE_FILE = "state.json"
 PROBE_FILE = "probe.safetensors"
 _RANK_FILE = re.compile(r"zero_pp_rank_(\d+)_")
+_LAYOUT = ("offload_optimizer", "offload_parameters", "deepspeed")
+"""What decides, beside ranks and stage, which part of what lies where: DeepSpeed has another optimizer for an offloaded state at stage 1 in bf16,
+and the raw block orders parameters and cuts groups."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,7 @@ def _open(ranks: Ranks, checkpoints: Checkpoints, name: str, config: RunConfig |
 
 
 def has_same_layout(manifest: Manifest, config: RunConfig, world_size: int) -> bool:
-    """Whether the files are laid out for as many ranks, the ZeRO stage and the `zero.deepspeed` of this attempt.
+    """Whether the files are laid out for as many ranks, the ZeRO stage, the offload and the `zero.deepspeed` of this attempt.
 
     Raises:
         ConfigError: the precision differs.
@@ -167,13 +171,13 @@ def has_same_layout(manifest: Manifest, config: RunConfig, world_size: int) -> b
             f"the checkpoint of step {manifest.step} was written in {then.precision}, this attempt has {config.precision}",
             f"Set precision to {then.precision} to continue this run.",
         )
-    return _zero_layout(manifest) == (world_size, config.zero.stage, config.zero.deepspeed)
+    before, now = _zero_settings(manifest), config.zero.model_dump(mode="json")
+    return (then.world_size, then.zero_stage) == (world_size, config.zero.stage) and all(before[name] == now[name] for name in _LAYOUT)
 
 
-def _zero_layout(manifest: Manifest) -> tuple[int, int, dict[str, Any]]:
-    """All that decides which part of what lies where: also `zero.deepspeed`, which orders parameters and cuts groups."""
-    then = manifest.circumstances
-    return then.world_size, then.zero_stage, manifest.config.get("zero", {}).get("deepspeed", {})
+def _zero_settings(manifest: Manifest) -> dict[str, Any]:
+    """`zero` of the configuration that a checkpoint was written under; what its release did not know is at its default."""
+    return ZeroConfig().model_dump(mode="json") | manifest.config.get("zero", {})
 
 
 def why_not_exact(manifest: Manifest, now: Circumstances, config: RunConfig | None = None) -> list[str]:
@@ -183,8 +187,8 @@ def why_not_exact(manifest: Manifest, now: Circumstances, config: RunConfig | No
         split = manifest.config.get("batch", {}).get("split", 1)
         if split != config.batch.split:
             reasons.append(f"batch.split: {split}, now {config.batch.split} (dropout is drawn for each part)")
-        if _zero_layout(manifest)[2] != config.zero.deepspeed:
-            reasons.append("zero.deepspeed differs")
+        zero_before, zero = _zero_settings(manifest), config.zero.model_dump(mode="json")
+        reasons += [f"zero.{name} differs" for name in zero if name != "stage" and zero_before[name] != zero[name]]
         before, after = manifest.config.get("model", {}), config.model
         reasons += [f"model.{name} differs" for name in ("activation_checkpointing", "compile") if before.get(name, False) != getattr(after, name)]
     if now.device.startswith("cuda"):

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from data_pipeline.config import BatchConfig, CorpusConfig, DataConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
 from trainer.finetune_config import FinetuneConfig
 from trainer.known_architectures import why_unknown
+from trainer.zero_config import ZeroConfig
 
 _WITH_PAIR_HEAD = ("bert",)
 _CAUSAL = ("gpt2",)
@@ -117,15 +118,6 @@ class ScheduleConfig(Section):
         return self.steps - self.decay_steps
 
 
-class ZeroConfig(Section):
-    """DeepSpeed ZeRO (Rajbhandari et al. 2020)."""
-
-    stage: Literal[0, 1, 2, 3] = 1
-    """0: replicate; 1: partition optimizer state; 2: also gradients; 3: also parameters."""
-    deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Raw DeepSpeed settings merged last over the derived ones. Keys that this project derives are refused."""
-
-
 class CheckpointConfig(Section):
     """When checkpoints are committed and which are kept."""
 
@@ -217,6 +209,7 @@ class RunConfig(Section):
             raise ValueError("name 'corpora' is taken by the corpora folder; choose another")
         self._require_learnable(self.model.architecture)
         self._require_compilable()
+        self._require_possible_zero()
         longest = max(self.batch.sequence_lengths)
         if self.model.init_from is None and longest > self.model.max_positions:
             raise ValueError(f"batch.sequence_length {longest} exceeds model.max_positions {self.model.max_positions}")
@@ -245,6 +238,15 @@ class RunConfig(Section):
         if self.batch.packing == "rows" and architecture not in _PACKED:
             return f"model.architecture {architecture} cannot keep the samples of a row apart; set batch.packing to none"
         return None
+
+    def _require_possible_zero(self) -> None:
+        """Refuse what DeepSpeed cannot do with this optimizer or precision."""
+        if self.optimizer.kind == "lamb" and self.zero.offloads_state:  # LAMB's norms are sums over ranks, whose process group may know GPUs only
+            raise ValueError(
+                "optimizer.kind lamb does not go with an offloaded optimizer: set zero.offload_optimizer to none, or optimizer.kind to adamw"
+            )
+        if self.zero.overlap is True and not self.zero.can_overlap(self.precision):
+            raise ValueError("zero.overlap cannot be true at zero.stage 1 in bf16, where nothing is offloaded; set it to auto")
 
     @property
     def phases(self) -> tuple[Phase, ...]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from trainer.batch import TensorBatch
 from trainer.config import RunConfig
-from trainer.deepspeed_config import derive_deepspeed_config, offloads_optimizer, require_compiler
+from trainer.deepspeed_config import builds_own_adam, derive_deepspeed_config, require_compiler
 from trainer.lamb import Lamb
 from trainer.networks import PretrainingNetwork, as_loss_sums, buffers_kept
 from trainer.objectives import LossSums, LossWeights
@@ -65,15 +65,15 @@ class Engine:
         """Partition `model` over the ranks of the default process group. `config.precision` is settled, not `auto`.
 
         Raises:
-            ConfigError: the device cannot compute in the configured precision, or `zero.deepspeed` is refused.
+            ConfigError: the device cannot compute in the configured precision, or `zero.overlap` cannot be had in it.
             EnvironmentMismatchError: `zero.deepspeed` asks for what must be compiled, and there is no compiler; or torch is too old.
         """
         device = training_device()
         _refuse_unsupported_precision(config.precision, device)
-        settings = derive_deepspeed_config(config, dist.get_world_size())
+        settings = derive_deepspeed_config(config, dist.get_world_size(), device.type)
         deepspeed = _import_deepspeed(device)
         require_compiler(settings, importlib.import_module("deepspeed.git_version_info").installed_ops)
-        optimizer = build_optimizer(model, config.optimizer, offloaded=offloads_optimizer(settings))
+        optimizer = build_optimizer(model, config.optimizer, deepspeeds_own=builds_own_adam(settings))
         with redirect_stdout(io.StringIO()), buffers_kept(model):  # rank 0 prints its memory for every parameter group
             wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
         if isinstance(optimizer, Lamb):
@@ -179,7 +179,10 @@ class Engine:
             ConfigError: the checkpoint is of another network, or in fp16, whose loss scale is not carried over yet.
         """
         if self._config.precision == "fp16":
-            raise ConfigError("a run in fp16 cannot change its world size or ZeRO stage yet", "Resume with the workers and zero.stage that it had.")
+            raise ConfigError(
+                "a run in fp16 cannot change its world size, ZeRO stage, offload or zero.deepspeed yet",
+                "Resume with the workers and `zero` that it had.",
+            )
         zero_state, zero_load = importlib.import_module("trainer.zero_state"), importlib.import_module("trainer.zero_load")
         zero_load.give_state(self._deepspeed, self._config.zero.stage, zero_state.open_state(folder))
         self._apply_optimizer_settings()

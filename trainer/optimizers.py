@@ -18,12 +18,12 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     return [{"params": decayed, "weight_decay": config.weight_decay, **shared}, {"params": others, "weight_decay": 0.0, **shared}]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, offloaded: bool) -> torch.optim.Optimizer:
-    """The optimizer of `model`; `offloaded` is for state in main memory beside a GPU, of which DeepSpeed insists on an Adam of its own."""
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, deepspeeds_own: bool) -> torch.optim.Optimizer:
+    """The optimizer of `model`; `deepspeeds_own` is for state that the raw block offloads, of which DeepSpeed insists on an Adam of its own."""
     groups = parameter_groups(model, config)
     if config.kind == "lamb":
         groups[1]["trust_ratio"] = False  # as in the paper's own code: a bias or layer norm says nothing about the length of its update
         return Lamb(groups, lr=config.lr)
-    if offloaded:
+    if deepspeeds_own:
         return importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(groups, lr=config.lr, adamw_mode=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)

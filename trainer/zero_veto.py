@@ -4,6 +4,7 @@ Asked without a veto, it says no at once. DeepSpeed would search every gradient 
 computes next says the same, and refuses the step just so: a norm over the gradients of all ranks is not finite if one gradient is not.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -25,6 +26,8 @@ class Veto:
         elif hasattr(optimizer, "check_grad_overflow"):  # stages 1 and 2
             optimizer.check_grad_overflow = True  # so that it asks, and looks at the norm in bf16 too
             optimizer.check_overflow = veto._check
+        if getattr(optimizer, "cpu_offload", False):
+            optimizer.reset_cpu_buffers = veto._forgetting(optimizer.reset_cpu_buffers)
         return veto
 
     def drop_gradients(self) -> None:
@@ -43,3 +46,12 @@ class Veto:
     def _check(self, *_: Any, **__: Any) -> bool:
         self._engine.optimizer.overflow = self._dropping
         return self._dropping
+
+    def _forgetting(self, reset_cpu_buffers: Callable[[], None]) -> Callable[[], None]:
+        """Where the state is offloaded DeepSpeed keeps the reduced gradients of a step that it refuses, and adds the next step's to them."""
+
+        def reset() -> None:
+            reset_cpu_buffers()
+            self._engine.optimizer.averaged_gradients.clear()
+
+        return reset

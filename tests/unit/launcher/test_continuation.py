@@ -20,6 +20,7 @@ def changed(*overrides: str) -> RunConfig:
     "override",
     [
         *("zero.stage=3", "model.attention=sdpa", "model.compile=true"),
+        *("zero.stage=3", "zero.offload_optimizer=cpu", "zero.bucket_elements=7", "zero.overlap=true"),
         "batch.split=2",
         "batch.loader_workers=1",
         "checkpoint.every_steps=7",

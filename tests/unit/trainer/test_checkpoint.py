@@ -267,6 +267,13 @@ def test_what_moves_parameters_within_the_files_is_another_layout() -> None:
     assert has_same_layout(replace(manifest, config=turned.model_dump(mode="json")), turned, 2)
 
 
+def test_a_state_that_is_offloaded_is_another_layout_and_a_bucket_is_not() -> None:
+    manifest = read_manifest(GOLDEN)  # of a release that knew neither
+    assert isinstance(manifest, Manifest)
+    assert not has_same_layout(manifest, run_config(1, zero={"stage": 1, "offload_optimizer": "cpu"}), 2)
+    assert has_same_layout(manifest, run_config(1, zero={"stage": 1, "bucket_elements": 7}), 2)
+
+
 def test_another_precision_is_refused() -> None:
     manifest = read_manifest(GOLDEN)
     assert isinstance(manifest, Manifest)
@@ -291,5 +298,7 @@ def test_what_may_change_the_last_bits_is_said() -> None:
     assert why_not_exact(manifest, manifest.circumstances, overridden) == ["zero.deepspeed differs"]
     compiled = config.model_copy(update={"model": config.model.model_copy(update={"compile": True})})
     assert why_not_exact(manifest, manifest.circumstances, compiled) == ["model.compile differs"]
+    smaller = config.model_copy(update={"zero": config.zero.model_copy(update={"bucket_elements": 7})})
+    assert why_not_exact(manifest, manifest.circumstances, smaller) == ["zero.bucket_elements differs"]
     on_gpu = replace(manifest.circumstances, device="cuda X")
     assert why_not_exact(replace(manifest, circumstances=on_gpu), on_gpu, config) == ["GPU kernels may add in another order each time"]

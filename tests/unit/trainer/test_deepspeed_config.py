@@ -15,7 +15,7 @@ GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
         "train_batch_size": 12,
         "gradient_clipping": 0.0,
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": 0},
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": 50_000_000},
     },
     (0, "bf16"): {
         "train_micro_batch_size_per_gpu": 4,
@@ -23,8 +23,18 @@ GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
         "train_batch_size": 12,
         "gradient_clipping": 1.0,
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": 0},
+        "zero_optimization": {"stage": 0, "reduce_bucket_size": 50_000_000},
         "bf16": {"enabled": True},
+    },
+    (1, "bf16"): {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 12,
+        "gradient_clipping": 1.0,
+        "communication_data_type": "fp32",
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000, "overlap_comm": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": True, "immediate_grad_update": True},
     },
     (2, "bf16"): {
         "train_micro_batch_size_per_gpu": 4,
@@ -32,7 +42,7 @@ GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
         "train_batch_size": 12,
         "gradient_clipping": 1.0,
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 50_000_000, "overlap_comm": False},
         "data_types": {"grad_accum_dtype": "fp32"},
         "bf16": {"enabled": True},
     },
@@ -42,7 +52,7 @@ GOLDEN: dict[tuple[int, str], dict[str, Any]] = {
         "train_batch_size": 12,
         "gradient_clipping": 1.0,
         "communication_data_type": "fp32",
-        "zero_optimization": {"stage": 3, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 50_000_000, "overlap_comm": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "fp16": {"enabled": True, "loss_scale": 0},
     },
@@ -62,39 +72,39 @@ def test_overrides_are_merged_last() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "named", "instead"),
+    ("stage", "precision", "device", "overlaps"),
     [
-        ({"train_batch_size": 8}, "train_batch_size", "batch"),
-        ({"bf16": {"enabled": False}}, "bf16", "precision"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "zero.stage"),
-        ({"gradient_clipping": 2.0}, "gradient_clipping", "optimizer.clip_norm"),
-        ({"optimizer": {"type": "Adam"}}, "optimizer", "optimizer"),
+        *((1, "fp32", "cpu", False), (2, "bf16", "cpu", False), (3, "bf16", "cpu", True)),
+        *((1, "fp16", "cuda", True), (1, "bf16", "cuda", False), (2, "bf16", "cuda", True), (3, "bf16", "cuda", True)),
     ],
 )
-def test_derived_keys_are_refused(overrides: dict[str, Any], named: str, instead: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        derive_deepspeed_config(small_config(zero={"stage": 1, "deepspeed": overrides}), world_size=2)
-    assert f"zero.deepspeed.{named} is derived" in caught.value.cause
-    assert f"`{instead}`" in caught.value.remedy
+def test_gradients_are_reduced_beside_the_backward_pass_where_it_can_be(stage: int, precision: str, device: str, overlaps: bool) -> None:
+    config = small_config(zero={"stage": stage}, precision=precision)
+    assert derive_deepspeed_config(config, 2, device)["zero_optimization"]["overlap_comm"] is overlaps
+    chosen = small_config(zero={"stage": 2, "overlap": not overlaps}, precision=precision)
+    assert derive_deepspeed_config(chosen, 2, device)["zero_optimization"]["overlap_comm"] is not overlaps
+
+
+def test_what_bf16_cannot_do_is_refused_once_it_is_chosen() -> None:
+    config = small_config(zero={"stage": 1, "overlap": True}, precision="auto")
+    with pytest.raises(ConfigError, match=r"zero\.overlap"):
+        derive_deepspeed_config(config.model_copy(update={"precision": "bf16"}), 2)
+    assert derive_deepspeed_config(config.model_copy(update={"precision": "fp32"}), 2)["zero_optimization"]["overlap_comm"] is True
+
+
+def test_offload_keeps_the_optimizer() -> None:
+    zero = {"stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu", "bucket_elements": 7}
+    derived = derive_deepspeed_config(small_config(zero=zero), world_size=2)
+    offloaded = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    assert derived["zero_optimization"] == {"stage": 3, "reduce_bucket_size": 7, "overlap_comm": True, **offloaded}
+    assert derived["zero_force_ds_cpu_optimizer"] is False
+    assert compiled_ops(derived) == {}
 
 
 @pytest.mark.parametrize(("stage", "untested"), [(0, {}), (1, {"zero_allow_untested_optimizer": True}), (3, {"zero_allow_untested_optimizer": True})])
 def test_lamb_differs_in_what_lets_it_pass(stage: int, untested: dict[str, Any]) -> None:
     lamb, adamw = (derive_deepspeed_config(small_config(zero={"stage": stage}, optimizer={"kind": kind}), 2) for kind in ("lamb", "adamw"))
     assert lamb == adamw | untested
-
-
-@pytest.mark.parametrize(
-    "zero", [{"offload_optimizer": {"device": "cpu"}}, {"offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, {"cpu_offload": True}]
-)
-@pytest.mark.parametrize("forced", [True, False])
-def test_lamb_is_not_offloaded(zero: dict[str, Any], forced: bool) -> None:
-    overrides = {"zero_optimization": zero, "zero_force_ds_cpu_optimizer": forced}
-    with pytest.raises(ConfigError) as caught:
-        derive_deepspeed_config(small_config(zero={"stage": 2, "deepspeed": overrides}, optimizer={"kind": "lamb"}), world_size=2)
-    assert "lamb" in caught.value.cause
-    assert "offload_optimizer" in caught.value.cause
-    assert "adamw" in caught.value.remedy
 
 
 def settings_of(overrides: dict[str, Any]) -> dict[str, Any]:
