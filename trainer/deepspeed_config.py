@@ -43,13 +43,16 @@ def _zero_optimization(config: RunConfig, device: str) -> dict[str, Any]:
     zero = config.zero
     if zero.overlap is True and not zero.can_overlap(config.precision):
         raise ConfigError("zero.overlap cannot be true at zero.stage 1 in bf16, where nothing is offloaded", "Set zero.overlap to auto.")
-    settings = {"stage": zero.stage, "reduce_bucket_size": zero.bucket_elements}
+    settings: dict[str, Any] = {"stage": zero.stage, "reduce_bucket_size": zero.bucket_elements}
     if zero.stage == 0:
         return settings
+    overlaps = zero.overlaps(config.precision, device)
+    if zero.stage == 1 and config.precision == "fp32" and not (overlaps or zero.offloads_state or "zero_optimization" in zero.deepspeed):
+        settings["contiguous_gradients"] = False  # `zero_buckets` lays them out better
     offloaded = {"offload_optimizer": zero.offload_optimizer, "offload_param": zero.offload_parameters}
     return {
         **settings,
-        "overlap_comm": zero.overlaps(config.precision, device),
+        "overlap_comm": overlaps,
         **{key: {"device": where} for key, where in offloaded.items() if where != "none"},
     }
 

@@ -1,4 +1,4 @@
-"""`Reduction`, which says when DeepSpeed reduces gradients over the ranks, and in what pieces: it stands around the calls in which it does.
+"""`Reduction`, which says when DeepSpeed reduces gradients over the ranks: it stands around the calls in which it does.
 
 Stages 0 and 1 reduce in one call, after a step's last backward pass. Stage 2 does so after every one, and within it whenever a bucket is
 full. Stage 3, and any stage with `overlap_comm`, reduces beside the backward pass, where no time is its own.
@@ -6,8 +6,9 @@ full. Stage 3, and any stage with `overlap_comm`, reduces beside the backward pa
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
+
+from trainer.zero_buckets import cut_into_buckets
 
 
 def nobody(phase: str) -> None:
@@ -28,7 +29,7 @@ class Reduction:
     @classmethod
     def over(cls, engine: Any) -> "Reduction":
         """Stand around the calls of `engine`, where reductions are apart. Its buckets hold everywhere what the configuration says."""
-        _cut_into_buckets(engine)
+        cut_into_buckets(engine)
         is_apart = engine.zero_optimization_stage() < 3 and not engine.zero_overlap_comm()
         reduction, optimizer = cls(engine, is_apart=is_apart), engine.optimizer
         if is_apart:
@@ -63,15 +64,3 @@ class Reduction:
     def _communicates(self) -> bool:
         """Between two boundaries stages 0 and 1 only accumulate."""
         return self._engine.is_gradient_accumulation_boundary() or self._engine.zero_optimization_partition_gradients()
-
-
-def _cut_into_buckets(engine: Any) -> None:
-    """Stage 0, and stage 1 in bf16, do not know `reduce_bucket_size`. The latter has flat vectors of gradients, which DeepSpeed would join in a copy
-    and copy back: parts of them are reduced where they lie."""
-    optimizer, elements = engine.optimizer, engine.zero_reduce_bucket_size()
-    if hasattr(optimizer, "get_grads_for_reduction"):
-        parts = [part for flat in optimizer.get_grads_for_reduction()[0] for part in flat.split(elements)]
-        optimizer.get_grads_for_reduction = lambda: (parts, {})
-        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=0)  # each part by itself
-    else:
-        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=elements)

@@ -1,4 +1,4 @@
-"""`zero.bucket_elements` bounds what is reduced at once, at every stage, and changes nothing else."""
+"""`zero.bucket_elements` bounds what is reduced at once, at every stage, and changes nothing else; nor does how gradients lie at stage 1 in fp32."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.test_elastic import values_of
+from tests.distributed.test_offload import step_of
 from tests.support.batches import small_config, write_tokenizer
-from tests.support.checkpoints import build_engine, train_step
+from tests.support.checkpoints import build_engine, train_step, write_engine
 from tests.support.distributed import run_distributed
+from trainer.zero_buckets import FlatGradients
 
 CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16")]
 LARGEST = 97 * 32
@@ -43,3 +46,36 @@ def test_no_more_than_a_bucket_is_reduced_at_once(tmp_path: Path) -> None:
         assert norms == pytest.approx(expected, rel=1e-6), case
         assert small <= LARGEST + SMALL < large, case
         assert case != (1, "bf16") or small == SMALL
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "flat": {},
+    "in buckets": {"bucket_elements": SMALL},
+    "DeepSpeed's": {"deepspeed": {"zero_optimization": {"contiguous_gradients": True}}},
+}
+
+
+def each_way(rank: int, world_size: int, tokenizer: str, root: str) -> dict[str, list[float]]:
+    """Norms of steps after one whose gradients are dropped; the weights and moments that they lead to are saved below `root`."""
+    found: dict[str, list[float]] = {}
+    for name, zero in WAYS.items():
+        engine = build_engine(small_config(zero={"stage": 1} | zero), tokenizer)
+        assert isinstance(getattr(engine._deepspeed.optimizer.reduce_gradients, "__self__", None), FlatGradients) == (name != "DeepSpeed's")
+        step_of(engine, rank, world_size, 99, dropped=True)
+        found[name] = [step_of(engine, rank, world_size, step).grad_norm for step in range(3)]
+        write_engine(engine, Path(root) / name)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.full), pytest.param(1, marks=pytest.mark.full)])
+def test_gradients_that_lie_flat_are_those_of_deepspeed(tmp_path: Path, world_size: int) -> None:
+    """To the bit, on two ranks: on more the order of a sum may depend on its place in a bucket."""
+    write_tokenizer(str(tmp_path / "tokenizer"))
+    tolerance = 0.0 if world_size < 3 else 1e-6
+    for norms in run_distributed(each_way, world_size, (str(tmp_path / "tokenizer"), str(tmp_path)), timeout_s=60):
+        for name in WAYS:
+            assert norms[name] == pytest.approx(norms["DeepSpeed's"], rel=tolerance), name
+    expected = values_of(tmp_path / "DeepSpeed's")
+    for name in WAYS:
+        for key, value in values_of(tmp_path / name).items():
+            torch.testing.assert_close(value, expected[key], rtol=tolerance, atol=tolerance, msg=f"{name}: {key}")

@@ -64,6 +64,18 @@ def test_golden(stage: int, precision: str) -> None:
     assert derive_deepspeed_config(small_config(zero={"stage": stage}, precision=precision), world_size=3) == GOLDEN[stage, precision]
 
 
+def test_gradients_lie_flat_at_stage_1_in_fp32_unless_the_raw_block_says_anything_of_them() -> None:
+    for zero, flat in (
+        ({"stage": 1}, True),
+        ({"stage": 2}, False),
+        ({"stage": 1, "overlap": True}, False),
+        ({"stage": 1, "offload_optimizer": "cpu"}, False),
+        ({"stage": 1, "deepspeed": {"zero_optimization": {"round_robin_gradients": True}}}, False),
+    ):
+        settings = derive_deepspeed_config(small_config(zero=zero), world_size=2)["zero_optimization"]
+        assert (settings.get("contiguous_gradients") is False) == flat, zero
+
+
 def test_overrides_are_merged_last() -> None:
     overrides = {"zero_optimization": {"reduce_bucket_size": 7, "overlap_comm": True}, "wall_clock_breakdown": True}
     derived = derive_deepspeed_config(small_config(zero={"stage": 1, "deepspeed": overrides}), world_size=2)
