@@ -183,7 +183,7 @@ def _diagnose(error: Exception, recorded: Failure | None, watch: GroupWatch) -> 
     if recorded is not None:
         return recorded
     what = "the board of the attempt died" if watch.board_lost else f"the worker group failed: {_last_line(error)}"
-    return Failure(FailureKind.INFRASTRUCTURE, what, _RESUME, ExitCode.FAILED)
+    return Failure(FailureKind.INFRASTRUCTURE, what, _RESUME, ExitCode.FAILED, traceback=str(error))
 
 
 _RESUME = "Run `maskwright resume`."
