@@ -15,7 +15,7 @@ def derive_deepspeed_config(config: RunConfig, world_size: int, device: str = "c
 
     DeepSpeed's own counting of micro-batches is left at one a step: the engine states the accumulation boundary itself, because the
     number of micro-steps follows from the global batch and may change between phases. Gradients are accumulated and reduced in fp32;
-    stage 0 refuses the setting and gets the same by other means (see `trainer.engine`).
+    stage 0 refuses the setting and gets the same by other means (see `trainer.zero_start`).
 
     Raises:
         ConfigError: `zero.overlap` is true where it cannot be, `precision` having been left to measurement.

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data_pipeline.errors import ConfigError, EnvironmentMismatchError
+from data_pipeline.errors import ConfigError
 from trainer.batch import TensorBatch
 from trainer.config import RunConfig
 from trainer.deepspeed_config import builds_own_adam, derive_deepspeed_config, require_compiler
@@ -29,6 +29,7 @@ from trainer.objectives import LossSums, LossWeights
 from trainer.optimizers import build_optimizer
 from trainer.snapshot import Snapshot
 from trainer.zero_reduce import Reduction
+from trainer.zero_start import correct_start
 
 __all__ = ["Engine", "StepOutcome", "derive_deepspeed_config", "training_device"]
 
@@ -79,8 +80,7 @@ class Engine:
         if isinstance(optimizer, Lamb):
             optimizer.partitions = importlib.import_module("trainer.zero_load").partitions(wrapped, config.zero.stage)
         engine = cls(wrapped, config, device)
-        engine._make_stage_0_like_the_others()
-        engine._clear_padding()
+        correct_start(wrapped, config.zero.stage, config.precision)
         engine._apply_optimizer_settings()
         return engine
 
@@ -201,39 +201,6 @@ class Engine:
         decays = (settings.weight_decay, 0.0)  # in the order of `optimizers.parameter_groups`
         for group, weight_decay in zip(self._deepspeed.optimizer.param_groups, decays, strict=True):
             group.update(betas=settings.betas, eps=settings.eps, weight_decay=weight_decay)
-
-    def _make_stage_0_like_the_others(self) -> None:
-        """Undo two habits of the optimizer that DeepSpeed takes for 16-bit weights at stage 0.
-
-        While it is built it steps once on zero gradients: AdamW counts a step and decays the weights. And it accumulates gradients in
-        16 bits; `grad_dtype` makes autograd accumulate them in fp32, which it then uses without a copy.
-        """
-        if self._config.zero.stage > 0 or self._config.precision == "fp32":
-            return
-        if not hasattr(nn.Parameter, "grad_dtype"):  # setting it would do nothing, and the sums would silently be 16-bit
-            raise EnvironmentMismatchError(
-                f"torch {torch.__version__} cannot accumulate gradients in fp32 for 16-bit weights at ZeRO stage 0",
-                "Set zero.stage to 1, or upgrade torch.",
-            )
-        optimizer = self._deepspeed.optimizer
-        optimizer.state.clear()
-        optimizer.refresh_fp32_params()
-        for parameter in self.model.parameters():
-            parameter.grad_dtype = torch.float32
-
-    def _clear_padding(self) -> None:
-        """Stage 3 pads parts of parameters with whatever is in memory, and saves it: the same weights would have other files each time."""
-        if self._config.zero.stage < 3:
-            return
-        optimizer, rank = self._deepspeed.optimizer, dist.get_rank()
-        for group, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-            offset = 0
-            for parameter in group:
-                part = parameter.ds_tensor.ds_numel
-                own = min(part, max(0, parameter.ds_numel - rank * part))
-                for values in (parameter.ds_tensor.data, master.data[offset : offset + part]):
-                    values.view(-1)[own:] = 0
-                offset += part
 
 
 def _refuse_unsupported_precision(precision: str, device: torch.device) -> None:
