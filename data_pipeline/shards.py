@@ -1,6 +1,7 @@
 """Blocks of documents in WebDataset tars: written byte for byte the same, read by range, verified, decoded from an allow-list.
 
-No member is ever unpickled and no name is ever run: bytes come from our own opener, arrays from `.npy` without objects.
+No member is ever unpickled and no name is ever run: bytes come from our own opener, arrays from `.npy` without objects. webdataset, which imports
+torch, is imported where a tar is written or read: who only asks what a corpus holds need not wait for it.
 """
 
 import hashlib
@@ -12,8 +13,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from webdataset.tariterators import group_by_keys, tar_file_expander
-from webdataset.writer import TarWriter
 
 from data_pipeline.errors import DataCorruptError
 from data_pipeline.storage import Location
@@ -59,6 +58,8 @@ def checksum64(data: bytes | memoryview) -> int:
 
 def write_shard(name: str, blocks: Sequence[Block]) -> tuple[bytes, list[BlockExtent]]:
     """The tar as bytes, and where each block lies in it. Same blocks, same bytes: times, owners and modes are fixed."""
+    from webdataset.writer import TarWriter
+
     buffer = io.BytesIO()
     bounds: list[int] = [0]
     with TarWriter(buffer, user="", group="", mode=0o444, mtime=0, encoder=False) as writer:
@@ -130,6 +131,8 @@ def parse_block(data: bytes, key: str, shard: str) -> Block:
     """
     fields = _own_members(data, key)
     if fields is None:
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
         source = {"url": shard, "stream": io.BytesIO(data)}
         samples = list(group_by_keys(tar_file_expander([source])))
         if len(samples) != 1 or samples[0]["__key__"] != key:

@@ -1,15 +1,35 @@
-"""Useful floating-point operations of a step: what its real tokens need, padding and recomputation left out (pure)."""
+"""Useful floating-point operations of a step: what its real tokens need, padding and recomputation left out (pure;
+torch only to look at a network)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
-from transformers.pytorch_utils import Conv1D
-
-from trainer.networks import PretrainingNetwork
-from trainer.totals import StepCounts
+if TYPE_CHECKING:
+    from trainer.networks import PretrainingNetwork
 
 _POOLED = ("pooler", "seq_relationship")
+
+
+class Counts(Protocol):
+    """What a step holds: measured (`trainer.totals.StepCounts`), or expected."""
+
+    @property
+    def tokens(self) -> float:
+        """Of all samples."""
+        ...
+
+    @property
+    def masked(self) -> float:
+        """Tokens to be predicted."""
+        ...
+
+    @property
+    def samples(self) -> float: ...
+
+    @property
+    def squared_lengths(self) -> float:
+        """Sum over the samples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -27,8 +47,11 @@ class StepFlops:
     is_causal: bool
 
     @classmethod
-    def of(cls, network: PretrainingNetwork) -> "StepFlops":
+    def of(cls, network: "PretrainingNetwork") -> "StepFlops":
         """Those of a network, partitioned or not."""
+        from torch import nn
+        from transformers.pytorch_utils import Conv1D
+
         whole: Any = network
         encoder = {id(module) for module in whole.base_model.modules()}
         sizes = {"token": 0, "prediction": 0, "sample": 0}
@@ -38,7 +61,7 @@ class StepFlops:
                 sizes["sample" if is_pooled else "token" if id(module) in encoder else "prediction"] += _numel(module.weight)
         return cls(sizes["token"], sizes["prediction"], sizes["sample"], _attention(network.config), network.is_causal)
 
-    def of_step(self, counts: StepCounts) -> float:
+    def of_step(self, counts: Counts) -> float:
         """Operations of a step's global batch, forward and backward.
 
         A token of a sample of T attends to T places, half of them in a causal network: 2 T D multiply-adds a layer.
@@ -48,7 +71,7 @@ class StepFlops:
         return 3.0 * 2.0 * (linear + attended / (2 if self.is_causal else 1))
 
 
-def _places(counts: StepCounts, reach: int | None) -> int:
+def _places(counts: Counts, reach: int | None) -> float:
     """Places that the tokens of a step attend to in a layer, all together."""
     return counts.squared_lengths if reach is None else min(counts.squared_lengths, counts.tokens * (2 * reach + 1))
 

@@ -1,25 +1,12 @@
 """What a device multiplies at most: as its maker states it, and as it is measured here."""
 
-import re
 import time
 
 import torch
 
-STATED_TFLOPS: tuple[tuple[str, dict[torch.dtype, float]], ...] = (
-    (r"\bB200\b", {torch.bfloat16: 2250.0, torch.float16: 2250.0}),
-    (r"\bH(100|200) NVL\b", {torch.bfloat16: 835.5, torch.float16: 835.5, torch.float32: 60.0}),
-    (r"\bH100 PCIe\b", {torch.bfloat16: 756.0, torch.float16: 756.0, torch.float32: 51.0}),
-    (r"\b(H100|H200|GH200)\b", {torch.bfloat16: 989.4, torch.float16: 989.4, torch.float32: 67.0}),
-    (r"\bA100\b", {torch.bfloat16: 312.0, torch.float16: 312.0, torch.float32: 19.5}),
-    (r"\bL40S\b", {torch.bfloat16: 362.05, torch.float16: 362.05, torch.float32: 91.6}),
-    (r"\bL4\b", {torch.bfloat16: 121.0, torch.float16: 121.0, torch.float32: 30.3}),
-    (r"\bA10\b", {torch.bfloat16: 125.0, torch.float16: 125.0, torch.float32: 31.2}),
-    (r"\bV100-SXM2\b", {torch.float16: 125.0, torch.float32: 15.7}),
-    (r"\bT4\b", {torch.float16: 65.0, torch.float32: 8.1}),
-)
-"""Dense TFLOP/s by the name that CUDA gives a device, the first that fits: from NVIDIA's data sheets, of which those that state it with sparsity
-only (H100, H200, B200, L4) are halved; fp32 without tensor cores, as torch multiplies by default."""
+from trainer.gpus import stated_flops
 
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PEAK_SECONDS = 0.2
 _PEAK_SIZE = 1024
 
@@ -31,10 +18,7 @@ def device_name(device: torch.device) -> str:
 
 def stated_peak(name: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of dense matrix products that the maker of the device states; None where it is not in the table, as a CPU or a slice of a GPU (MIG)."""
-    if "MIG" in name.split():
-        return None
-    found = next((by_dtype for pattern, by_dtype in STATED_TFLOPS if re.search(pattern, name)), {})
-    return found[dtype] * 1e12 if dtype in found else None
+    return stated_flops(name, _PRECISIONS.get(dtype, ""))
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:

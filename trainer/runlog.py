@@ -87,7 +87,7 @@ class RunFolder:
 
     def read_events(self) -> list[dict[str, Any]]:
         """All events, oldest first. One that is there twice, to the letter, was written again because the answer was lost: it counts once."""
-        return list(_records(dict.fromkeys(self.events.iter_lines())))
+        return list(records(dict.fromkeys(self.events.iter_lines())))
 
     def append_metrics(self, *records: dict[str, Any]) -> None:
         """Record optimizer steps."""
@@ -95,7 +95,7 @@ class RunFolder:
 
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
         """Every record as it was written, those of steps that were repeated later too, without holding all of them."""
-        return _records(self.metrics.iter_lines())
+        return records(self.metrics.iter_lines())
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One record per optimizer step, ascending: the newest attempt's where a step was repeated, whatever one that it superseded wrote after it.
@@ -110,14 +110,14 @@ class RunFolder:
 
     def newest_metrics(self) -> dict[str, Any]:
         """The record written last: where training is now, which after a resume may be behind where it was. Reads only the end of the file."""
-        return next(_records(reversed(last_lines(self.metrics))), {})
+        return next(records(reversed(last_lines(self.metrics))), {})
 
     def metrics_of(self, step: int) -> dict[str, Any]:
         """The newest record of a step, without reading the others; in a store only where it is among the last."""
         lines = self.metrics.iter_lines() if self.metrics.is_local else last_lines(self.metrics)
         start = json.dumps({"step": step})[:-1] + ","  # `step` is the first key of every record
         newest = deque((line for line in lines if line.startswith(start)), maxlen=1)
-        return next(_records(newest), {})
+        return next(records(newest), {})
 
 
 @dataclass
@@ -149,7 +149,7 @@ def event_line(kind: str, *, attempt: int, step: int | None = None, **details: A
     return json.dumps({"time": time.time(), "kind": kind, "attempt": attempt, "step": step, **details})
 
 
-def _records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Whole records of JSON lines. One that a full disk or a crash has cut was never written, and must not stop the next resume."""
     for line in lines:
         with suppress(ValueError):

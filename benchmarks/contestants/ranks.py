@@ -36,14 +36,22 @@ def ranks(
     """Tokens a second of all ranks together, each on one of `cores`; each takes `accumulation` micro-batches a step of `loop`."""
     if len(cores) < world_size:
         raise RuntimeError(f"{world_size} ranks need as many cores; there are {len(cores)}")
+    job = {"network": network, "shape": shape, "precision": precision, "accumulation": accumulation, "dropout": dropout, "seconds": seconds}
+    return on_ranks(_rank, cores, world_size, {**job, "loop": loop}, _START_S + 4 * seconds)
+
+
+def on_ranks(rank: Callable[..., None], cores: list[int], world_size: int, job: dict[str, Any], limit_s: float) -> Measurement:
+    """Run `rank(folder, rank, world_size, core, job)` in so many processes at once; what rank 0 has left in `folder` as `measured`.
+
+    Raises RuntimeError where one fails, or is not done in time.
+    """
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
-        named = {"network": network, "shape": shape, "precision": precision, "accumulation": accumulation, "dropout": dropout, "seconds": seconds}
-        job = {**named, "loop": loop}
         context = multiprocessing.get_context("spawn")
-        processes = [context.Process(target=_rank, args=(folder, rank, world_size, cores[-1 - rank], job), daemon=True) for rank in range(world_size)]
+        arguments = [(folder, number, world_size, cores[-1 - number % len(cores)], job) for number in range(world_size)]
+        processes = [context.Process(target=rank, args=each, daemon=True) for each in arguments]
         for process in processes:
             process.start()
-        _wait(processes, time.monotonic() + _START_S + 4 * seconds)
+        _wait(processes, time.monotonic() + limit_s)
         return json.loads((Path(folder) / "measured").read_text())
 
 

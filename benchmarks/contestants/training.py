@@ -25,12 +25,14 @@ class OurTraining:
         self.engine = engine
 
     @classmethod
-    def build(cls, network: Network, shape: Shape, *, precision: str, dropout: float, world_size: int = 1) -> "OurTraining":
-        """The trainer's network and engine under ZeRO-1; torch.distributed is initialised."""
+    def build(
+        cls, network: Network, shape: Shape, *, precision: str, dropout: float, world_size: int = 1, stage: int = 1, checkpointing: bool = False
+    ) -> "OurTraining":
+        """The trainer's network and engine; torch.distributed is initialised."""
         from tests.support.batches import EMPTY
         from trainer.engine import Engine
 
-        config = run_config(network, shape, precision=precision, dropout=dropout)
+        config = run_config(network, shape, precision=precision, dropout=dropout, stage=stage, activation_checkpointing=checkpointing)
         return cls(config, Engine.build(network_of(config, network), config), EMPTY, world_size)
 
     def step(self, batches: Sequence[Any]) -> float:
@@ -47,15 +49,15 @@ class OurTraining:
         return losses.loss
 
 
-def run_config(network: Network, shape: Shape, *, precision: str, dropout: float, **model: Any) -> Any:
-    """The run.yaml of a benchmark: ZeRO-1, everything else at its default but for what `model` sets of the network."""
+def run_config(network: Network, shape: Shape, *, precision: str, dropout: float, stage: int = 1, **model: Any) -> Any:
+    """The run.yaml of a benchmark: everything else at its default but for what `model` sets of the network."""
     from trainer.config import RunConfig
 
     return RunConfig.model_validate(
         {
             "name": "bench",
             "precision": precision,
-            "zero": {"stage": 1},
+            "zero": {"stage": stage},
             "model": {**network.section(shape.length, dropout), **model},
             "batch": {"global_batch_size": shape.samples, "micro_batch_size": shape.samples, "sequence_length": shape.length},
         }
@@ -71,7 +73,8 @@ def network_of(config: Any, network: Network) -> Any:
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
         write_tokenizer(folder, network.vocab_size)
         length = max(config.batch.sequence_lengths)
-        return build_model(config.model, folder, seed=0, sequence_length=length, device=training_device())
+        again = config.zero.stage == 3
+        return build_model(config.model, folder, seed=0, sequence_length=length, device=training_device(), reentrant_checkpointing=again)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from trainer.gpus import memory_bytes
 from trainer.peaks import device_name, measured_peak, stated_peak
 
 
@@ -44,3 +45,19 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
     device = torch.device("cpu")
     assert device_name(device) == "cpu"
     assert 1e8 < measured_peak(device, torch.float32) < 1e14
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [
+        ("H100", 80),
+        ("NVIDIA H100 NVL", 94),
+        ("NVIDIA H200", 141),
+        ("NVIDIA A100-SXM4-80GB", 80),
+        ("A100 40GB", 40),
+        ("A100", None),
+        ("RTX 3090", None),
+    ],
+)
+def test_memory_is_told_by_name(name: str, gigabytes: float | None) -> None:
+    assert memory_bytes(name) == (None if gigabytes is None else gigabytes * 1e9)

@@ -1,0 +1,142 @@
+"""Memory of a rank at every ZeRO stage, and the largest micro-batch that a GPU takes (pure)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from data_pipeline.config import Phase
+from data_pipeline.order import micro_steps
+from launcher.plan_work import MeanSample, special_tokens
+from trainer.activations import Kernels, Pass
+from trainer.config import RunConfig
+from trainer.deepspeed_config import derive_deepspeed_config
+from trainer.dimensions import Dimensions
+from trainer.memory import STAGES, Job, RankMemory, rank_memory
+
+MARGIN = 0.1
+"""Share of the peak that is left for what allocators lose and kernels borrow; assumed."""
+GPU_CONTEXT_BYTES = 1 << 30
+"""What CUDA and NCCL take of a GPU before there is a tensor; assumed."""
+_ROW_FILL = 0.9
+"""Share of packed rows that holds tokens, with 16 samples a micro-batch; more samples fill better."""
+_WIDTH_MULTIPLE = 8
+_MOST_SAMPLES = 1 << 16
+_DEFAULT_BUCKET = 500_000_000
+"""Of DeepSpeed, where nothing sets it (stage 0 has none)."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """A rank at one ZeRO stage, with and without recomputation of activations."""
+
+    stage: int
+    rank: RankMemory
+    """As `model.activation_checkpointing` has it."""
+    activations_bytes_kept: int
+    """Without checkpointing."""
+    activations_bytes_checkpointed: int
+    margin_bytes: int
+    needed_bytes: int
+    """Peak and margin."""
+    fits: bool | None
+    """On the named GPU; None where there is none."""
+    largest_micro_batch: int | None
+    """Samples of the longest rows that fit it, everything else as configured; 0 where not one does."""
+    accumulates_in: str
+    """Type in which gradients of several micro-batches are summed."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object; the parts of `rank` lie beside the rest."""
+        return {**self.rank.to_json(), **{key: value for key, value in asdict(self).items() if key != "rank"}}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the memory of a rank depends on beside its stage."""
+
+    config: RunConfig
+    network: Dimensions
+    precision: str
+    world_size: int
+    on_gpu: bool
+    samples: dict[int, MeanSample]
+    """By sequence length."""
+
+    def job(self, phase: Phase, *, checkpointing: bool, micro_batch_size: int | None = None) -> Job:
+        """A phase as `trainer.memory` wants it."""
+        settings = derive_deepspeed_config(self.config.model_copy(update={"precision": self.precision}), self.world_size)
+        size = micro_batch_size or phase.micro_batch_size
+        return Job(
+            network=self.network,
+            batch=_pass_of(self.config, size, phase.sequence_length, self.samples[phase.sequence_length]),
+            kernels=Kernels(4 if self.precision == "fp32" else 2, self.on_gpu, checkpointing),
+            precision=self.precision,
+            world_size=self.world_size,
+            num_passes=micro_steps(phase.num_micro_batches, self.world_size) * self.config.batch.split,
+            bucket_elements=int(settings["zero_optimization"].get("reduce_bucket_size", _DEFAULT_BUCKET)),
+        )
+
+    def peak(self, phases: Sequence[Phase], stage: int, *, checkpointing: bool, micro_batch_size: int | None = None) -> RankMemory:
+        """The phase that takes most."""
+        found = [rank_memory(self.job(phase, checkpointing=checkpointing, micro_batch_size=micro_batch_size), stage) for phase in phases]
+        return max(found, key=lambda memory: memory.peak_bytes)
+
+
+def stages_memory(shape: Shape, gpu_bytes: int | None) -> list[StageMemory]:
+    """A rank at each stage."""
+    return [_stage_memory(shape, stage, gpu_bytes) for stage in STAGES]
+
+
+def _stage_memory(shape: Shape, stage: int, gpu_bytes: int | None) -> StageMemory:
+    phases, checkpointing = shape.config.phases, shape.config.model.activation_checkpointing
+    rank = shape.peak(phases, stage, checkpointing=checkpointing)
+    needed = needed_bytes(rank.peak_bytes, on_gpu=shape.on_gpu)
+    return StageMemory(
+        stage=stage,
+        rank=rank,
+        activations_bytes_kept=shape.peak(phases, stage, checkpointing=False).activations_bytes,
+        activations_bytes_checkpointed=shape.peak(phases, stage, checkpointing=True).activations_bytes,
+        margin_bytes=needed - rank.peak_bytes,
+        needed_bytes=needed,
+        fits=None if gpu_bytes is None else needed <= gpu_bytes,
+        largest_micro_batch=None if gpu_bytes is None else _largest(shape, stage, gpu_bytes),
+        accumulates_in="fp32",  # at every stage, see `trainer.deepspeed_config` and `trainer.engine`
+    )
+
+
+def needed_bytes(peak_bytes: int, *, on_gpu: bool) -> int:
+    """What has to be there for a peak."""
+    return round(peak_bytes * (1 + MARGIN)) + (GPU_CONTEXT_BYTES if on_gpu else 0)
+
+
+def _largest(shape: Shape, stage: int, gpu_bytes: int) -> int:
+    """The largest micro-batch of the longest rows, by bisection: more samples never take less."""
+    longest = max(shape.config.phases, key=lambda phase: phase.sequence_length)
+    checkpointing = shape.config.model.activation_checkpointing
+
+    def fits(size: int) -> bool:
+        rank = shape.peak([longest], stage, checkpointing=checkpointing, micro_batch_size=size)
+        return needed_bytes(rank.peak_bytes, on_gpu=True) <= gpu_bytes
+
+    low, high = 0, _MOST_SAMPLES
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _pass_of(config: RunConfig, micro_batch_size: int, sequence_length: int, sample: MeanSample) -> Pass:
+    """The part of a micro-batch that is computed at once. Padded rows are as wide as the longest sample, which is a full row in almost every one."""
+    tokens = micro_batch_size * sample.num_tokens
+    packed = config.batch.row_packing == "rows"
+    rows = math.ceil(tokens / sequence_length / (1.0 if sample.is_bound else _ROW_FILL)) if packed else micro_batch_size
+    ordinary = tokens - special_tokens(config.objective) * micro_batch_size
+    predicted = tokens - micro_batch_size if config.objective.kind == "clm" else config.objective.mask_rate * ordinary
+    split = min(config.batch.split, rows)
+    return Pass(
+        num_rows=math.ceil(rows / split),
+        width=-(-sequence_length // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
+        num_predicted=max(1, math.ceil(predicted / split)),
+        packed=packed,
+    )

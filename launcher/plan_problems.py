@@ -1,0 +1,137 @@
+"""Everything that a run would stumble over, found beforehand (pure)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from data_pipeline.config import Phase
+from data_pipeline.mixture import Mixture
+from launcher.plan_checkpoints import CheckpointPlan
+from launcher.plan_memory import StageMemory
+from trainer.config import RunConfig
+from trainer.dimensions import Dimensions
+from trainer.gpus import find_gpu
+
+MANY_EPOCHS = 40.0
+"""Of BERT's own training (Devlin et al. 2018, appendix A.2)."""
+BLOCKS_PER_LANE = 8
+"""With fewer, documents of a lane are shuffled poorly."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What will go wrong, or may."""
+
+    severity: Literal["error", "warning"]
+    """`error`: the run will not get past it."""
+    cause: str
+    remedy: str
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object."""
+        return asdict(self)
+
+
+def device_problems(precision: str, gpu: str | None, world_size: int, phases: Sequence[Phase]) -> Iterator[Problem]:
+    """Precisions that the device lacks, ranks without work."""
+    entry = find_gpu(gpu) if gpu is not None else None
+    if gpu is None and precision == "fp16":
+        yield Problem("error", "precision fp16 needs a GPU", "Set precision to bf16 or fp32, or plan with --gpu.")
+    if entry is not None and precision not in entry.tflops:
+        yield Problem("error", f"{gpu} is not known to compute in {precision}", f"Set precision to {' or '.join(entry.tflops)}.")
+    fewest = min(phase.num_micro_batches for phase in phases)
+    if world_size > fewest:
+        yield Problem(
+            "error",
+            f"{world_size} ranks exceed the {fewest} micro-batches of a step, so some would never have work",
+            "Take fewer ranks, or lower batch.micro_batch_size.",
+        )
+
+
+def memory_problems(
+    config: RunConfig, memory: Sequence[StageMemory], *, gpu: str | None, gpu_bytes: int | None, host_bytes: int | None, world_size: int
+) -> Iterator[Problem]:
+    """Ranks that do not fit the GPU, or the machine."""
+    own = next((stage for stage in memory if stage.stage == config.zero.stage), None)
+    if own is None:
+        return
+    if gpu_bytes is not None and own.needed_bytes > gpu_bytes:
+        yield Problem(
+            "error", f"a rank needs {_gb(own.needed_bytes)} at ZeRO stage {own.stage}; {gpu} has {_gb(gpu_bytes)}", _to_fit(config, memory, own)
+        )
+    if host_bytes is not None and own.needed_bytes * world_size > host_bytes:
+        yield Problem(
+            "error",
+            f"{world_size} ranks need {_gb(own.needed_bytes * world_size)} at ZeRO stage {own.stage}; this machine has {_gb(host_bytes)}",
+            _to_fit(config, memory, own),
+        )
+
+
+def _to_fit(config: RunConfig, memory: Sequence[StageMemory], own: StageMemory) -> str:
+    ways: list[str] = []
+    if own.largest_micro_batch:
+        ways.append(f"lower batch.micro_batch_size to {own.largest_micro_batch}")
+    ways.append("raise batch.split, which keeps the batch as it is")
+    if not config.model.activation_checkpointing and own.activations_bytes_checkpointed < own.activations_bytes_kept:
+        ways.append("set model.activation_checkpointing")
+    smaller = min(memory, key=lambda stage: stage.needed_bytes)
+    if smaller.needed_bytes < own.needed_bytes:
+        ways.append(f"set zero.stage to {smaller.stage}")
+    return f"{', or '.join(ways)}.".capitalize()
+
+
+def storage_problems(checkpoints: CheckpointPlan | None, free_bytes: int | None, host_bytes: int | None, snapshots_bytes: int) -> Iterator[Problem]:
+    """Disks and main memory that checkpoints do not fit."""
+    if checkpoints is None:
+        return
+    wanted = checkpoints.kept_bytes + checkpoints.checkpoint_bytes
+    if free_bytes is not None and wanted > free_bytes:
+        yield Problem(
+            "error" if 2 * checkpoints.checkpoint_bytes > free_bytes else "warning",
+            f"checkpoints take {_gb(wanted)} with the one that is being written; {_gb(free_bytes)} are free where the storage is",
+            "Free space, lower checkpoint.keep_last or keep less often, or choose another --storage.",
+        )
+    if host_bytes is not None and snapshots_bytes > host_bytes:
+        yield Problem(
+            "error",
+            f"snapshots of all ranks take {_gb(snapshots_bytes)} of main memory; this machine has {_gb(host_bytes)}",
+            "Train on more machines.",
+        )
+
+
+def data_problems(config: RunConfig, mixture: Mixture | None, rounds: Sequence[float] | None) -> Iterator[Problem]:
+    """Corpora with too little text for the batch, or for the length of the run."""
+    if mixture is None:
+        return
+    for series in {phase.series: phase for phase in config.phases}.values():
+        for index in mixture.indexes:
+            if series.sequence_length not in index.sequence_lengths:
+                yield Problem(
+                    "error", f"corpus {index.folder.name} is not prepared for rows of {series.sequence_length}", "Run `maskwright prepare CONFIG`."
+                )
+                continue
+            samples, blocks = index.num_samples("train", series.sequence_length), len(index.blocks("train"))
+            if samples < series.num_lanes:
+                cause = f"corpus {index.folder.name} has {samples:,} samples, fewer than the {series.num_lanes:,} micro-batches of a step"
+                yield Problem("error", cause, "Use more text, or a smaller batch.global_batch_size.")
+            elif blocks < BLOCKS_PER_LANE * series.num_lanes:
+                few = f"fewer than {BLOCKS_PER_LANE} each shuffle poorly"
+                cause = f"corpus {index.folder.name} has {blocks:,} blocks for {series.num_lanes:,} lanes: {few}"
+                yield Problem("warning", cause, "Use more text, or fewer and larger micro-batches.")
+    if rounds and max(rounds) > MANY_EPOCHS:
+        yield Problem("warning", f"the model will see each text {max(rounds):,.0f} times", "Use more text, or fewer schedule.steps.")
+
+
+def network_problems(config: RunConfig, network: Dimensions | None, basis: str) -> Iterator[Problem]:
+    """Rows that the network does not take; networks of which nothing can be said."""
+    longest = max(config.batch.sequence_lengths)
+    if network is None:
+        yield Problem("warning", f"memory and checkpoints are not planned: {basis}", "Plan for a network like it, by its dimensions.")
+    elif longest > network.max_positions:
+        yield Problem(
+            "error", f"batch.sequence_length {longest} exceeds the {network.max_positions} positions of the network", "Choose shorter rows."
+        )
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB"

@@ -1,0 +1,90 @@
+"""Finds an earlier run of the same network and precision in the storage, and what its steps took (reads local files)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.config import ObjectiveConfig
+from data_pipeline.errors import MaskwrightError
+from data_pipeline.lines import last_lines
+from data_pipeline.mixture import Mixture
+from data_pipeline.storage import Location
+from launcher.history import History, attempts_of
+from launcher.plan_time import Speed, measured_speed
+from launcher.plan_work import MeanSample, PhaseWork, special_tokens
+from launcher.runs import read_config, run_ids
+from trainer.config import RunConfig
+from trainer.dimensions import Dimensions
+from trainer.runlog import RunFolder, records
+
+_MOST_RUNS = 20
+"""Newest runs that are looked at."""
+_WHOLE_BYTES = 16 << 20
+"""Records up to here are read whole; of more the last ones."""
+
+
+def earlier_speed(config: RunConfig, precision: str, network: Dimensions | None, mixture: Mixture | None, *, on_gpu: bool) -> Speed | None:
+    """The speed of the run itself, else that of the newest like it; None where there is none."""
+    storage = Location.at(config.storage)
+    if network is None or not storage.is_local:
+        return None
+    for run in _candidates(storage, config.name):
+        try:
+            earlier = read_config(run)
+        except MaskwrightError:
+            continue
+        if _is_alike(config, earlier) and _computed_in(run, earlier, on_gpu=on_gpu) == precision:
+            found = _speed_of(run, earlier, network, mixture)
+            if found is not None:
+                return found
+    return None
+
+
+def mean_sample(mixture: Mixture | None, sequence_length: int, objective: ObjectiveConfig) -> MeanSample:
+    """A sample of the corpora on average, by weight; without them what fits a row."""
+    if mixture is None or any(sequence_length not in index.sequence_lengths for index in mixture.indexes):
+        return MeanSample(sequence_length, is_bound=True)
+    means = [int(index.manifest["counts"]["train_tokens"]) / max(1, index.num_samples("train", sequence_length)) for index in mixture.indexes]
+    text = sum(mean * weight for mean, weight in zip(means, mixture.weights, strict=True)) / sum(mixture.weights)
+    return MeanSample(min(float(sequence_length), text + special_tokens(objective)), is_bound=False)
+
+
+def _candidates(storage: Location, name: str) -> Iterator[RunFolder]:
+    runs = [RunFolder(storage / run) for run in run_ids(storage)]
+    with_metrics = [run for run in runs if run.metrics.exists()]
+    newest = sorted(with_metrics, key=lambda run: (run.root.name != name, -run.metrics.path.stat().st_mtime))
+    return iter(newest[:_MOST_RUNS])
+
+
+def _is_alike(config: RunConfig, earlier: RunConfig) -> bool:
+    """Whether a micro-step of the two is the same work but for its size."""
+    return (
+        earlier.model.model_dump(exclude={"initializer_range", "init_from"}) == config.model.model_dump(exclude={"initializer_range", "init_from"})
+        and earlier.zero == config.zero
+        and earlier.optimizer.kind == config.optimizer.kind
+        and earlier.objective == config.objective
+        and earlier.batch.packing == config.batch.packing
+        and earlier.batch.sequence_lengths == config.batch.sequence_lengths
+    )
+
+
+def _computed_in(run: RunFolder, earlier: RunConfig, *, on_gpu: bool) -> str | None:
+    """The precision of a run, if it ran on the kind of device that is planned for."""
+    devices = {event.get("device", "") for event in run.read_events() if event["kind"] == "attempt_started"}
+    if devices != {"cuda" if on_gpu else "cpu"}:
+        return None
+    if earlier.precision != "auto":
+        return earlier.precision
+    return run.choices.read_json().get("precision") if run.choices.exists() else None
+
+
+def _speed_of(run: RunFolder, earlier: RunConfig, network: Dimensions, mixture: Mixture | None) -> Speed | None:
+    events = run.read_events()
+    history = History.of(_records(run), events)
+    work = [PhaseWork.of(phase, mean_sample(mixture, phase.sequence_length, earlier.objective), earlier.objective) for phase in earlier.phases]
+    return measured_speed(run.root.name, history, attempts_of(events, history), work, network)
+
+
+def _records(run: RunFolder) -> Iterator[dict[str, Any]]:
+    if run.metrics.path.stat().st_size <= _WHOLE_BYTES:
+        return run.iter_metrics()
+    return records(last_lines(run.metrics))

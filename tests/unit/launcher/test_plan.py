@@ -1,0 +1,200 @@
+"""The verb plan: what it says, from what, how fast, and what it finds wrong."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data_pipeline.errors import ExitCode
+from data_pipeline.executor import InProcessExecutor
+from data_pipeline.prepare import prepare
+from data_pipeline.storage import Location
+from launcher import cli
+from launcher.config import dump_yaml, load_run_config
+from tests.support.tiny_run import tiny_config, write_text
+from trainer.config import RunConfig
+from trainer.runlog import RunFolder
+
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "accelerate", "webdataset", "pyarrow", "tokenizers")
+KEYS = {"steps", "epochs", "tokens", "memory", "world_sizes", "snapshot_bytes", "hours", "cost", "cost_reason", "checkpoints", "problems"}
+EXAMPLES = Path(__file__).parents[3] / "cluster_configs" / "runs"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MASKWRIGHT_STORAGE", raising=False)
+    return tmp_path
+
+
+def write_config(**sections: Any) -> str:
+    Path("c.yaml").write_text(yaml.safe_dump(tiny_config(**sections)))
+    return "c.yaml"
+
+
+def plan(capsys: pytest.CaptureFixture[str], config: str, *options: str) -> dict[str, Any]:
+    assert cli.run(["plan", config, *options, "--json"], debug=True) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def causes(found: dict[str, Any]) -> str:
+    return "; ".join(f"{problem['severity']}: {problem['cause']}" for problem in found["problems"])
+
+
+def prepared(config: str) -> None:
+    """Make the corpus of a configuration, on this process."""
+    found = load_run_config(config)
+    prepare(found.corpus, found.tokenizer, found.batch.sequence_lengths, Location.at(found.storage), InProcessExecutor(), lambda _: None)
+
+
+def earlier_run(config: str, name: str, *, step_s: float, num_steps: int = 20, **changes: Any) -> None:
+    """A run in the storage that took steps of so many seconds on two ranks."""
+    found = load_run_config(config)
+    run = RunFolder(Location.at(found.storage) / name)
+    run.config.write_bytes(dump_yaml(RunConfig.model_validate({**found.model_dump(mode="json"), "name": name, **changes})))
+    run.append_event("attempt_started", attempt=1, stage="pretrain", world_size=2, zero_stage=1, device="cpu")
+    now = time.time()
+    for step in range(num_steps):
+        parts = {"forward_s": step_s * 0.3, "backward_s": step_s * 0.6, "data_wait_s": 0.0, "validation_s": 0.0, "checkpoint_stall_s": 0.0}
+        run.append_metrics({"step": step, "attempt": 1, "time": now + step * step_s, "step_s": step_s, "tokens_per_s": 1.0, **parts})
+
+
+def test_it_answers_without_torch_in_two_seconds(here: Path) -> None:
+    write_text(here)
+    config = write_config()
+    prepared(config)
+    earlier_run(config, "tiny", step_s=0.5)
+    code = (
+        "import sys, time\nfrom launcher.cli import run\n"
+        f"code = run(['plan', {config!r}, '--json'], debug=True)\n"
+        f"print(code, sorted(set(sys.modules) & set({HEAVY!r})), time.process_time())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    said, last = done.stdout.strip().splitlines()
+    assert json.loads(said)["hours"] is not None
+    assert last.startswith("0 []"), last
+    assert float(last.split()[-1]) < 2.0
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
+def test_every_example_has_a_plan(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(capsys, str(EXAMPLES / example), "--gpu", "H100", "-W", "8" if example != "demo.yaml" else "2", "--mfu", "0.4")
+    assert found.keys() >= KEYS
+    for key in ("epochs", "hours", "memory"):
+        assert found[key] is not None or found[f"{key}_reason" if key != "hours" else "hours_basis"]
+    if example != "gpt2.yaml":  # its tokenizer is on the hub
+        assert found["hours"] > 0
+        assert [stage["stage"] for stage in found["memory"]] == [0, 1, 2, 3]
+        assert all(stage["largest_micro_batch"] > 0 for stage in found["memory"])
+    assert cli.run(["plan", str(EXAMPLES / example)], debug=True) == 0
+    assert "next: maskwright prepare" in capsys.readouterr().out
+
+
+def test_a_prepared_corpus_is_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(here)
+    config = write_config()
+    before = plan(capsys, config, "-W", "2")
+    assert before["epochs"] is None
+    assert "not prepared" in before["epochs_reason"]
+    assert before["tokens_are_upper_bound"]
+    prepared(config)
+    found = plan(capsys, config, "-W", "2")
+    assert found["epochs"] > 0
+    assert found["tokens"] < before["tokens"]
+    assert not found["tokens_are_upper_bound"]
+    assert found["basis"]["vocabulary"]["basis"].startswith("read from")
+    assert 0 < found["resume_bytes"] < 10**6
+    other = plan(capsys, config, "-W", "2", "--set", "corpus.seed=3")
+    assert other["epochs"] is None, "another shuffle is another corpus"
+    assert cli.run(["plan", config], debug=True) == 0
+    assert "next: maskwright run" in capsys.readouterr().out
+
+
+def test_hours_come_from_an_earlier_run_like_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(here)
+    config = write_config()
+    assert plan(capsys, config, "-W", "2")["hours"] is None
+    earlier_run(config, "wider", step_s=9.0, model={"num_layers": 2, "hidden_size": 64, "num_heads": 2, "max_positions": 64})
+    assert plan(capsys, config, "-W", "2")["hours"] is None, "another network says nothing"
+    earlier_run(config, "other", step_s=0.5)
+    found = plan(capsys, config, "-W", "2")
+    assert "run other" in found["hours_basis"]
+    assert found["step_s"] == pytest.approx(0.5)
+    earlier_run(config, "tiny", step_s=0.25)
+    assert plan(capsys, config, "-W", "2")["step_s"] == pytest.approx(0.25), "the run itself comes first"
+    stated = plan(capsys, config, "-W", "2", "--tokens-per-second", "1000", "--price-per-hour", "3", "--failures-per-day", "4")
+    assert stated["hours"] == pytest.approx(stated["tokens"] / 1000 / 3600)
+    assert stated["cost"] == pytest.approx(stated["hours"] * 6)
+    assert stated["checkpoints"]["best_every_steps"] > 0
+
+
+def test_weights_that_are_continued_say_their_own_dimensions(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {
+        "model_type": "bert",
+        "vocab_size": 900,
+        "hidden_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+    }
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(own))
+    found = plan(capsys, write_config(model={"init_from": "model"}), "-W", "2")
+    assert found["basis"]["network"]["basis"].startswith("read from")
+    assert "exceeds the 32 positions" in causes(found)
+    hub = plan(capsys, write_config(model={"init_from": "some/model"}), "-W", "2")
+    assert hub["memory"] is None
+    assert "hub ids are not looked up" in hub["memory_reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["-W", "9"], "9 ranks exceed the 8 micro-batches"),
+        (["--set", "precision=fp16"], "fp16 needs a GPU"),
+        (["--gpu", "T4", "--set", "precision=bf16"], "not known to compute in bf16"),
+        (["--gpu", "T4", "--set", "model.num_layers=400", "--set", "model.hidden_size=2048"], "error: a rank needs"),
+        (["--set", "model.num_layers=4000", "--set", "model.hidden_size=4096"], "this machine has"),
+        (["--set", "model.num_layers=4000", "--set", "model.hidden_size=4096"], "are free where the storage is"),
+        (["--set", "model.architecture=roberta", "--set", "objective.sentence_objective=none"], "memory and checkpoints are not planned"),
+    ],
+)
+def test_problems_are_named(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in causes(plan(capsys, write_config(), *options))
+
+
+def test_too_little_text_is_a_problem(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(here, documents=60)
+    config = write_config(batch={"global_batch_size": 4096, "micro_batch_size": 4, "sequence_length": 64})
+    prepared(config)
+    found = causes(plan(capsys, config, "-W", "2", "--set", "schedule.steps=5000"))
+    assert "fewer than the 1,024 micro-batches of a step" in found
+    assert "will see each text" in found
+    assert "fewer than 8 each shuffle poorly" in causes(plan(capsys, config, "-W", "2", "--set", "batch.global_batch_size=64"))
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [
+        (["--gpu", "Voodoo2"], ExitCode.USAGE),
+        (["--gpu", "A100"], ExitCode.USAGE),
+        (["--mfu", "1.5"], ExitCode.USAGE),
+        (["--set", "batch.global_batch_size=33"], ExitCode.CONFIG),
+        (["--set", "zero.deepspeed.bf16.enabled=true"], ExitCode.CONFIG),
+        (["--cluster", "nowhere"], ExitCode.NOT_FOUND),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(options: list[str], code: ExitCode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", write_config(), *options], debug=False) == code
+
+
+def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["plan", write_config(), "-W", "3", "--failures-per-day", "1", "--tokens-per-second", "100"], debug=True) == 0
+    said = capsys.readouterr().out
+    for words in ("parameters", "at most", "ZeRO", "micro-steps", "3 *", "11.1%", "Checkpoints", "best interval", "next: maskwright prepare c.yaml"):
+        assert words in said, words

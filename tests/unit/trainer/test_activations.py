@@ -1,0 +1,99 @@
+"""What a forward pass keeps, against what autograd really saves."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, GPT2Config, ModernBertConfig
+
+from tests.support.batches import small_config
+from trainer.activations import Kernels, Pass, kept, kept_by_head, kept_layer, stored_layer
+from trainer.batch import TensorBatch
+from trainer.dimensions import Dimensions
+from trainer.networks import PretrainingBert, PretrainingGPT2, PretrainingModernBert
+
+ROWS, WIDTH, PREDICTED, VOCABULARY = 6, 64, 13, 509
+SIZES: dict[str, Any] = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCABULARY, "pad_token_id": 0}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+KERNELS = Kernels(element_bytes=4, on_gpu=False, checkpointing=False)
+
+
+def network_of(architecture: str, dropout: float, *, checkpointing: bool) -> Any:
+    """A small one, on the CPU, as the trainer would have it."""
+    if architecture == "bert":
+        kind, config = PretrainingBert, BertConfig(**SIZES, intermediate_size=80, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    elif architecture == "modernbert":
+        drops = {"attention_dropout": dropout, "embedding_dropout": dropout, "mlp_dropout": dropout}
+        kind, config = PretrainingModernBert, ModernBertConfig(**SIZES, **SPECIAL, intermediate_size=80, max_position_embeddings=96, **drops)
+    else:
+        drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
+        kind, config = PretrainingGPT2, GPT2Config(**SIZES, bos_token_id=1, eos_token_id=2, n_inner=80, n_positions=96, **drops)
+    config._attn_implementation = "eager"
+    network = kind(config).train()
+    if checkpointing:
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    return network
+
+
+def batch_of(*, packed: bool) -> TensorBatch:
+    """Full rows of one sample, or of two."""
+    ids = torch.randint(5, VOCABULARY, (ROWS, WIDTH))
+    half = (torch.arange(WIDTH) // (WIDTH // 2))[None].expand(ROWS, WIDTH).contiguous()
+    starts = torch.arange(ROWS) * WIDTH
+    return TensorBatch(
+        input_ids_RT=ids,
+        token_type_ids_RT=torch.zeros_like(ids),
+        position_ids_RT=torch.arange(WIDTH)[None].expand(ROWS, WIDTH).contiguous() - (half * (WIDTH // 2) if packed else 0),
+        sample_ids_RT=half + 1 if packed else torch.ones_like(ids),
+        starts_B=torch.cat([starts, starts + WIDTH // 2]) if packed else starts,
+        mlm_positions_N=torch.arange(PREDICTED) * 7,
+        mlm_labels_N=torch.randint(5, VOCABULARY, (PREDICTED,)),
+        nsp_labels_B=torch.zeros(2 * ROWS if packed else ROWS, dtype=torch.int64),
+    )
+
+
+def saved_bytes(network: Any, batch: TensorBatch) -> int:
+    """What autograd saves in a forward pass, weights and the batch itself left out."""
+    others = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers(), *vars(batch).values())}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in others:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    alive: list[torch.Tensor] = []  # or one would lie where another one was
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(batch)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("architecture", ["bert", "modernbert", "gpt2"])
+def test_the_forward_pass_keeps_what_autograd_saves(architecture: str, dropout: float, packed: bool) -> None:
+    network = network_of(architecture, dropout, checkpointing=False)
+    dimensions, batch = Dimensions.read(network.config.to_dict(), dropout), Pass(ROWS, WIDTH, PREDICTED, packed)
+    found = (kept(dimensions, batch, KERNELS) + kept_by_head(dimensions, batch, KERNELS)).num_bytes
+    assert found == pytest.approx(saved_bytes(network, batch_of(packed=packed)), rel=0.02)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_checkpointing_keeps_inputs_of_layers(architecture: str) -> None:
+    """Of ModernBERT autograd does not see the masks that a layer is to be computed again with."""
+    network = network_of(architecture, 0.1, checkpointing=True)
+    dimensions, batch = Dimensions.read(network.config.to_dict(), 0.1), Pass(ROWS, WIDTH, PREDICTED, packed=True)
+    kernels = Kernels(element_bytes=4, on_gpu=False, checkpointing=True)
+    found = (kept(dimensions, batch, kernels) + kept_by_head(dimensions, batch, kernels)).num_bytes
+    assert found == pytest.approx(saved_bytes(network, batch_of(packed=True)), rel=0.03)
+    assert stored_layer(dimensions, batch, kernels).num_bytes < kept_layer(dimensions, batch, kernels).num_bytes / 8
+
+
+def test_one_kernel_keeps_no_scores() -> None:
+    """On a GPU what a layer keeps grows with the tokens, not with the square of the row's width."""
+    dimensions = Dimensions.of(small_config().model, VOCABULARY)
+    kernels = Kernels(element_bytes=2, on_gpu=True, checkpointing=False)
+    short, long = (kept_layer(dimensions, Pass(num_rows, width, 10, packed=False), kernels).num_bytes for num_rows, width in ((64, 128), (16, 512)))
+    assert short == long
