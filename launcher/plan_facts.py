@@ -186,8 +186,9 @@ def precision_of(config: RunConfig, gpu: str | None) -> Known:
     if config.precision != "auto":
         return Known(config.precision, "stated: precision")
     chosen = RunFolder(Location.at(config.storage) / config.name).choices
-    if chosen.is_local and chosen.exists():
-        return Known(chosen.read_json()["precision"], f"measured: {config.name}/{chosen.name}")
+    found = chosen.read_json() if chosen.is_local and chosen.exists() else {}
+    if found.get("device") == ("cpu" if gpu is None else "cuda"):
+        return Known(found["precision"], f"measured: {config.name}/{chosen.name}")
     if gpu is not None and (entry := find_gpu(gpu)) is not None:
         return Known("bf16" if "bf16" in entry.tflops else "fp32", f"auto, on {gpu}")
     return Known("fp32", "assumed: `auto` is settled by a measurement before step 1")

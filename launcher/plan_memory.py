@@ -12,7 +12,8 @@ from trainer.activations import Kernels, Pass
 from trainer.config import RunConfig
 from trainer.deepspeed_config import derive_deepspeed_config
 from trainer.dimensions import Dimensions
-from trainer.memory import STAGES, Job, RankMemory, rank_memory
+from trainer.memory import RankMemory, rank_memory
+from trainer.zero_stages import STAGES, Job
 
 MARGIN = 0.1
 """Share of the peak that is left for what allocators lose and kernels borrow; assumed."""

@@ -168,6 +168,15 @@ def test_problems_are_named(options: list[str], said: str, capsys: pytest.Captur
     assert said in causes(plan(capsys, write_config(), *options))
 
 
+def test_what_was_measured_on_another_device_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_config(precision="auto")
+    assert plan(capsys, config)["basis"]["precision"]["basis"].startswith("assumed")
+    Path("storage/tiny").mkdir(parents=True)
+    Path("storage/tiny/choices.json").write_text(json.dumps({"precision": "bf16", "device": "cpu"}))
+    assert plan(capsys, config)["basis"]["precision"]["value"] == "bf16"
+    assert plan(capsys, config, "--gpu", "T4")["basis"]["precision"]["value"] == "fp32"
+
+
 def test_too_little_text_is_a_problem(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(here, documents=60)
     config = write_config(batch={"global_batch_size": 4096, "micro_batch_size": 4, "sequence_length": 64})

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from trainer.activations import Kernels, Pass
 from trainer.dimensions import Dimensions
-from trainer.memory import STAGES, Job, checkpoint_bytes, rank_memory, snapshot_bytes
+from trainer.memory import checkpoint_bytes, rank_memory, snapshot_bytes
 from trainer.tensors import MAPPED_BYTES, Tensors, peak_bytes
+from trainer.zero_stages import STAGES, Job
 
 BASE = Dimensions("bert", 30522, 12, 768, 12, 3072, 512, 0.1, {})
 

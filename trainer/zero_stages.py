@@ -1,0 +1,181 @@
+"""What DeepSpeed keeps of a network at each ZeRO stage, and what it copies when (pure).
+
+Read from its optimizers: `FP16_UnfusedOptimizer` (stage 0 in 16 bits), `BF16_Optimizer` (stage 1 in bf16), `stage_1_and_2.py` and `stage3.py`, with
+the settings of `trainer.deepspeed_config`. P parameters over W ranks; AdamW and LAMB keep two moments, and the optimizer's weights are fp32.
+"""
+
+from dataclasses import dataclass
+
+from trainer.activations import Kernels, Pass
+from trainer.dimensions import Dimensions
+from trainer.tensors import NOTHING, Tensors
+
+STAGES = (0, 1, 2, 3)
+FP32_BYTES = 4
+MATRICES = 6
+"""Of a layer, about: their sizes matter to the heap of a CPU only."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """How a network is trained, as far as memory goes."""
+
+    network: Dimensions
+    batch: Pass
+    kernels: Kernels
+    precision: str
+    world_size: int
+    num_passes: int
+    """Forward and backward passes of a rank in a step."""
+    bucket_elements: int
+    """`reduce_bucket_size` of DeepSpeed."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A rank at one stage, in tensors as DeepSpeed lays them out."""
+
+    weights: Tensors
+    optimizer: Tensors
+    gradients: Tensors
+    """Memory for gradients that is there all along."""
+    buffers: Tensors
+    """Other memory that is."""
+    carried: Tensors
+    """Gradients that are there from one pass to the next."""
+    bucket: Tensors
+    """Reserved from the first gradient of a pass on."""
+    grown_bytes: int
+    """By which gradients grow for each parameter in a pass."""
+    reducing: Tensors
+    """Gradients and their copies while they are summed over the ranks, the passes being over."""
+    stepping: Tensors
+    """Gradients and their copies in the update."""
+
+
+def state_of(job: Job, stage: int) -> State:
+    """What a rank keeps at a stage."""
+    stages = (_stage_0, _stage_1_bf16 if job.precision == "bf16" else _stage_1, _stage_2, _stage_3)
+    return stages[stage](job)
+
+
+def _stage_0(job: Job) -> State:
+    own, fp32 = each_parameter(job, job.kernels.element_bytes), each_parameter(job, FP32_BYTES)
+    masters = 2 if job.precision == "fp32" else 3
+    flattened = _flat(job, FP32_BYTES)
+    return State(
+        weights=own,
+        optimizer=fp32 * masters,
+        gradients=NOTHING,
+        buffers=NOTHING,
+        carried=fp32 if job.num_passes > 1 else NOTHING,
+        bucket=NOTHING,
+        grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
+        reducing=fp32 + flattened,
+        stepping=fp32,
+    )
+
+
+def _stage_1(job: Job) -> State:
+    """In fp32 and fp16. A bucket takes a gradient's place when it is copied into it; what lies in this rank's part is copied once more."""
+    part, gradients = own_part(job, FP32_BYTES), each_parameter(job, FP32_BYTES)
+    bucket = _bucket(job, FP32_BYTES)
+    sent = _sent(job, FP32_BYTES) if job.world_size > 1 else NOTHING
+    copies = max((sent, part), key=lambda each: each.num_bytes)
+    return State(
+        weights=_flat(job, job.kernels.element_bytes),
+        optimizer=part * 3,
+        gradients=NOTHING,
+        buffers=NOTHING,
+        carried=gradients if job.num_passes > 1 else NOTHING,
+        bucket=bucket if job.kernels.on_gpu else NOTHING,
+        grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
+        reducing=gradients + copies + (bucket if job.kernels.on_gpu else NOTHING),
+        stepping=part * (2 if job.precision == "fp32" else 1),
+    )
+
+
+def _stage_1_bf16(job: Job) -> State:
+    """DeepSpeed's BF16_Optimizer keeps all gradients in fp32 on every rank, and copies them to sum them."""
+    part, fp32 = own_part(job, FP32_BYTES), _flat(job, FP32_BYTES)
+    return State(
+        weights=_flat(job, job.kernels.element_bytes),
+        optimizer=part * 3,
+        gradients=fp32,
+        buffers=NOTHING,
+        carried=NOTHING,
+        bucket=NOTHING,
+        grown_bytes=job.kernels.element_bytes,
+        reducing=fp32,
+        stepping=NOTHING,
+    )
+
+
+def _stage_2(job: Job) -> State:
+    """Every pass reduces, from a bucket into this rank's part; in fp32 that of the pass is added to that of the passes before."""
+    element, part = job.kernels.element_bytes, own_part(job, FP32_BYTES)
+    bucket, plain = _bucket(job, element), job.precision == "fp32"
+    sent = _sent(job, FP32_BYTES) if job.world_size > 1 else NOTHING
+    casts = NOTHING if plain else _sent(job, element) + _sent(job, FP32_BYTES)
+    carried = part if job.num_passes > 1 else NOTHING
+    return State(
+        weights=_flat(job, element),
+        optimizer=part * 3,
+        gradients=NOTHING,
+        buffers=NOTHING,
+        carried=carried,
+        bucket=bucket if job.kernels.on_gpu else NOTHING,
+        grown_bytes=element,
+        reducing=bucket + part + (sent if plain else casts) + (carried if plain else NOTHING),
+        stepping=part * (2 if plain else 1),
+    )
+
+
+def _stage_3(job: Job) -> State:
+    """Weights are gathered for a pass, and stay while they are fewer than `stage3_max_live_parameters`; one rank has them all along.
+
+    On a CPU gloo reduces a copy of what it is given, and the parameters, cut up one by one, leave holes in which no activation fits.
+    """
+    element, part, on_gpu = job.kernels.element_bytes, own_part(job, FP32_BYTES), job.kernels.on_gpu
+    gathered = each_parameter(job, element) if job.world_size > 1 else NOTHING
+    holes = NOTHING if on_gpu else each_parameter(job, FP32_BYTES).in_heap
+    return State(
+        weights=own_part(job, element),
+        optimizer=part * 3,
+        gradients=part,
+        buffers=_bucket(job, FP32_BYTES) + gathered + holes,
+        carried=NOTHING,
+        bucket=NOTHING,
+        grown_bytes=0,
+        reducing=_sent(job, FP32_BYTES) * (1 if on_gpu else 2),
+        stepping=part,
+    )
+
+
+def each_parameter(job: Job, element_bytes: int) -> Tensors:
+    """The parameters one by one: the table of tokens, and matrices of a layer."""
+    network = job.network
+    matrices = MATRICES * network.num_layers
+    rest = (network.parameters - network.embedding) * element_bytes
+    return Tensors.of(network.embedding * element_bytes) + Tensors.of(rest / matrices, matrices)
+
+
+def _flat(job: Job, element_bytes: int) -> Tensors:
+    """All parameters in one vector."""
+    return Tensors.of(job.network.parameters * element_bytes)
+
+
+def own_part(job: Job, element_bytes: int) -> Tensors:
+    """This rank's part of them."""
+    return Tensors.of(job.network.parameters * element_bytes / job.world_size)
+
+
+def _bucket(job: Job, element_bytes: int) -> Tensors:
+    """A bucket for gradients: on a GPU all of it, on a CPU the pages that are used."""
+    used = job.bucket_elements if job.kernels.on_gpu else min(job.bucket_elements, job.network.parameters)
+    return Tensors.of(used * element_bytes)
+
+
+def _sent(job: Job, element_bytes: int) -> Tensors:
+    """A copy of what a full bucket holds."""
+    return Tensors.of(min(job.bucket_elements, job.network.parameters) * element_bytes)
