@@ -1,21 +1,22 @@
 """`Plan`: how long a run takes, what it needs and what will go wrong, from its configuration and what is known beside it (pure)."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline import volume
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import blocks_per_window, micro_steps
 from launcher.plan_checkpoints import CheckpointPlan, checkpoint_plan
-from launcher.plan_facts import Facts
-from launcher.plan_memory import Shape, StageMemory, stages_memory
+from launcher.plan_memory import MARGIN, Shape, StageMemory, stages_memory
 from launcher.plan_problems import Problem, data_problems, device_problems, memory_problems, network_problems, storage_problems
-from launcher.plan_speed import mean_sample
 from launcher.plan_time import Duration, Stated, cost, duration
-from launcher.plan_work import PhaseWork, WorldSize, total_tokens, world_sizes
+from launcher.plan_work import PhaseWork, WorldSize, mean_sample, total_tokens, world_sizes
 from trainer.config import RunConfig
 from trainer.gpus import stated_flops
 from trainer.memory import checkpoint_bytes, snapshot_bytes
+
+if TYPE_CHECKING:
+    from launcher.plan_facts import Facts
 
 COPY_BYTES_PER_S = 2e9
 """At which a rank copies what it saves into main memory, where no checkpoint of an earlier run was measured; assumed."""
@@ -26,7 +27,7 @@ class Plan:
     """See `to_json`, whose keys are an interface."""
 
     config: RunConfig
-    facts: Facts
+    facts: "Facts"
     work: tuple[PhaseWork, ...]
     epochs: tuple[float, ...] | None
     """Of each corpus."""
@@ -81,10 +82,11 @@ class Plan:
         known = {"corpus": facts.corpus, "vocabulary": facts.vocabulary, "precision": facts.precision, "world_size": facts.world_size}
         found = {name: {"value": each.value, "basis": each.basis} for name, each in known.items()}
         device = {"value": facts.gpu or "cpu", "basis": "stated: --gpu" if facts.gpu else "assumed: no --gpu"}
-        return {**found, "device": device, "network": {"value": self.config.model.architecture, "basis": facts.network_basis}}
+        network = {"value": self.config.model.architecture, "basis": facts.network_basis}
+        return {**found, "device": device, "network": network, "margin": {"value": f"{MARGIN:.0%} of memory", "basis": "assumed"}}
 
 
-def make_plan(config: RunConfig, facts: Facts, stated: Stated) -> Plan:
+def make_plan(config: RunConfig, facts: "Facts", stated: Stated) -> Plan:
     """The plan of a run.
 
     Raises:
@@ -142,15 +144,17 @@ def resume_bytes(config: RunConfig, mixture: Mixture | None, world_size: int) ->
     return sum(max(windows[corpus :: len(mixture)]) for corpus in range(len(mixture)))
 
 
-def _checkpoints(config: RunConfig, facts: Facts, stated: Stated, took: Duration, snapshot: int | None) -> CheckpointPlan | None:
+def _checkpoints(config: RunConfig, facts: "Facts", stated: Stated, took: Duration, snapshot: int | None) -> CheckpointPlan | None:
     if facts.network is None or snapshot is None:
         return None
     measured = facts.speed.checkpoint_stall_s if facts.speed is not None else 0.0
+    basis = f"measured: run {facts.speed.source}" if facts.speed is not None and measured else f"assumed: {COPY_BYTES_PER_S / 1e9:g} GB/s"
     return checkpoint_plan(
         config.checkpoint,
         config.schedule.steps,
         checkpoint_bytes(facts.network, facts.precision.value, config.zero.stage),
         stall_s=measured or snapshot / COPY_BYTES_PER_S,
+        stall_basis=basis,
         step_s=took.step_s,
         failures_per_day=stated.failures_per_day,
     )

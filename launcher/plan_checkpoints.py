@@ -21,6 +21,7 @@ class CheckpointPlan:
     kept_bytes: int
     stall_s: float | None
     """For which one holds training up; None where nothing says it."""
+    stall_basis: str
     best_every_steps: int | None
     """By `daly_interval_s`, for the stated failures; None where those, the stall or the length of a step are not known."""
     best_basis: str
@@ -32,11 +33,18 @@ class CheckpointPlan:
 
 
 def checkpoint_plan(
-    config: CheckpointConfig, num_steps: int, num_bytes: int, *, stall_s: float | None, step_s: float | None, failures_per_day: float | None
+    config: CheckpointConfig,
+    num_steps: int,
+    num_bytes: int,
+    *,
+    stall_s: float | None,
+    stall_basis: str,
+    step_s: float | None,
+    failures_per_day: float | None,
 ) -> CheckpointPlan:
     """What `config` makes of a run of `num_steps`, and the interval that loses least time."""
     kept = len(kept_steps(config, num_steps))
-    best, basis = _best(stall_s, step_s, failures_per_day)
+    best, basis = _best(stall_s, stall_basis, step_s, failures_per_day)
     return CheckpointPlan(
         checkpoint_bytes=num_bytes,
         every_steps=config.every_steps,
@@ -44,6 +52,7 @@ def checkpoint_plan(
         kept=kept,
         kept_bytes=kept * num_bytes,
         stall_s=stall_s,
+        stall_basis=stall_basis,
         best_every_steps=None if best is None else min(best, num_steps),
         best_basis=basis,
     )
@@ -70,10 +79,11 @@ def daly_interval_s(stall_s: float, mtbf_s: float) -> float:
     return math.sqrt(2 * stall_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_s
 
 
-def _best(stall_s: float | None, step_s: float | None, failures_per_day: float | None) -> tuple[int | None, str]:
+def _best(stall_s: float | None, stall_basis: str, step_s: float | None, failures_per_day: float | None) -> tuple[int | None, str]:
     if not failures_per_day:
         return None, "no --failures-per-day"
     if step_s is None or stall_s is None:
         return None, f"how long a {'step' if step_s is None else 'checkpoint'} takes is not known"
     interval_s = daly_interval_s(stall_s, 86400 / failures_per_day)
-    return max(1, round(interval_s / step_s)), f"Young/Daly: {failures_per_day:g} failures a day, {stall_s:.3g} s a checkpoint, {step_s:.3g} s a step"
+    said = f"{failures_per_day:g} failures a day, {stall_s:.3g} s a checkpoint ({stall_basis}), {step_s:.3g} s a step"
+    return max(1, round(interval_s / step_s)), f"Young/Daly: {said}"

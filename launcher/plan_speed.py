@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from typing import Any
 
-from data_pipeline.config import ObjectiveConfig
 from data_pipeline.errors import MaskwrightError
 from data_pipeline.lines import last_lines
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from launcher.history import History, attempts_of
 from launcher.plan_time import Speed, measured_speed
-from launcher.plan_work import MeanSample, PhaseWork, special_tokens
+from launcher.plan_work import PhaseWork, mean_sample
 from launcher.runs import read_config, run_ids
 from trainer.config import RunConfig
 from trainer.dimensions import Dimensions
@@ -37,15 +36,6 @@ def earlier_speed(config: RunConfig, precision: str, network: Dimensions | None,
             if found is not None:
                 return found
     return None
-
-
-def mean_sample(mixture: Mixture | None, sequence_length: int, objective: ObjectiveConfig) -> MeanSample:
-    """A sample of the corpora on average, by weight; without them what fits a row."""
-    if mixture is None or any(sequence_length not in index.sequence_lengths for index in mixture.indexes):
-        return MeanSample(sequence_length, is_bound=True)
-    means = [int(index.manifest["counts"]["train_tokens"]) / max(1, index.num_samples("train", sequence_length)) for index in mixture.indexes]
-    text = sum(mean * weight for mean, weight in zip(means, mixture.weights, strict=True)) / sum(mixture.weights)
-    return MeanSample(min(float(sequence_length), text + special_tokens(objective)), is_bound=False)
 
 
 def _candidates(storage: Location, name: str) -> Iterator[RunFolder]:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.config import ObjectiveConfig, Phase
+from data_pipeline.mixture import Mixture
 from data_pipeline.order import micro_steps
 from trainer.flops import StepFlops
 
@@ -46,6 +47,15 @@ class PhaseWork:
     def flops_of_round(self, network: StepFlops) -> float:
         """Of a micro-batch: what a rank does between two of its micro-steps."""
         return network.of_step(self) / self.phase.num_micro_batches
+
+
+def mean_sample(mixture: Mixture | None, sequence_length: int, objective: ObjectiveConfig) -> MeanSample:
+    """A sample of the corpora on average, by weight; without them what fits a row."""
+    if mixture is None or any(sequence_length not in index.sequence_lengths for index in mixture.indexes):
+        return MeanSample(sequence_length, is_bound=True)
+    means = [int(index.manifest["counts"]["train_tokens"]) / max(1, index.num_samples("train", sequence_length)) for index in mixture.indexes]
+    text = sum(mean * weight for mean, weight in zip(means, mixture.weights, strict=True)) / sum(mixture.weights)
+    return MeanSample(min(float(sequence_length), text + special_tokens(objective)), is_bound=False)
 
 
 def special_tokens(objective: ObjectiveConfig) -> int:

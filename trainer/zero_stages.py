@@ -90,7 +90,7 @@ def _stage_1(job: Job) -> State:
         carried=gradients if job.num_passes > 1 else NOTHING,
         bucket=bucket if job.kernels.on_gpu else NOTHING,
         grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
-        reducing=gradients + copies + (bucket if job.kernels.on_gpu else NOTHING),
+        reducing=copies + (gradients + bucket if job.kernels.on_gpu or not _fits_bucket(job) else bucket),
         stepping=part * (2 if job.precision == "fp32" else 1),
     )
 
@@ -174,6 +174,11 @@ def _bucket(job: Job, element_bytes: int) -> Tensors:
     """A bucket for gradients: on a GPU all of it, on a CPU the pages that are used."""
     used = job.bucket_elements if job.kernels.on_gpu else min(job.bucket_elements, job.network.parameters)
     return Tensors.of(used * element_bytes)
+
+
+def _fits_bucket(job: Job) -> bool:
+    """Whether one bucket takes the gradients of all parameters."""
+    return job.network.parameters <= job.bucket_elements
 
 
 def _sent(job: Job, element_bytes: int) -> Tensors:

@@ -141,7 +141,7 @@ def test_blocks_that_another_writer_laid_out_are_read(tiny_corpus: Prepared) -> 
 
 def test_our_own_layout_needs_no_other_reader(tiny_corpus: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most of the time of reading a small block would be spent in Python's tar reader."""
-    monkeypatch.setattr("data_pipeline.shards.tar_file_expander", None)
+    monkeypatch.setattr("webdataset.tariterators.tar_file_expander", None)
     index = CorpusIndex.open(tiny_corpus.folder)
     assert sum(len(index.read_block(record).ids) for record in index.records) == int(index.records["tokens"].sum())
 

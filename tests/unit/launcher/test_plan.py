@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from data_pipeline.config import TokenizerConfig
 from data_pipeline.errors import ExitCode
 from data_pipeline.executor import InProcessExecutor
 from data_pipeline.prepare import prepare
@@ -113,6 +114,23 @@ def test_a_prepared_corpus_is_counted(here: Path, capsys: pytest.CaptureFixture[
     assert other["epochs"] is None, "another shuffle is another corpus"
     assert cli.run(["plan", config], debug=True) == 0
     assert "next: maskwright run" in capsys.readouterr().out
+
+
+def test_a_mixture_is_counted_by_corpus(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(here)
+    text = {"source": "text.jsonl", "validation_fraction": 0.1}
+    parts = [{"weight": 3, "corpus": {**text, "name": "first"}}, {"weight": 1, "corpus": {**text, "name": "second", "seed": 1}}]
+    sections = {key: value for key, value in tiny_config(mixture=parts).items() if key != "corpus"}
+    Path("m.yaml").write_text(yaml.safe_dump(sections))
+    config = load_run_config("m.yaml")
+    storage, tokenizer = Location.at(config.storage), config.tokenizer
+    for part in config.mixture:
+        made = prepare(part.corpus, tokenizer, config.batch.sequence_lengths, storage, InProcessExecutor(), lambda _: None)
+        tokenizer = TokenizerConfig(path=(made.folder / "tokenizer").url)
+    found = plan(capsys, "m.yaml", "-W", "2")
+    first, second = found["epochs_by_corpus"].values()
+    assert found["epochs"] == first == pytest.approx(3 * second, rel=0.05)
+    assert found["resume_bytes"] > 0
 
 
 def test_hours_come_from_an_earlier_run_like_it(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

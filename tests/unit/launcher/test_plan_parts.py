@@ -101,7 +101,7 @@ def test_what_is_kept_is_what_the_trainer_keeps(config: CheckpointConfig, num_st
 
 def test_a_checkpoint_plan_says_what_it_lacks() -> None:
     config = CheckpointConfig(every_steps=10)
-    usual = {"stall_s": 0.5, "step_s": 0.1, "failures_per_day": 2.0}
+    usual = {"stall_s": 0.5, "stall_basis": "assumed", "step_s": 0.1, "failures_per_day": 2.0}
     found = checkpoint_plan(config, 10_000, 1000, **usual)
     assert (found.number, found.kept, found.kept_bytes) == (1000, 3, 3000)
     assert found.best_every_steps == round(daly_interval_s(0.5, 43200) / 0.1)
