@@ -106,7 +106,7 @@ def _backward(job: Job, state: State) -> list[_Moment]:
         _Moment("backward", there + table, kept),
         _Moment("backward", there + table, outside + stored * last + work, holes),
         _Moment("backward", there + table + grown * last, outside + work, holes),
-        _Moment("backward", there + table * 2 + grown * network.num_layers),
+        _Moment("backward", there + table * 3 + grown * network.num_layers),  # both gradients of the table of tokens, and their sum
     ]
 
 
