@@ -1,7 +1,8 @@
 """What DeepSpeed keeps of a network at each ZeRO stage, and what it copies when (pure).
 
 Read from its optimizers: `FP16_UnfusedOptimizer` (stage 0 in 16 bits), `BF16_Optimizer` (stage 1 in bf16), `stage_1_and_2.py` and `stage3.py`, with
-the settings of `trainer.deepspeed_config`. P parameters over W ranks; AdamW and LAMB keep two moments, and the optimizer's weights are fp32.
+the settings of `trainer.deepspeed_config` and the vectors of `trainer.zero_buckets` (stage 1 in fp32). P parameters over W ranks; AdamW and LAMB
+keep two moments, and the optimizer's weights are fp32.
 """
 
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ class State:
 
 def state_of(job: Job, stage: int) -> State:
     """What a rank keeps at a stage."""
-    stages = (_stage_0, _stage_1_bf16 if job.precision == "bf16" else _stage_1, _stage_2, _stage_3)
-    return stages[stage](job)
+    stage_1 = {"bf16": _stage_1_bf16, "fp16": _stage_1_fp16, "fp32": _stage_1_fp32}[job.precision]
+    return (_stage_0, stage_1, _stage_2, _stage_3)[stage](job)
 
 
 def _stage_0(job: Job) -> State:
@@ -76,8 +77,24 @@ def _stage_0(job: Job) -> State:
     )
 
 
-def _stage_1(job: Job) -> State:
-    """In fp32 and fp16. A bucket takes a gradient's place when it is copied into it; what lies in this rank's part is copied once more."""
+def _stage_1_fp32(job: Job) -> State:
+    """`zero_buckets.FlatGradients`: each gradient is copied once, into a vector that stays, and freed."""
+    gradients = each_parameter(job, FP32_BYTES)
+    return State(
+        weights=_flat(job, FP32_BYTES),
+        optimizer=own_part(job, FP32_BYTES) * 3,
+        gradients=_flat(job, FP32_BYTES),
+        buffers=NOTHING,
+        carried=gradients if job.num_passes > 1 else NOTHING,
+        bucket=NOTHING,
+        grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
+        reducing=gradients,
+        stepping=NOTHING,
+    )
+
+
+def _stage_1_fp16(job: Job) -> State:
+    """A bucket takes a gradient's place when it is copied into it; what lies in this rank's part is copied once more."""
     part, gradients = own_part(job, FP32_BYTES), each_parameter(job, FP32_BYTES)
     bucket = _bucket(job, FP32_BYTES)
     sent = _sent(job, FP32_BYTES) if job.world_size > 1 else NOTHING
@@ -91,7 +108,7 @@ def _stage_1(job: Job) -> State:
         bucket=bucket if job.kernels.on_gpu else NOTHING,
         grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
         reducing=copies + (gradients + bucket if job.kernels.on_gpu or not _fits_bucket(job) else bucket),
-        stepping=part * (2 if job.precision == "fp32" else 1),
+        stepping=part,
     )
 
 
