@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 
 from data_pipeline.config import Phase
-from data_pipeline.errors import ConfigError, NotFoundError, NumericTroubleError, StorageError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, NotFoundError, NumericTroubleError, StorageError
 from data_pipeline.storage import Location
 from trainer.agreement import Ranks
 from trainer.runlog import RunFolder
@@ -50,6 +50,21 @@ def require_shared(folder: Location, ranks: Ranks, timeout_s: float = SHARED_S) 
 
     ranks.all_do("read the run folder", read)
     ranks.rank_zero_does("write into the run folder", file.remove)
+
+
+def require_same_software(ranks: Ranks, own: Mapping[str, str]) -> None:
+    """Refuse ranks whose software differs: they may disagree in a bit, in what they save, or hang. Collective.
+
+    Raises:
+        EnvironmentMismatchError: names the library, both releases, and a host of each.
+    """
+    first, *others = ranks.all_do("tell its software", lambda: (socket.gethostname(), dict(own)))
+    for host, theirs in others:
+        if different := [name for name, release in theirs.items() if first[1].get(name) != release]:
+            told = ", ".join(f"{name} {first[1].get(name)} on {first[0]} and {theirs[name]} on {host}" for name in different)
+            raise EnvironmentMismatchError(
+                f"the machines of the run have other software: {told}", "Install the same packages on all of them, then `maskwright resume` the run."
+            )
 
 
 def require_room(run: RunFolder, step: int, num_bytes: int, free_bytes: int | None) -> None:

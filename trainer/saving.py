@@ -19,9 +19,10 @@ from trainer.context import RunContext
 from trainer.engine import Engine
 from trainer.interruption import Interruption, steps_done
 from trainer.manifest import Circumstances
-from trainer.refusals import require_finite, require_room, require_same_data, require_same_position, require_shared
+from trainer.refusals import require_finite, require_room, require_same_data, require_same_position, require_same_software, require_shared
 from trainer.runlog import RunFolder
 from trainer.snapshot import Snapshot
+from trainer.software import software
 from trainer.state import TrainState
 from trainer.writing import as_known
 
@@ -56,12 +57,13 @@ class Saver:
 
     @classmethod
     def open(cls, run: RunFolder, config: RunConfig, context: RunContext, attempt: int) -> "Saver":
-        """Make the process group on which ranks agree about checkpoints, and see that they share the run folder (R11).
+        """Make the process group on which ranks agree about checkpoints, and see that they share software and the run folder (R11).
 
         Raises:
-            StorageError: a rank does not see what rank 0 writes.
+            EnvironmentMismatchError: a rank has other releases than rank 0. StorageError: a rank does not see what rank 0 writes.
         """
         saver = cls(run, config, context, attempt, agreement_group(context.world_size))
+        require_same_software(saver._ranks, software())
         require_shared(run.checkpoints, saver._ranks)
         return saver
 

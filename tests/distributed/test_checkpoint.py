@@ -320,6 +320,26 @@ def test_storage_that_is_not_shared_is_refused_and_the_host_named(tmp_path: Path
     assert run_distributed(open_on_storage_of_its_own, args=(str(tmp_path), True), timeout_s=45) == [("", "", [])] * 2
 
 
+def meet_with_other_software(rank: int, world_size: int, releases: tuple[str, ...]) -> tuple[str, str]:
+    from trainer.refusals import require_same_software
+
+    try:
+        require_same_software(
+            Ranks(rank, world_size, agreement_group(world_size), timeout_s=20.0), {"torch": releases[rank], "ray": "2.60.0", "maskwright": "5e"}
+        )
+    except MaskwrightError as error:
+        return type(error).__name__, error.cause
+    return "", ""
+
+
+def test_other_software_on_a_rank_is_refused_and_named_on_all(tmp_path: Path) -> None:
+    host = socket.gethostname()
+    told = f"the machines of the run have other software: torch 2.13.0 on {host} and 2.12.1 on {host}"
+    outcomes = run_distributed(meet_with_other_software, args=(("2.13.0", "2.12.1"),), timeout_s=45)
+    assert outcomes == [("EnvironmentMismatchError", told)] * 2
+    assert run_distributed(meet_with_other_software, args=(("2.13.0", "2.13.0"),), timeout_s=45) == [("", "")] * 2
+
+
 def arrive_late(rank: int, world_size: int) -> tuple[str, float]:
     ranks = Ranks(rank, world_size, agreement_group(world_size), timeout_s=2.0)
     started_at = time.monotonic()
