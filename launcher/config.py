@@ -13,6 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from data_pipeline.config import Section
 from data_pipeline.errors import ConfigError, NotFoundError
+from data_pipeline.storage import Location
 from trainer.config import RunConfig
 
 S = TypeVar("S", bound=Section)
@@ -45,13 +46,29 @@ class LocalCluster(ClusterConfig):
     """Shared memory for Ray's object store; null means 512 MB, which only `prepare` uses."""
 
 
+class SharedVenv(Section):
+    """Software that lies in a virtual environment, on every node at one path."""
+
+    venv: str = Field(pattern=r"^/[\w./+-]+$")
+    """Its folder. It has the cluster's releases of Python and Ray."""
+
+    @property
+    def python(self) -> str:
+        """Its interpreter."""
+        return f"{self.venv.rstrip('/')}/bin/python"
+
+
 class RayCluster(ClusterConfig):
     """The whole of a cluster YAML of kind `ray`."""
 
     kind: Literal["ray"]
-    """`ray`: a Ray cluster that is there already; the command runs on one of its machines. It is never shut down."""
+    """`ray`: a Ray cluster that is there already. `run` drives it from one of its machines, `submit` from anywhere. It is never shut down."""
     address: str = Field(default="auto", pattern=r"^(auto|[^\s:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+)$")
-    """`host:port` of the cluster's head, or `auto`: the cluster that runs on this machine."""
+    """`host:port` of the cluster's head, or `auto`: the cluster that runs on the machine of the driver."""
+    dashboard: str | None = Field(default=None, pattern=r"^https?://([^\s:/@?#]+|\[[0-9a-fA-F:]+\])(:\d+)?/?$")
+    """Address of the dashboard, such as `http://head:8265`, through which `submit` hands a run over to the cluster. Null: only `run` works."""
+    environment: SharedVenv | None = None
+    """Where ranks, and the driver of a submitted run, find their libraries. Null: ranks where Ray does, that driver in the PATH of the head."""
     min_workers: int | None = Field(default=None, ge=1)
     """Elastic: with fewer than `num_workers` ranks the run goes on, down to so many, and grows again where it pays. Null: it waits for all."""
     wait_s: float = Field(default=300.0, ge=0.0)
@@ -97,7 +114,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), storage: str | None = None) -> RunConfig:
-    """The run configuration of a YAML file with `--set` values applied and storage resolved.
+    """The run configuration of a YAML file (a path or URL) with `--set` values applied and storage resolved.
 
     Storage: `storage` (the flag), else what file or `--set` say, else $MASKWRIGHT_STORAGE, else `runs`. Relative paths are
     relative to the current directory.
@@ -123,12 +140,14 @@ def override_run_config(config: RunConfig, overrides: Sequence[str]) -> RunConfi
 
 
 def load_cluster_config(name: str) -> Cluster:
-    """The cluster of a YAML file, or a built-in one by name.
+    """The cluster of a YAML file (a path or URL), or a built-in one by name.
 
     Raises:
         ConfigError: everything that is wrong, at once. NotFoundError: there is no such file.
     """
     path, built_in = Path(name), example_configs() / "clusters"
+    if "://" in name:
+        return validate_cluster(_read_mapping(name), name)
     if "/" not in name and (built_in / f"{name}.yaml").exists():
         path = built_in / f"{name}.yaml"  # whatever lies in the current folder
     elif not path.suffix and not path.exists():
@@ -187,7 +206,7 @@ def validate(model: type[S], data: Mapping[str, Any], where: str) -> S:
 
 def _read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Location(os.fspath(path)).read_bytes().decode() if "://" in os.fspath(path) else Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise NotFoundError(f"config file {os.fspath(path)} does not exist", "Check the path; `maskwright init` copies examples.") from error
     except IsADirectoryError as error:

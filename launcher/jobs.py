@@ -24,6 +24,7 @@ from launcher.redaction import redacted
 from launcher.run_status import committed_steps, has_trained, record_lost_driver
 from launcher.runs import cluster_file, read_config, reference
 from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
+from launcher.submission import SUBMISSION_VARIABLE
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
@@ -49,7 +50,7 @@ def run_job(
     Raises:
         ConfigError: the configuration cannot continue this run. ConflictError: somebody drives it. MaskwrightError: as the run ended.
     """
-    config = _with_whole_paths(config)
+    config = with_whole_paths(config)
     run = RunFolder(Location.at(config.storage) / config.name)
     _require_buildable(config, run)
     machine = this_machine()
@@ -63,7 +64,9 @@ def run_job(
         model = model or run.models / MODEL_NAME
         ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(run) is not None)
         job = Job(config, run, lease, ray, console, progress, model, resumed=as_recorded)
-        run.append_event("command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host)
+        run.append_event(
+            "command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host, submission=os.environ.get(SUBMISSION_VARIABLE)
+        )
         notices = Notices(console, RecordsTail(run.events).skip_old())
         trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
 
@@ -102,22 +105,28 @@ def work_left(config: RunConfig, run: RunFolder) -> list[Work]:
     return left or [Work(phase.num_steps, phase.num_micro_batches) for phase in config.phases]
 
 
-def _with_whole_paths(config: RunConfig) -> RunConfig:
+def with_whole_paths(config: RunConfig) -> RunConfig:
     """The same for whoever continues the run from another folder."""
     data = config.data if config.data.storage is None else config.data.model_copy(update={"storage": Location.at(config.data.storage).url})
     return config.model_copy(update={"storage": Location.at(config.storage).url, "data": data})
 
 
 def _write_configs(run: RunFolder, config: RunConfig, cluster: Cluster, *, deliberate: bool) -> None:
-    if run.config.exists():
-        before = read_config(run)
-        for change in _allowed(run, before, config, deliberate=deliberate):
-            run.append_event("config_changed", attempt=0, path=change.path, before=change.before, after=change.after)
+    for change in allowed_changes(run, config, deliberate=deliberate):
+        run.append_event("config_changed", attempt=0, path=change.path, before=change.before, after=change.after)
     run.config.write_bytes(dump_yaml(config))
     cluster_file(run).write_bytes(dump_yaml(cluster))
 
 
-def _allowed(run: RunFolder, before: RunConfig, after: RunConfig, *, deliberate: bool) -> list[Change]:
+def allowed_changes(run: RunFolder, after: RunConfig, *, deliberate: bool) -> list[Change]:
+    """What `after` changes of a run, if there is one.
+
+    Raises:
+        ConfigError: it would make another model out of the same run.
+    """
+    if not run.config.exists():
+        return []
+    before = read_config(run)
     if not has_trained(run):
         return changes(before, after)
     return resolve_diff(before, after, deliberate=deliberate, steps_done=max(committed_steps(run), default=0))

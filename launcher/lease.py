@@ -67,6 +67,11 @@ def process_start(pid: int) -> str:
     return "" if state in "ZX" else fields[18]  # a killed process whose parent has not asked for it yet
 
 
+def newest_lease(run: RunFolder) -> int:
+    """Number of the newest lease that anybody has taken, given up or not; 0 when nobody ever has."""
+    return max((int(name) for name in (run.root / "leases").children() if name.isdigit()), default=0)
+
+
 def read_lease(run: RunFolder) -> LeaseState | None:
     """The lease as last written; None when nobody holds one."""
     try:
@@ -125,10 +130,10 @@ class Lease:
             ConflictError: somebody drives the run.
         """
         # The number first: if somebody takes the run after the look at its holder, that number is gone.
-        number = 1 + max((int(name) for name in (run.root / "leases").children() if name.isdigit()), default=0)
+        number = 1 + newest_lease(run)
         current = proven_holder(run, say)
         if current is not None:
-            raise _taken(run, current)
+            raise taken(run, current)
         token = uuid.uuid4().hex
         if not (run.root / "leases" / f"{number:08d}").claim(token.encode()):
             raise ConflictError(f"run {run.root.name} was taken by another command just now", f"See `maskwright status {run.root.name}`.")
@@ -194,7 +199,8 @@ class Lease:
                 fails = True
 
 
-def _taken(run: RunFolder, lease: LeaseState) -> ConflictError:
+def taken(run: RunFolder, lease: LeaseState) -> ConflictError:
+    """What whoever wants to drive a run is told while somebody does."""
     return ConflictError(
         f"run {run.root.name} is already running: process {lease.pid} on {lease.host}, stage {lease.stage or 'start'}",
         f"Follow it with `maskwright status {run.root.name}`, or end it with `maskwright stop {run.root.name}`.",

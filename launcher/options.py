@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 _NEEDS_RUN = {"status", "logs", "stop", "resume", "export", "report", "profile"}
-_COMMAND = re.compile(rf"`maskwright ({'|'.join(sorted(_NEEDS_RUN))}|list|finetune|evaluate|clean|run|prepare|inspect)\b((?: [^`]*)?)`")
+_COMMAND = re.compile(rf"`maskwright ({'|'.join(sorted(_NEEDS_RUN))}|list|submit|finetune|evaluate|clean|run|prepare|inspect)\b((?: [^`]*)?)`")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a run YAML.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id (looked for in the storage), or the run's folder or URL.")]

@@ -10,10 +10,12 @@ from launcher.attempts import last_attempt
 from launcher.lease import LeaseState, holder
 from launcher.options import completed
 from launcher.runs import read_config, reference
+from launcher.submission import driving_submission
 from trainer.manifest import MANIFEST
 from trainer.runlog import RunFolder
 
-State = Literal["running", "finished", "stopped", "failed", "interrupted", "created"]
+State = Literal["running", "finished", "stopped", "failed", "interrupted", "created", "submitted"]
+"""`submitted`: given to a cluster, and nobody drives it yet; what became of the job, the cluster knows (`submitting.asked_status`)."""
 
 _TERMINAL = {"finished", "failed", "stopped"}
 
@@ -26,7 +28,7 @@ class RunStatus:
     folder: str
     state: State
     exit_code: int
-    """Of the run's last command; 20 while it runs."""
+    """Of the run's last command; 20 while it runs, or waits to."""
     stage: str
     stages: dict[str, float]
     """Seconds of each finished stage."""
@@ -56,6 +58,8 @@ class RunStatus:
     remedy: str
     pid: int | None
     host: str
+    submission: str
+    """The job that drives or drove the run on a cluster; empty where a command does."""
     started_at: float | None
     updated_at: float | None
 
@@ -67,7 +71,10 @@ class RunStatus:
 def read_status(run: RunFolder) -> RunStatus:
     """The status of a run from its lease, events, metrics and checkpoints."""
     config, lease, events, newest = read_config(run), holder(run), run.read_events(), run.newest_metrics()
+    submission = driving_submission(run, events)
     state, exit_code, last = _state(lease, events)
+    if lease is None and submission is not None and submission.waits(run):
+        state, exit_code, last = "submitted", ExitCode.RUNNING, {}
     resumed = [event for event in events if event["kind"] == "resumed"]
     times = [event["time"] for event in events]
     step = int(newest["step"]) + 1 if newest else 0
@@ -97,6 +104,7 @@ def read_status(run: RunFolder) -> RunStatus:
         remedy=completed(str(last.get("remedy", "")), run=reference(run)),
         pid=lease.pid if lease else None,
         host=lease.host if lease else "",
+        submission=submission.job if submission else "",
         started_at=min(times, default=None),
         updated_at=max([*times, *([lease.time] if lease else [])], default=None),
     )

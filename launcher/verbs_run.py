@@ -1,20 +1,17 @@
-"""Verbs about runs: run, resume, stop, list, status, logs."""
+"""Verbs about runs: run, resume, list, status, logs."""
 
-import os
 import shlex
-import signal
 import sys
 import time
 from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.errors import ConflictError, MaskwrightError, NotFoundError, UsageError
+from data_pipeline.errors import MaskwrightError, NotFoundError, UsageError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt
 from launcher.config import LocalCluster, load_cluster_config, load_run_config, override_run_config
-from launcher.control import request_stop
-from launcher.lease import LeaseState, holder, process_start
+from launcher.lease import holder
 from launcher.options import (
     Cluster,
     ConfigArgument,
@@ -33,15 +30,15 @@ from launcher.options import (
 from launcher.progress import clock, human
 from launcher.run_status import RunStatus, read_status
 from launcher.runs import find_run, read_cluster, read_config, reference, resolve_storage, run_ids
+from launcher.submission import driving_submission
+from launcher.verbs_submit import print_job_log, submit_again
 from trainer.runlog import RunFolder
 
 _READ_BYTES = 8 << 20
-KILL_AFTER_S = 15.0
-"""A driver that has not ended so long after its grace is killed."""
 
 
 def run(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
-    """Run all stages on this machine: prepare, pretrain, export, finetune, report. Run it again and it continues.
+    """Run all stages from this machine: prepare, pretrain, export, finetune, report. Run it again and it continues.
 
     Example: maskwright run my.yaml --set schedule.steps=2000
     """
@@ -54,15 +51,21 @@ def run(config: ConfigArgument, overrides: Set = None, storage: Storage = None, 
 def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
     """Continue a run from its newest checkpoint; with --set also with another learning rate, schedule or number of steps.
 
+    One that was submitted is submitted again to its cluster; with --cluster this command drives it.
+
     Example: maskwright resume demo --set schedule.steps=5000
     """
     from launcher.jobs import run_job
 
     folder = find_run(run, storage)
-    begun = next((event for event in folder.read_events() if event["kind"] == "command_started"), {})
+    events = folder.read_events()
+    begun = next((event for event in events if event["kind"] == "command_started"), {})
     if begun.get("verb") == "finetune":
         raise UsageError(f"run {folder.root.name} only fine-tunes a model, it has nothing to pretrain", "Give the same `maskwright finetune` again.")
     config = override_run_config(read_config(folder), overrides or ())
+    if cluster is None and (last := driving_submission(folder, events)) is not None:
+        submit_again(folder, last, config, overrides or ())
+        return
     where = load_cluster_config(cluster) if cluster else read_cluster(folder) or LocalCluster()
     _say_finished(run_job(config, where, console(), verb="resume", deliberate=bool(overrides)))
 
@@ -70,45 +73,6 @@ def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, clu
 def _say_finished(run: RunFolder) -> None:
     report = [shlex.join(["open", str(run.report)])] if run.report.exists() else []
     next_command(*report, command("status", reference(run)))
-
-
-def stop(
-    run: RunArgument,
-    grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds to save a checkpoint in; then everything ends.")] = 60.0,
-    now: Annotated[bool, typer.Option("--now", help="End without saving.")] = False,
-    storage: Storage = None,
-) -> None:
-    """Save a checkpoint and end a run; `resume` continues it.
-
-    Example: maskwright stop demo --grace 120
-    """
-    folder = find_run(run, storage)
-    lease = holder(folder)
-    if lease is None:
-        raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
-    request_stop(folder, grace_s=grace, save=not now, by="maskwright stop", lease=lease.token)
-    deadline = time.monotonic() + (0.0 if now else grace) + KILL_AFTER_S
-    while (current := holder(folder)) is not None and current.token == lease.token and time.monotonic() < deadline:
-        time.sleep(0.25)
-    current = holder(folder)
-    if current is not None and current.token == lease.token:
-        _kill(current)
-    status = read_status(folder)
-    saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
-    say(f"run {folder.root.name} {status.state}; {saved}")
-    next_command(command("resume", run, storage=storage))
-
-
-def _kill(lease: LeaseState) -> None:
-    """End a driver that does not answer. Its Ray processes go with it."""
-    if not lease.is_here():
-        raise ConflictError(
-            f"the run's process {lease.pid} on {lease.host} does not answer", "End it there; the run is free when its heartbeat is 30 s old."
-        )
-    if process_start(lease.pid) == lease.pid_started:
-        os.kill(lease.pid, signal.SIGKILL)
-        while process_start(lease.pid) == lease.pid_started:
-            time.sleep(0.05)
 
 
 def list_(storage: Storage = None, as_json: Json = False) -> None:
@@ -120,7 +84,7 @@ def list_(storage: Storage = None, as_json: Json = False) -> None:
     statuses: list[RunStatus] = []
     for name in run_ids(root):
         try:
-            statuses.append(read_status(RunFolder(root / name)))
+            statuses.append(status_of(RunFolder(root / name)))
         except MaskwrightError as error:  # one run that cannot be read must not hide the others
             print(f"{name}: {error.cause}", file=sys.stderr)
     if as_json:
@@ -146,7 +110,7 @@ def status(
     Example: maskwright status demo --exit-code
     """
     folder = find_run(run, storage)
-    found = read_status(folder)
+    found = status_of(folder)
     if as_json:
         print_json(found.to_json())
     else:
@@ -154,6 +118,16 @@ def status(
         next_command(_after_status(found, run, storage))
     if exit_code:
         raise typer.Exit(found.exit_code)
+
+
+def status_of(run: RunFolder) -> RunStatus:
+    """The status of a run; where it waits on a cluster, as that has it."""
+    found = read_status(run)
+    if found.state != "submitted":
+        return found
+    from launcher.submitting import asked_status  # which takes Ray
+
+    return asked_status(found, run)
 
 
 def _status_fields(status: RunStatus) -> dict[str, Any]:
@@ -172,6 +146,7 @@ def _status_fields(status: RunStatus) -> dict[str, Any]:
         "attempts": _attempts(status),
         "left out": _left_out(status),
         "process": f"{status.pid} on {status.host}" if status.pid else None,
+        "job": status.submission,
         "updated": _ago(status.updated_at),
     }
 
@@ -191,8 +166,8 @@ def _left_out(status: RunStatus) -> str:
 def _after_status(status: RunStatus, run: str, storage: str | None) -> str:
     if status.state == "failed" and not status.attempt:  # no rank has a log; the cause is above
         return command("resume", run, storage=storage)
-    verb = {"running": "logs", "finished": "report", "failed": "logs"}.get(status.state, "resume")
-    return command(verb, run, *(["-f"] if status.state == "running" else []), storage=storage)
+    verb = {"running": "logs", "submitted": "logs", "finished": "report", "failed": "logs"}.get(status.state, "resume")
+    return command(verb, run, *(["-f"] if verb == "logs" and status.state != "failed" else []), storage=storage)
 
 
 def logs(
@@ -203,7 +178,7 @@ def logs(
     storage: Storage = None,
     as_json: Json = False,
 ) -> None:
-    """Print a rank's log.
+    """Print a rank's log; of a submitted run that has not trained yet, what its job has printed.
 
     Example: maskwright logs demo --rank 1 -f
     """
@@ -212,12 +187,14 @@ def logs(
     shown = 0
     while True:
         # Asked before the log is read, so that nothing is missed that was written until then.
-        ended = not follow or holder(folder) is None
+        ended = not follow or (holder(folder) is None and status_of(folder).state != "submitted")
         newest = last_attempt(folder) if follow and attempt is None else number
         log = folder.rank_log(number, rank)
         if log.exists():
             shown = _print_log(log, shown, number, rank, as_json=as_json, whole=ended or newest > number)
         elif ended and newest == number:
+            if number == 0 and print_job_log(folder):
+                return
             raise _no_log(folder, number, rank)
         if newest > number:
             number, shown = newest, 0
@@ -267,4 +244,4 @@ def _ago(then: float | None) -> str:
     return f"{seconds} s ago" if seconds < 120 else f"{clock(seconds)} ago" if seconds < 86400 else time.strftime("%Y-%m-%d", time.localtime(then))
 
 
-VERBS = (run, resume, stop, list_, status, logs)
+VERBS = (run, resume, list_, status, logs)

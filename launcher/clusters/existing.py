@@ -1,7 +1,5 @@
 """A Ray cluster that is there already: joins it as a driver, sees its nodes, and leaves it as it was (talks to Ray)."""
 
-import ipaddress
-import os
 import socket
 import threading
 from collections.abc import Generator
@@ -20,6 +18,7 @@ from launcher.clusters.local import (
     silence_driver,
     undisturbed,
 )
+from launcher.clusters.tokens import has_token, require_token
 from launcher.config import RayCluster
 from launcher.elastic import Node
 
@@ -39,7 +38,7 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
     What was put on the cluster belongs to this driver's Ray job and goes with it, also when this process is killed. The cluster stays.
 
     Raises:
-        UnreachableError: there is no such cluster, this machine is not one of its nodes, or it would be talked to without a token.
+        UnreachableError: there is no such cluster, this machine is not one of its nodes, or it would be talked to without a token of our own.
     """
     scratch = session_folder()
     token = {"RAY_AUTH_MODE": "token"} if has_token() else {}
@@ -50,7 +49,7 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
             read_token_again()
             require_token(find_address(config.address), has_token=bool(token))
             try:
-                _join(ray, config.address, scratch.path)
+                _join(ray, config, scratch.path)
                 silence_driver(ray)
                 yield scratch.path
             finally:
@@ -59,22 +58,23 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
         scratch.remove()
 
 
-def _join(ray: Any, address: str, folder: Path) -> None:
+def _join(ray: Any, config: RayCluster, folder: Path) -> None:
     import logging
 
+    software = {"py_executable": config.environment.python} if config.environment else {}
     try:
         with undisturbed(folder):
             ray.init(
-                address=address,
+                address=config.address,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
-                runtime_env={"env_vars": _WORKER_ENVIRONMENT},
+                runtime_env={"env_vars": _WORKER_ENVIRONMENT, **software},
             )
     except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         remedy = "Start the command on a machine of the cluster, with the cluster's token, the same Python and the same Ray (`ray status` shows it)."
-        raise UnreachableError(f"could not join the Ray cluster at {address}: {first}", remedy) from error
+        raise UnreachableError(f"could not join the Ray cluster at {config.address}: {first}", remedy) from error
 
 
 def find_address(address: str) -> str:
@@ -92,36 +92,6 @@ def find_address(address: str) -> str:
     if found is None:
         raise UnreachableError("there is no Ray cluster on this machine", "Start one with `ray start --head`, or set address.")
     return found
-
-
-def has_token() -> bool:
-    """Whether the user has a Ray token where Ray looks for it, and has not turned tokens off."""
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return False
-    if os.environ.get("RAY_AUTH_TOKEN"):
-        return True
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token").exists()
-
-
-def require_token(address: str, *, has_token: bool) -> None:
-    """Whoever reaches a Ray cluster without a token runs code on its machines, with our storage and our secrets.
-
-    Raises:
-        UnreachableError: the cluster can be reached from other machines, and there is no token.
-    """
-    host = address.rpartition(":")[0].strip("[]")
-    if not has_token and not _is_loopback(host):
-        raise UnreachableError(
-            f"the Ray cluster at {address} can be reached from other machines, and there is no token for it",
-            "Start every node with RAY_AUTH_MODE=token and one token (`ray get-auth-token --generate`), kept in ~/.ray/auth_token (mode 0600).",
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
-    except (OSError, ValueError):
-        return False
 
 
 def live_nodes(sure: bool) -> list[Node]:

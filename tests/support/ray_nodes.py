@@ -48,7 +48,7 @@ class RayNode(Command):
 
 @dataclass
 class RayCluster:
-    """A head without CPUs, where the command runs, and nodes that come and go. Use as a context manager."""
+    """A head without CPUs, where the driver runs, and nodes that come and go. Use as a context manager."""
 
     folder: Path
     """Of the nodes' output; what they share."""
@@ -57,6 +57,9 @@ class RayCluster:
     """Whether its ports answer only to who has a token; `environment` then says where it lies."""
     address: str = LOOPBACK
     inside: Sequence[str] = ()
+    head_cpus: int = 0
+    takes_jobs: bool = False
+    """Whether it has a dashboard, through which jobs are submitted."""
     nodes: list[RayNode] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -68,9 +71,9 @@ class RayCluster:
             "--head",
             f"--port={self.port}",
             f"--temp-dir={self._temporary}",
-            "--include-dashboard=false",
+            *self._dashboard_options(),
             "--disable-usage-stats",
-            "--num-cpus=0",
+            f"--num-cpus={self.head_cpus}",
         ]
         self.head = self._start(head, self.address, self.inside)
         try:
@@ -79,6 +82,13 @@ class RayCluster:
             self.__exit__(None, None, None)
             raise
         return self
+
+    def _dashboard_options(self) -> list[str]:
+        if not self.takes_jobs:
+            return ["--include-dashboard=false"]
+        port = free_port("127.0.0.1")
+        self.dashboard = f"http://{self.address}:{port}"
+        return ["--include-dashboard=true", f"--dashboard-host={self.address}", f"--dashboard-port={port}"]
 
     def _new_token(self) -> dict[str, str]:
         token = self.folder / "token"
@@ -111,6 +121,8 @@ class RayCluster:
     def write_config(self, path: Path, **settings: object) -> Path:
         """A cluster YAML for it."""
         config = {"kind": "ray", "address": f"{self.address}:{self.port}", "threads_per_worker": 1, "use_gpu": False, **settings}
+        if self.takes_jobs:
+            config |= {"dashboard": self.dashboard, "environment": {"venv": sys.prefix}}
         path.write_text(yaml.safe_dump(config))
         return path
 

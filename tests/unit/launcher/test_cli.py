@@ -14,7 +14,7 @@ import yaml
 
 from data_pipeline.errors import ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, verbs_model, verbs_run
+from launcher import cli, verbs_model, verbs_stop
 from launcher.config import dump_yaml
 from launcher.lease import Lease
 from launcher.options import command, completed
@@ -466,7 +466,7 @@ def test_stop_kills_a_driver_that_does_not_answer(made: RunFolder, capsys: pytes
 
         deaf_state = replace(state, pid=deaf.pid, pid_started=process_start(deaf.pid), time=time.time())
         made.lease.write_json(asdict(deaf_state))
-        monkeypatch.setattr(verbs_run, "KILL_AFTER_S", 0.3)
+        monkeypatch.setattr(verbs_stop, "KILL_AFTER_S", 0.3)
         assert invoke("stop", "made", "--now") == 0
         assert deaf.wait(10) == -9
         request = made.stop_request.read_json()

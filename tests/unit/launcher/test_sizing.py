@@ -1,15 +1,14 @@
-"""Sizes of attempts as nodes come and go; whom we talk to without a token; what a cluster file that cannot be honoured says."""
+"""Sizes of attempts as nodes come and go; what a cluster file that cannot be honoured says."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from data_pipeline.errors import ConfigError, InterruptedRunError, UnreachableError
 from launcher.clusters import sizing
-from launcher.clusters.existing import has_token, live_nodes, require_token
+from launcher.clusters.existing import live_nodes
 from launcher.clusters.local import RAY_ENVIRONMENT, Machine, Workers
 from launcher.clusters.opening import workers_of
 from launcher.clusters.sizing import Sizing, TooFewWorkersError
@@ -189,34 +188,6 @@ def test_threads_and_device_are_settled_by_the_first_attempt() -> None:
     assert sizes.workers_now() == Workers(3, 8, False)
     with_gpus = sizing_of(Cluster(node(8, gpus=2), node(8, gpus=2), node(4)), threads_per_worker="auto")
     assert with_gpus.workers_now() == Workers(4, 4, True)
-
-
-@pytest.mark.parametrize("address", ["10.1.2.3:6379", "8.8.8.8:6379", "nowhere.invalid:1", "[fe80::1]:6379"])
-def test_no_cluster_is_talked_to_without_a_token(address: str) -> None:
-    with pytest.raises(UnreachableError, match="no token"):
-        require_token(address, has_token=False)
-    require_token(address, has_token=True)
-
-
-def test_loopback_needs_none() -> None:
-    require_token("127.0.0.1:6379", has_token=False)
-    require_token("127.0.0.2:6379", has_token=False)
-
-
-def test_a_token_is_where_ray_looks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert not has_token()
-    (tmp_path / ".ray").mkdir()
-    (tmp_path / ".ray" / "auth_token").write_text("secret")
-    assert has_token()
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
-    assert not has_token()
-    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    assert has_token()
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert not has_token()
 
 
 def test_what_is_known_before_there_is_a_cluster() -> None:

@@ -1,0 +1,163 @@
+"""Gives a run to a cluster, and finds what became of it there (reads and writes the run folder, asks the cluster)."""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError, ConflictError, ExitCode, UnreachableError, UsageError
+from data_pipeline.storage import Location
+from launcher.clusters.local import this_machine
+from launcher.clusters.opening import workers_of
+from launcher.clusters.ray_jobs import JobState, RayJobs
+from launcher.config import Cluster, RayCluster, dump_yaml
+from launcher.job_request import JobRequest, job_request, pack_packages, package_name
+from launcher.jobs import allowed_changes, with_whole_paths
+from launcher.lease import holder, newest_lease, taken
+from launcher.run_status import RunStatus, read_status
+from launcher.runs import cluster_file
+from launcher.submission import Submission, claim, job_name, next_number, revoke, submission_folder, waiting_submission
+from trainer.config import RunConfig
+from trainer.runlog import RunFolder
+
+_CODES = {int(code) for code in ExitCode}
+_NO_PYTHON = {126, 127}
+"""What a shell says of a command that it cannot start."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is needed to submit a run, and nothing done yet."""
+
+    run: RunFolder
+    config: RunConfig
+    cluster: RayCluster
+    submission: Submission
+    request: JobRequest
+    package: bytes
+
+
+def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overrides: Sequence[str] = ()) -> Prepared:
+    """The submission of a run that is to be driven on a cluster as by `verb`, `run` or `resume`; `overrides` are those of `resume`.
+
+    Raises:
+        ConfigError: the configuration cannot continue this run, or the cluster's file says not how to submit. ConflictError: somebody drives it.
+        EnvironmentMismatchError: the packages are too large.
+    """
+    config = with_whole_paths(config)
+    dashboard = _dashboard(cluster)
+    assert isinstance(cluster, RayCluster)
+    workers_of(cluster, this_machine(), max(phase.num_micro_batches for phase in config.phases))
+    run = RunFolder(Location.at(config.storage) / config.name)
+    if (lease := holder(run)) is not None:
+        raise taken(run, lease)
+    allowed_changes(run, config, deliberate=verb == "resume" and bool(overrides))
+    number = next_number(run)
+    folder = submission_folder(run, number)
+    what = [str(folder / "run.yaml")] if verb == "run" else [run.root.url, *(word for override in overrides for word in ("--set", override))]
+    arguments = [verb, *what, "--cluster", str(folder / "cluster.yaml")]
+    submission = Submission(number, job_name(run, number), dashboard, arguments, os.getcwd(), newest_lease(run), socket.gethostname(), time.time())
+    package = pack_packages(Path(__file__).parents[1])
+    return Prepared(run, config, cluster, submission, job_request(run, submission, cluster, package_name(package)), package)
+
+
+def submit(prepared: Prepared) -> RayJobs:
+    """Hand a prepared submission over to its cluster; returns the jobs of that.
+
+    The run's folder tells of it before the cluster does: whoever looks finds the run, whatever happens here in between.
+
+    Raises:
+        UnreachableError: the cluster does not answer, or not to us. ConflictError: the run waits there already.
+    """
+    run, submission = prepared.run, prepared.submission
+    jobs = RayJobs.connect(submission.dashboard)
+    _require_not_waiting(run)
+    claim(run, submission)
+    folder = submission_folder(run, submission.number)
+    (folder / "run.yaml").write_bytes(dump_yaml(prepared.config))
+    (folder / "cluster.yaml").write_bytes(dump_yaml(prepared.cluster))
+    if not run.config.exists():
+        run.config.write_bytes(dump_yaml(prepared.config))
+        cluster_file(run).write_bytes(dump_yaml(prepared.cluster))
+    try:
+        jobs.post(prepared.request, prepared.package)
+    except BaseException:
+        revoke(run, submission)
+        raise
+    return jobs
+
+
+def _dashboard(cluster: Cluster) -> str:
+    if not isinstance(cluster, RayCluster):
+        raise UsageError(f"nothing is submitted to a cluster of kind {cluster.kind}", "Run it here with `maskwright run`, or give another --cluster.")
+    if cluster.dashboard is None:
+        raise ConfigError("the cluster file has no dashboard: that is where jobs are submitted", "Set dashboard: http://HEAD:8265 in it.")
+    return cluster.dashboard.rstrip("/")
+
+
+def _require_not_waiting(run: RunFolder) -> None:
+    waiting = waiting_submission(run)
+    if waiting is not None and _state_of(waiting).is_alive:
+        raise ConflictError(
+            f"run {run.root.name} was submitted already, as job {waiting.job} of {waiting.dashboard}, and is about to start",
+            f"Follow it with `maskwright status {run.root.name}`, or end it with `maskwright stop {run.root.name}`.",
+        )
+
+
+def _state_of(submission: Submission) -> JobState:
+    """What its cluster knows of a submission. One that does not answer has no say: two drivers of a run there never are, whatever it does later."""
+    try:
+        return RayJobs.connect(submission.dashboard).look(submission.job)
+    except UnreachableError:
+        return JobState("unknown")
+
+
+def asked_status(status: RunStatus, run: RunFolder) -> RunStatus:
+    """The status of a run that was submitted and that nobody drives yet, with what its cluster says of it."""
+    submission = waiting_submission(run)
+    if submission is None:  # it has begun since
+        return read_status(run)
+    try:
+        state = RayJobs.connect(submission.dashboard).look(submission.job)
+    except UnreachableError as error:
+        return replace(status, cause=f"whether it still waits is not known: {error.cause}", remedy=error.remedy)
+    if state.is_alive:
+        return status
+    if waiting_submission(run) != submission:
+        return read_status(run)
+    return _ended(status, submission, state)
+
+
+def _ended(status: RunStatus, submission: Submission, state: JobState) -> RunStatus:
+    """A submission whose job is over before it drove the run."""
+    again = "Submit it again with `maskwright submit`."
+    if state.state == "unknown":
+        cause = f"the cluster at {submission.dashboard} does not know job {submission.job} (any more): was it restarted?"
+        return replace(status, state="interrupted", exit_code=int(ExitCode.INTERRUPTED), cause=cause, remedy=again)
+    if state.was_stopped:
+        cause = f"job {submission.job} was stopped before it began"
+        return replace(status, state="stopped", exit_code=int(ExitCode.INTERRUPTED), cause=cause, remedy=again)
+    cause, remedy = error_of(state.message)
+    return replace(status, state="failed", exit_code=code_of(state), cause=cause, remedy=remedy or again)
+
+
+def code_of(state: JobState) -> int:
+    """The exit code of a job that is over: of its command where that ended by itself, resumable where it was ended."""
+    if state.exit_code is None:
+        return int(ExitCode.INTERRUPTED if state.was_stopped else ExitCode.FAILED)
+    if state.exit_code in _NO_PYTHON:
+        return int(ExitCode.ENVIRONMENT)
+    return int(ExitCode(state.exit_code) if state.exit_code in _CODES else ExitCode.INTERRUPTED)
+
+
+def error_of(message: str) -> tuple[str, str]:
+    """Cause and remedy in what Ray says of a job: those that our command has printed last, or else what Ray itself says."""
+    lines = [line.strip() for line in message.splitlines() if re.search(r"\w", line)]
+    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    if errors:
+        cause, *remedy = lines[errors[-1] : errors[-1] + 2]
+        return cause.removeprefix("error: "), "".join(remedy)
+    return (lines[-1][:300] if lines else "the job failed"), ""

@@ -1,0 +1,87 @@
+"""The verb stop: asks who drives a run to save and end, and ends who does not answer."""
+
+import os
+import signal
+import time
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import ConflictError
+from launcher.control import request_stop
+from launcher.lease import LeaseState, holder, process_start
+from launcher.options import RunArgument, Storage, command, next_command, say
+from launcher.run_status import read_status
+from launcher.runs import find_run
+from launcher.submission import Submission, driving_submission, waiting_submission
+from trainer.runlog import RunFolder
+
+KILL_AFTER_S = 15.0
+"""A driver that has not ended so long after its grace is killed."""
+_LOOK_S = 0.25
+
+
+def stop(
+    run: RunArgument,
+    grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds to save a checkpoint in; then everything ends.")] = 60.0,
+    now: Annotated[bool, typer.Option("--now", help="End without saving.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Save a checkpoint and end a run; `resume` continues it.
+
+    Example: maskwright stop demo --grace 120
+    """
+    folder = find_run(run, storage)
+    lease = holder(folder)
+    if lease is not None:
+        _stop_driver(folder, lease, grace, save=not now)
+    elif (waiting := waiting_submission(folder)) is None or not _end_job(waiting):
+        raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
+    status = read_status(folder)
+    state = "stopped" if lease is None else status.state
+    saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
+    say(f"run {folder.root.name} {state}; {saved}")
+    next_command(command("resume", run, storage=storage))
+
+
+def _stop_driver(run: RunFolder, lease: LeaseState, grace_s: float, *, save: bool) -> None:
+    request_stop(run, grace_s=grace_s, save=save, by="maskwright stop", lease=lease.token)
+    deadline = time.monotonic() + (grace_s if save else 0.0) + KILL_AFTER_S
+    while (current := holder(run)) is not None and current.token == lease.token and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    current = holder(run)
+    if current is not None and current.token == lease.token:
+        _kill(run, current)
+
+
+def _kill(run: RunFolder, lease: LeaseState) -> None:
+    """End a driver that does not answer. Its Ray processes go with it."""
+    submission = driving_submission(run, run.read_events())
+    if not lease.is_here() and (submission is None or not _end_job(submission)):
+        raise ConflictError(
+            f"the run's process {lease.pid} on {lease.host} does not answer", "End it there; the run is free when its heartbeat is 30 s old."
+        )
+    if lease.is_here() and process_start(lease.pid) == lease.pid_started:
+        os.kill(lease.pid, signal.SIGKILL)
+        while process_start(lease.pid) == lease.pid_started:
+            time.sleep(0.05)
+
+
+def _end_job(submission: Submission) -> bool:
+    """End a job through its cluster, which kills what does not end by itself; False where there was none any more."""
+    from launcher.clusters.ray_jobs import RayJobs
+    from launcher.job_request import STOP_WAIT_S
+
+    jobs = RayJobs.connect(submission.dashboard)
+    was_alive = jobs.look(submission.job).is_alive
+    if was_alive:
+        jobs.end(submission.job)
+    deadline = time.monotonic() + STOP_WAIT_S + KILL_AFTER_S
+    while jobs.look(submission.job).is_alive:
+        if time.monotonic() > deadline:
+            raise ConflictError(f"job {submission.job} does not end", f"Look at the cluster: {submission.dashboard}")
+        time.sleep(_LOOK_S)
+    return was_alive
+
+
+VERBS = (stop,)

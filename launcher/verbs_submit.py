@@ -1,0 +1,127 @@
+"""The verb submit, and what other verbs do with a run that was submitted (imports Ray where it talks to a cluster)."""
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from data_pipeline.errors import ExitCode, MaskwrightError, UnreachableError
+from launcher.config import load_cluster_config, load_run_config
+from launcher.options import ConfigArgument, Set, Storage, command, next_command, print_json, say
+from launcher.runs import reference
+from launcher.submission import Submission, newest_submission, submission_folder
+from trainer.config import RunConfig
+from trainer.runlog import RunFolder
+
+if TYPE_CHECKING:
+    from launcher.clusters.ray_jobs import RayJobs
+    from launcher.submitting import Prepared
+
+_LOOK_S = 1.0
+_BYTES_PER_S = 256 << 10
+"""A job's log is fetched as a whole, and the more seldom the longer it is."""
+_SILENCE_S = 60.0
+"""How long a cluster that is followed may not answer."""
+
+
+def submit(
+    config: ConfigArgument,
+    cluster: Annotated[str, typer.Option("--cluster", metavar="PATH|NAME", help="Cluster YAML, or the name of a built-in one.")],
+    overrides: Set = None,
+    storage: Storage = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show what it prints until it ends, and exit as it does; Ctrl-C leaves it alone.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request and do nothing.")] = False,
+) -> None:
+    """Hand a run over to a cluster that is there already: all stages, driven by a job there. Submit it again and it continues.
+
+    Example: maskwright submit my.yaml --cluster ray.yaml --follow
+    """
+    from launcher.submitting import prepare_submission
+
+    where = load_cluster_config(cluster)
+    prepared = prepare_submission(load_run_config(config, overrides or (), storage), where, verb="run")
+    if dry_run:
+        print_json({"dashboard": prepared.submission.dashboard, **asdict(prepared.request), "command": prepared.submission.arguments})
+        return
+    jobs = _submit(prepared)
+    if follow:
+        raise typer.Exit(_follow(jobs, prepared.run, prepared.submission))
+    _say_what_next(prepared.run)
+
+
+def submit_again(run: RunFolder, last: Submission, config: RunConfig, overrides: Sequence[str]) -> None:
+    """Hand a run over to the cluster that its submission `last` was for, to be resumed there."""
+    from launcher.submitting import prepare_submission
+
+    where = load_cluster_config(str(submission_folder(run, last.number) / "cluster.yaml"))
+    _submit(prepare_submission(config, where, verb="resume", overrides=overrides))
+    _say_what_next(run)
+
+
+def _submit(prepared: "Prepared") -> "RayJobs":
+    from launcher.submitting import submit as hand_over
+
+    jobs = hand_over(prepared)
+    say(f"run {prepared.run.root.name} submitted to {jobs.dashboard} as job {prepared.submission.job}")
+    return jobs
+
+
+def _say_what_next(run: RunFolder) -> None:
+    name = reference(run)
+    next_command(command("logs", name, "-f"), command("status", name), command("stop", name))
+
+
+def _follow(jobs: "RayJobs", run: RunFolder, submission: Submission) -> int:
+    """Print what the job prints until it ends; its exit code, or that of Ctrl-C, which does not end it."""
+    try:
+        code = _print_until_ended(jobs, submission)
+    except KeyboardInterrupt:
+        say(f"detached: run {run.root.name} goes on at {jobs.dashboard}")
+        _say_what_next(run)
+        return int(ExitCode.CTRL_C)
+    next_command(command("status", reference(run)))
+    return code
+
+
+def _print_until_ended(jobs: "RayJobs", submission: Submission) -> int:
+    from launcher.submitting import code_of
+
+    shown, heard_at = 0, time.monotonic()
+    while True:
+        try:
+            state = jobs.look(submission.job)  # before the log, so that nothing is missed that was printed until then
+            text = jobs.log(submission.job)
+            heard_at = time.monotonic()
+        except UnreachableError:
+            if time.monotonic() - heard_at > _SILENCE_S:
+                raise
+            time.sleep(_LOOK_S)
+            continue
+        sys.stdout.write(text[shown:])
+        sys.stdout.flush()
+        shown = len(text)
+        if not state.is_alive:
+            return code_of(state)
+        time.sleep(max(_LOOK_S, shown / _BYTES_PER_S))
+
+
+def print_job_log(run: RunFolder) -> bool:
+    """Print what the job of a run's newest submission has printed; False where there is none, or its cluster does not know it any more."""
+    submission = newest_submission(run)
+    if submission is None:
+        return False
+    from launcher.clusters.ray_jobs import RayJobs
+
+    try:
+        sys.stdout.write(RayJobs.connect(submission.dashboard).log(submission.job))
+    except MaskwrightError:
+        return False
+    return True
+
+
+VERBS = (submit,)

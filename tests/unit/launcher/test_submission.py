@@ -1,0 +1,421 @@
+"""What a cluster is asked for with a run, what the run's folder tells of it, and what becomes of it. Ray's Jobs API is a server of our own."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatchError, ExitCode
+from data_pipeline.storage import Location
+from launcher import cli, job_request
+from launcher.clusters.ray_jobs import JobState
+from launcher.config import RayCluster, SharedVenv, dump_yaml, load_run_config
+from launcher.job_request import job_request as request_for
+from launcher.job_request import pack_packages, package_name
+from launcher.lease import Lease
+from launcher.submission import (
+    Submission,
+    claim,
+    driving_submission,
+    job_name,
+    newest_submission,
+    next_number,
+    revoke,
+    submission_folder,
+    waiting_submission,
+)
+from launcher.submitting import code_of, error_of
+from tests.support.jobs_api import JobsApi
+from tests.support.tiny_run import tiny_config
+from trainer.runlog import RunFolder
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "submission.json"
+SECRET = "planted-secret-5e3f"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a run that is not there yet, and a user without a token but with a secret."""
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in os.environ if name.startswith(("RAY_", "MASKWRIGHT_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    Path("run.yaml").write_text(yaml.safe_dump(tiny_config()))
+    return tmp_path
+
+
+@pytest.fixture
+def api() -> Iterator[JobsApi]:
+    with JobsApi() as found:
+        write_cluster(found)
+        yield found
+
+
+def write_cluster(api: JobsApi) -> None:
+    Path("ray.yaml").write_text(f"kind: ray\ndashboard: {api.address}\n")
+
+
+def invoke(*arguments: str) -> int:
+    return cli.run(list(arguments), debug=False)
+
+
+def submit(*arguments: str) -> int:
+    return invoke("submit", "run.yaml", "--cluster", "ray.yaml", *arguments)
+
+
+def tiny() -> RunFolder:
+    return RunFolder(Location.at("storage/tiny"))
+
+
+def status(capsys: pytest.CaptureFixture[str]) -> tuple[str, int, str]:
+    capsys.readouterr()
+    invoke("status", "tiny", "--storage", "storage", "--json")
+    found = json.loads(capsys.readouterr().out)
+    return found["state"], found["exit_code"], found["cause"]
+
+
+def a_submission(run: RunFolder, number: int = 1, lease: int = 0) -> Submission:
+    folder = submission_folder(run, number)
+    arguments = ["run", str(folder / "run.yaml"), "--cluster", str(folder / "cluster.yaml")]
+    return Submission(number, job_name(run, number), "http://head:8265", arguments, "/home/me/texts", lease, "laptop", 1.5)
+
+
+def test_the_request_is_the_golden_one() -> None:
+    """Whoever changes it changes what clusters of running releases are asked for."""
+    run = RunFolder(Location("/shared/my runs/tiny"))
+    clusters = [RayCluster(kind="ray"), RayCluster(kind="ray", environment=SharedVenv(venv="/opt/venv/"))]
+    requests = [vars(request_for(run, a_submission(run), cluster, "maskwright-0.zip")) for cluster in clusters]
+    assert requests == json.loads(GOLDEN.read_text())
+
+
+def test_the_request_has_no_configuration_and_no_environment() -> None:
+    config = load_run_config("run.yaml", [f"corpus.source=https://host/text.jsonl?token={SECRET}"])
+    run = RunFolder(Location.at(config.storage) / config.name)
+    assert SECRET not in json.dumps(vars(request_for(run, a_submission(run), RayCluster(kind="ray"), "p.zip")))
+
+
+@pytest.mark.parametrize("storage", [f"sftp://me:{SECRET}@host/runs", f"https://host/runs?sig={SECRET}"])
+def test_credentials_in_the_address_of_the_storage_are_refused(storage: str) -> None:
+    run = RunFolder(Location(f"{storage}/tiny"))
+    with pytest.raises(ConfigError) as caught:
+        request_for(run, a_submission(run), RayCluster(kind="ray"), "p.zip")
+    assert SECRET not in str(caught.value)
+
+
+def test_packages_are_packed_alike_whenever_and_wherever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = []
+    for name in ("first", "second"):
+        for package in ("trainer", "launcher", "data_pipeline", "other"):
+            folder = tmp_path / name / package
+            (folder / "__pycache__").mkdir(parents=True)
+            (folder / "module.py").write_text(f"name = {package!r}\n")
+            (folder / "__pycache__" / "module.pyc").write_text(name)
+            (folder / ".hidden").write_text(name)
+        os.utime(tmp_path / name / "trainer" / "module.py", (10**9, 10**9 + len(packed)))
+        packed.append(pack_packages(tmp_path / name))
+    assert packed[0] == packed[1]
+    assert package_name(packed[0]) == package_name(packed[1]) != package_name(packed[0] + b"x")
+    names = zipfile.ZipFile(io.BytesIO(packed[0])).namelist()
+    assert names == ["data_pipeline/module.py", "launcher/module.py", "trainer/module.py"]
+    monkeypatch.setattr(job_request, "MOST_BYTES", len(packed[0]) - 1)
+    with pytest.raises(EnvironmentMismatchError, match="more than"):
+        pack_packages(tmp_path / "first")
+
+
+def test_the_packages_that_travel_are_ours_and_whole(tmp_path: Path) -> None:
+    repository = Path(__file__).parents[3]
+    archive = zipfile.ZipFile(io.BytesIO(pack_packages(repository)))
+    archive.extractall(tmp_path / "there")
+    code = "import launcher.cli, launcher.submitted; print(launcher.submitted.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "there")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100, check=False)
+    assert done.stdout.strip() == str(tmp_path / "there/launcher/submitted.py"), done.stderr
+    assert (tmp_path / "there/launcher/report_template.html.j2").exists()
+
+
+@given(st.text("ab/:", min_size=1, max_size=6), st.text("ab/:", min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 3))
+def test_jobs_of_other_runs_and_numbers_have_other_names(one: str, other: str, first: int, second: int) -> None:
+    runs = [RunFolder(Location(f"/{place}/tiny")) for place in (one, other)]
+    assert (job_name(runs[0], first) == job_name(runs[1], second)) == (one == other and first == second)
+
+
+def test_a_submission_waits_until_somebody_drives() -> None:
+    run = tiny()
+    assert newest_submission(run) is None
+    with Lease.acquire(run):
+        pass
+    submission = a_submission(run, next_number(run), lease=1)
+    claim(run, submission)
+    with pytest.raises(ConflictError):
+        claim(run, submission)
+    assert waiting_submission(run) == driving_submission(run, []) == submission
+    with Lease.acquire(run):
+        assert waiting_submission(run) is None
+    assert driving_submission(run, [{"kind": "command_started"}]) is None, "a command has driven the run since"
+    assert driving_submission(run, [{"kind": "command_started", "submission": submission.job}]) == submission
+    later = a_submission(run, next_number(run), lease=2)
+    claim(run, later)
+    assert (later.number, newest_submission(run)) == (2, later)
+    (submission_folder(run, 2) / "run.yaml").write_bytes(b"name: tiny")
+    revoke(run, later)
+    assert (next_number(run), newest_submission(run)) == (3, submission)
+
+
+def test_submitting_leaves_the_run_where_everybody_finds_it(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    said = capsys.readouterr().out
+    (job,) = api.jobs
+    assert f"run tiny submitted to {api.address} as job {job}" in said
+    for verb in ("logs", "status", "stop"):
+        assert f"maskwright {verb} " in said
+    folder = tiny().root / "submissions" / "0001"
+    assert api.jobs[job]["entrypoint"] == f"python -m launcher.submitted {tiny().root} 1"
+    (package,) = api.packages.values()
+    assert "launcher/submitted.py" in zipfile.ZipFile(io.BytesIO(package)).namelist()
+    assert load_run_config(folder.path / "run.yaml") == load_run_config(tiny().config.path)
+    assert load_run_config(tiny().config.path).storage == str(Path.cwd() / "storage")
+    assert invoke("list", "--storage", "storage", "--json") == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["id"], listed["state"], listed["exit_code"], listed["submission"]) == ("tiny", "submitted", ExitCode.RUNNING, job)
+    written = b"".join(path.read_bytes() for path in Path("storage").rglob("*") if path.is_file())
+    assert SECRET.encode() not in written
+    assert SECRET not in json.dumps(api.jobs)
+
+
+def test_packages_that_are_there_are_not_sent_again(api: JobsApi) -> None:
+    assert submit() == 0
+    api.jobs.clear()
+    (name,) = api.packages
+    api.packages[name] = b"untouched"
+    assert submit() == 0
+    assert api.packages == {name: b"untouched"}
+
+
+def test_a_dry_run_does_nothing(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("--dry-run") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["dashboard"], shown["submission_id"]) == (api.address, job_name(tiny(), 1))
+    assert not api.jobs
+    assert not Path("storage").exists()
+
+
+@pytest.mark.parametrize(
+    ("told", "state", "code", "cause"),
+    [
+        ({"status": "PENDING"}, "submitted", ExitCode.RUNNING, ""),
+        ({"status": "RUNNING"}, "submitted", ExitCode.RUNNING, ""),
+        ({"status": "STOPPED"}, "stopped", ExitCode.INTERRUPTED, "was stopped before it began"),
+        ({"status": "FAILED", "message": "runtime_env setup failed: no room"}, "failed", ExitCode.FAILED, "no room"),
+        (
+            {"status": "FAILED", "driver_exit_code": 7, "message": "logs:\nerror: head does not see it\nShare it."},
+            "failed",
+            7,
+            "head does not see it",
+        ),
+        ({"status": "FAILED", "driver_exit_code": 127, "message": "sh: python: not found"}, "failed", ExitCode.ENVIRONMENT, "python: not found"),
+        (None, "interrupted", ExitCode.INTERRUPTED, "does not know job"),
+    ],
+)
+def test_what_became_of_a_job_that_never_drove(
+    told: dict[str, object] | None, state: str, code: int, cause: str, api: JobsApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    (job,) = api.jobs
+    if told is None:
+        api.jobs.clear()
+    else:
+        api.jobs[job].update(told)
+    found = status(capsys)
+    assert found[:2] == (state, code)
+    assert cause in found[2]
+    assert submit() == (ExitCode.CONFLICT if state == "submitted" else ExitCode.OK)
+
+
+def test_a_cluster_that_is_gone_leaves_it_open(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    with JobsApi() as other:
+        api.__exit__(None, None, None)
+        state, code, cause = status(capsys)
+        assert (state, code) == ("submitted", ExitCode.RUNNING)
+        assert "whether it still waits is not known" in cause
+        write_cluster(other)
+        assert submit() == 0, "a cluster that is gone must not hold the run for ever"
+        assert list(other.jobs) == [job_name(tiny(), 2)]
+        api.__enter__()
+
+
+def test_a_run_that_somebody_drives_is_not_submitted(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    with Lease.acquire(tiny()):
+        assert submit() == ExitCode.CONFLICT
+    assert "already running" in capsys.readouterr().err
+    assert not api.jobs
+
+
+def test_a_job_that_is_not_taken_is_revoked(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.refuses_jobs = True
+    assert submit() == ExitCode.UNREACHABLE
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert "no agent" in lines[0]
+    assert waiting_submission(tiny()) is None
+    api.refuses_jobs = False
+    assert submit() == 0
+    assert list(api.jobs) == [job_name(tiny(), 2)]
+
+
+def test_a_change_that_makes_another_model_is_refused_here(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny()
+    run.config.write_bytes(dump_yaml(load_run_config("run.yaml")))
+    run.append_metrics({"step": 0, "attempt": 1})
+    assert submit("--set", "seed=5") == ExitCode.CONFIG
+    assert "seed: 0 -> 5" in capsys.readouterr().err
+    assert not api.jobs
+
+
+@pytest.mark.parametrize(("token", "said"), [(None, "wants a Ray token"), ("wrong", "does not accept our Ray token")])
+def test_tokens_that_do_not_fit(token: str | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if token is not None:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    with JobsApi("right") as api:
+        write_cluster(api)
+        assert submit() == ExitCode.UNREACHABLE
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 2
+        assert said in lines[0]
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+        assert submit() == 0
+        assert "right" not in json.dumps(api.jobs)
+
+
+@pytest.mark.parametrize(
+    ("dashboard", "code", "said"),
+    [
+        ("http://127.0.0.1:1", ExitCode.UNREACHABLE, "no Ray cluster takes jobs at http://127.0.0.1:1"),
+        ("http://10.1.2.3:8265", ExitCode.UNREACHABLE, "there is no token for it"),
+        ("http://[fe80::1]:8265/", ExitCode.UNREACHABLE, "the Ray cluster at [fe80::1]:8265 can be reached"),
+        ("http://10.1.2.3", ExitCode.UNREACHABLE, "the Ray cluster at 10.1.2.3:80 can be reached"),
+        ("head:8265", ExitCode.CONFIG, "dashboard: expected"),
+        (f"http://me:{SECRET}@head:8265", ExitCode.CONFIG, "dashboard: expected"),
+        ("null", ExitCode.CONFIG, "has no dashboard"),
+    ],
+)
+def test_addresses_that_are_no_good(dashboard: str, code: ExitCode, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("ray.yaml").write_text(f"kind: ray\ndashboard: {dashboard}\n")
+    assert submit() == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert said in lines[0]
+    assert not Path("storage").exists()
+
+
+def test_addresses_of_others_do_not_lead_astray(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:2")
+    assert submit() == 0
+    assert os.environ["RAY_API_SERVER_ADDRESS"] == "http://127.0.0.1:2"
+
+
+def test_a_local_cluster_is_for_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke("submit", "run.yaml", "--cluster", "local") == ExitCode.USAGE
+    assert "maskwright run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("told", "code"),
+    [
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, ExitCode.OK),
+        ({"status": "FAILED", "driver_exit_code": 12}, ExitCode.DIVERGED),
+        ({"status": "STOPPED"}, ExitCode.INTERRUPTED),
+    ],
+)
+def test_who_follows_sees_what_is_printed_and_exits_alike(
+    told: dict[str, object], code: ExitCode, api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = api.answer
+
+    def end_when_asked(method: str, path: str, body: bytes) -> tuple[int, object]:
+        if path.endswith("/logs"):
+            api.log += "a line\n"
+            if api.log.count("line") == 2:
+                next(iter(api.jobs.values())).update(told)
+        return answer(method, path, body)
+
+    monkeypatch.setattr(api, "answer", end_when_asked)
+    assert submit("--follow") == code
+    assert "a line\na line\na line\n" in capsys.readouterr().out
+
+
+def test_what_waits_can_be_stopped(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    assert invoke("stop", "tiny", "--storage", "storage") == 0
+    (job,) = api.jobs.values()
+    assert job["status"] == "STOPPED"
+    assert "run tiny stopped; nothing saved yet" in capsys.readouterr().out
+    assert invoke("stop", "tiny", "--storage", "storage") == ExitCode.CONFLICT
+
+
+def test_a_submitted_run_is_resumed_where_it_ran(api: JobsApi) -> None:
+    assert submit() == 0
+    api.jobs.clear()
+    assert invoke("resume", "tiny", "--storage", "storage", "--set", "schedule.steps=40") == 0
+    (submission,) = [newest_submission(tiny())]
+    assert submission is not None
+    cluster = str(submission_folder(tiny(), 2) / "cluster.yaml")
+    assert submission.arguments == ["resume", str(tiny().root), "--set", "schedule.steps=40", "--cluster", cluster]
+    assert list(api.jobs) == [submission.job]
+
+
+def test_the_log_of_a_job_that_has_not_trained(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    api.log = "preparing\n"
+    assert invoke("logs", "tiny", "--storage", "storage") == 0
+    assert capsys.readouterr().out.endswith("preparing\n")
+
+
+def test_the_job_runs_the_command_of_the_submission_where_it_was_submitted(here: Path) -> None:
+    run = tiny()
+    submission = Submission(1, "job-1", "http://head:8265", ["list", "--storage", "elsewhere"], str(here), 0, "laptop", 1.5)
+    claim(run, submission)
+    done = subprocess.run([sys.executable, "-m", "launcher.submitted", str(run.root), "1"], cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"no runs in {here / 'elsewhere'}" in done.stdout
+
+
+def test_storage_that_the_head_does_not_see(here: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "launcher.submitted", str(here / "no"), "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.STORAGE
+    assert len(done.stderr.strip().splitlines()) == 2
+    assert "does not see submission 1" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (JobState("ended", exit_code=0), 0),
+        (JobState("ended", exit_code=14), 14),
+        (JobState("ended", exit_code=137), ExitCode.INTERRUPTED),
+        (JobState("ended", exit_code=-9), ExitCode.INTERRUPTED),
+        (JobState("ended", exit_code=127), ExitCode.ENVIRONMENT),
+        (JobState("ended", was_stopped=True), ExitCode.INTERRUPTED),
+        (JobState("ended"), ExitCode.FAILED),
+    ],
+)
+def test_codes_of_jobs(state: JobState, code: int) -> None:
+    assert code_of(state) == code
+
+
+def test_causes_are_found_in_what_ray_says() -> None:
+    assert error_of("Job failed, last logs:\nerror: one\nfirst\nerror: two\nsecond\nnext") == ("two", "second")
+    assert error_of("error: two") == ("two", "")
+    assert error_of("Job supervisor actor died: x\n\n.\n") == ("Job supervisor actor died: x", "")
+    assert error_of("") == ("the job failed", "")
