@@ -17,7 +17,7 @@ from launcher.config import Cluster, RayCluster, dump_yaml
 from launcher.job_request import JobRequest, job_request, pack_packages, package_name
 from launcher.jobs import allowed_changes, with_whole_paths
 from launcher.lease import holder, newest_lease, taken
-from launcher.run_status import RunStatus, read_status
+from launcher.run_status import RunStatus, State, read_status
 from launcher.runs import cluster_file
 from launcher.submission import Submission, claim, job_name, next_number, revoke, submission_folder, waiting_submission
 from trainer.config import RunConfig
@@ -128,36 +128,39 @@ def asked_status(status: RunStatus, run: RunFolder) -> RunStatus:
         return status
     if waiting_submission(run) != submission:
         return read_status(run)
-    return _ended(status, submission, state)
+    end = end_of(submission, state)
+    return replace(status, state=end.state, exit_code=end.exit_code, cause=end.cause, remedy=end.remedy)
 
 
-def _ended(status: RunStatus, submission: Submission, state: JobState) -> RunStatus:
-    """A submission whose job is over before it drove the run."""
-    again = "Submit it again with `maskwright submit`."
-    if state.state == "unknown":
-        cause = f"the cluster at {submission.dashboard} does not know job {submission.job} (any more): was it restarted?"
-        return replace(status, state="interrupted", exit_code=int(ExitCode.INTERRUPTED), cause=cause, remedy=again)
-    if state.was_stopped:
-        cause = f"job {submission.job} was stopped before it began"
-        return replace(status, state="stopped", exit_code=int(ExitCode.INTERRUPTED), cause=cause, remedy=again)
-    cause, remedy = error_of(state.message)
-    return replace(status, state="failed", exit_code=code_of(state), cause=cause, remedy=remedy or again)
+@dataclass(frozen=True)
+class End:
+    """How a job ended that may have driven its run or not; what drove has left more in the run's folder."""
+
+    state: State
+    exit_code: int
+    cause: str
+    remedy: str = "Submit the run again."
 
 
-def code_of(state: JobState) -> int:
-    """The exit code of a job that is over: of its command where that ended by itself, resumable where it was ended."""
-    if state.exit_code is None:
-        return int(ExitCode.INTERRUPTED if state.was_stopped else ExitCode.FAILED)
-    if state.exit_code in _NO_PYTHON:
-        return int(ExitCode.ENVIRONMENT)
-    return int(ExitCode(state.exit_code) if state.exit_code in _CODES else ExitCode.INTERRUPTED)
+def end_of(submission: Submission, job: JobState) -> End:
+    """How a submission's job ended: by its command's exit code where that ended by itself, resumable where it was ended."""
+    if job.state == "unknown":
+        cause = f"the cluster at {submission.dashboard} does not know job {submission.job} any more: was it started anew?"
+        return End("interrupted", int(ExitCode.INTERRUPTED), cause)
+    if job.was_stopped:
+        return End("stopped", int(ExitCode.INTERRUPTED), f"job {submission.job} was stopped")
+    if job.exit_code is None:
+        return End("failed", int(ExitCode.FAILED), *_told(job.message))
+    if job.exit_code in _NO_PYTHON:
+        return End("failed", int(ExitCode.ENVIRONMENT), *_told(job.message))
+    if job.exit_code not in _CODES:
+        return End("interrupted", int(ExitCode.INTERRUPTED), f"the command of job {submission.job} was killed (exit code {job.exit_code})")
+    return End("failed" if job.exit_code else "finished", job.exit_code, *_told(job.message))
 
 
-def error_of(message: str) -> tuple[str, str]:
+def _told(message: str) -> tuple[str, str]:
     """Cause and remedy in what Ray says of a job: those that our command has printed last, or else what Ray itself says."""
     lines = [line.strip() for line in message.splitlines() if re.search(r"\w", line)]
     errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    if errors:
-        cause, *remedy = lines[errors[-1] : errors[-1] + 2]
-        return cause.removeprefix("error: "), "".join(remedy)
-    return (lines[-1][:300] if lines else "the job failed"), ""
+    cause, *remedy = lines[errors[-1] : errors[-1] + 2] if errors else [lines[-1][:300] if lines else "the job failed"]
+    return cause.removeprefix("error: "), "".join(remedy) or End.remedy

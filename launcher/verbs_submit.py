@@ -17,7 +17,7 @@ from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
 if TYPE_CHECKING:
-    from launcher.clusters.ray_jobs import RayJobs
+    from launcher.clusters.ray_jobs import JobState, RayJobs
     from launcher.submitting import Prepared
 
 _LOOK_S = 1.0
@@ -78,24 +78,27 @@ def _say_what_next(run: RunFolder) -> None:
 
 def _follow(jobs: "RayJobs", run: RunFolder, submission: Submission) -> int:
     """Print what the job prints until it ends; its exit code, or that of Ctrl-C, which does not end it."""
+    from launcher.submitting import end_of
+
     try:
-        code = _print_until_ended(jobs, submission)
+        state = _print_until_ended(jobs, submission)
     except KeyboardInterrupt:
         say(f"detached: run {run.root.name} goes on at {jobs.dashboard}")
         _say_what_next(run)
         return int(ExitCode.CTRL_C)
+    end = end_of(submission, state)
+    if state.exit_code is None:  # else its command has said how it ended
+        print(f"error: {end.cause}\n{end.remedy}", file=sys.stderr)
     next_command(command("status", reference(run)))
-    return code
+    return end.exit_code
 
 
-def _print_until_ended(jobs: "RayJobs", submission: Submission) -> int:
-    from launcher.submitting import code_of
-
+def _print_until_ended(jobs: "RayJobs", submission: Submission) -> "JobState":
     shown, heard_at = 0, time.monotonic()
     while True:
         try:
             state = jobs.look(submission.job)  # before the log, so that nothing is missed that was printed until then
-            text = jobs.log(submission.job)
+            text = jobs.log(submission.job) if state.state != "unknown" else ""
             heard_at = time.monotonic()
         except UnreachableError:
             if time.monotonic() - heard_at > _SILENCE_S:
@@ -106,7 +109,7 @@ def _print_until_ended(jobs: "RayJobs", submission: Submission) -> int:
         sys.stdout.flush()
         shown = len(text)
         if not state.is_alive:
-            return code_of(state)
+            return state
         time.sleep(max(_LOOK_S, shown / _BYTES_PER_S))
 
 

@@ -1,5 +1,6 @@
 """A run across machines with addresses and mounts of their own: the cable of one is pulled, and put back."""
 
+import json
 import random
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from tests.chaos.test_elastic_cluster import (
     wait_for_attempt,
     write_long_run,
 )
-from tests.support.commands import maskwright
+from tests.support.commands import Command, maskwright
 from tests.support.namespaces import Machines
 from tests.support.ray_nodes import RayCluster
 from tests.support.rig import Rig
@@ -138,3 +139,41 @@ def test_a_node_that_does_not_see_the_storage_is_refused_by_name(machines: Machi
     apart = f"host {machines.host(2)}"  # a rank's there, or rank 0's
     assert f"{apart} does not see" in said or f"wrote there on {apart}: the storage is not shared" in said
     assert rig.step() == -1
+
+
+@pytest.mark.full
+def test_a_run_is_submitted_from_a_machine_that_is_no_part_of_the_cluster(machines: Machines, tmp_path: Path) -> None:
+    """It trains on both machines of the cluster, survives the loss of one, and every verb about it works from the third."""
+    write_long_run(tmp_path)
+    with RayCluster(tmp_path / "nodes", address=machines.address(0), inside=machines.inside(0), head_cpus=1, takes_jobs=True) as cluster:
+        cluster.add_node(address=machines.address(1), inside=machines.inside(1))
+        cluster.write_config(tmp_path / "ray.yaml", num_workers=2, min_workers=1)
+        rig = Rig(tmp_path, "tiny", cluster, random.Random(0))
+        here = {"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"], "MASKWRIGHT_STORAGE": str(tmp_path / "storage")}
+
+        def call(*arguments: str, code: int = 0) -> str:
+            command = Command(list(arguments), tmp_path, here, inside=machines.inside(2)).start()
+            try:
+                assert command.wait() == code, command.text()
+                return command.text()
+            finally:
+                command.kill_everything()
+
+        call("submit", "run.yaml", "--cluster", "ray.yaml")
+        rig.command = Command(["logs", "tiny", "-f"], tmp_path, here, inside=machines.inside(2)).start()
+        try:
+            wait_for_attempt(rig, 1, world_size=2, steps=25)
+            cluster.kill_node(cluster.nodes[0])
+            wait_for_attempt(rig, 2, world_size=1, steps=25)
+            assert json.loads(call("status", "tiny", "--json", "--exit-code", code=20))["state"] == "running"
+            assert "stopped" in call("stop", "tiny")
+            assert rig.command.wait() == 0, rig.command.text()
+            call("status", "tiny", "--exit-code", code=75)
+            steps = int(rig.checkpoints()[-1].name.removeprefix("step-"))
+            assert_same_batches(rig, steps)
+            call("resume", "tiny")
+            rig.command = Command(["logs", "tiny", "-f"], tmp_path, here, inside=machines.inside(2)).start()
+            wait_for_attempt(rig, 3, world_size=1, steps=5)
+            call("stop", "tiny", "--now")
+        finally:
+            rig.command.kill_everything()

@@ -33,7 +33,7 @@ from launcher.submission import (
     submission_folder,
     waiting_submission,
 )
-from launcher.submitting import code_of, error_of
+from launcher.submitting import end_of
 from tests.support.jobs_api import JobsApi
 from tests.support.tiny_run import tiny_config
 from trainer.runlog import RunFolder
@@ -214,7 +214,7 @@ def test_a_dry_run_does_nothing(api: JobsApi, capsys: pytest.CaptureFixture[str]
     [
         ({"status": "PENDING"}, "submitted", ExitCode.RUNNING, ""),
         ({"status": "RUNNING"}, "submitted", ExitCode.RUNNING, ""),
-        ({"status": "STOPPED"}, "stopped", ExitCode.INTERRUPTED, "was stopped before it began"),
+        ({"status": "STOPPED"}, "stopped", ExitCode.INTERRUPTED, "was stopped"),
         ({"status": "FAILED", "message": "runtime_env setup failed: no room"}, "failed", ExitCode.FAILED, "no room"),
         (
             {"status": "FAILED", "driver_exit_code": 7, "message": "logs:\nerror: head does not see it\nShare it."},
@@ -336,6 +336,7 @@ def test_a_local_cluster_is_for_run(capsys: pytest.CaptureFixture[str]) -> None:
         ({"status": "SUCCEEDED", "driver_exit_code": 0}, ExitCode.OK),
         ({"status": "FAILED", "driver_exit_code": 12}, ExitCode.DIVERGED),
         ({"status": "STOPPED"}, ExitCode.INTERRUPTED),
+        ({"status": "FAILED", "message": "runtime_env setup failed"}, ExitCode.FAILED),
     ],
 )
 def test_who_follows_sees_what_is_printed_and_exits_alike(
@@ -352,7 +353,9 @@ def test_who_follows_sees_what_is_printed_and_exits_alike(
 
     monkeypatch.setattr(api, "answer", end_when_asked)
     assert submit("--follow") == code
-    assert "a line\na line\na line\n" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "a line\na line\na line\n" in printed.out
+    assert len(printed.err.splitlines()) == (0 if "driver_exit_code" in told else 2), "the command has told it already"
 
 
 def test_what_waits_can_be_stopped(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,23 +402,21 @@ def test_storage_that_the_head_does_not_see(here: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "code"),
+    ("job", "state", "code", "cause"),
     [
-        (JobState("ended", exit_code=0), 0),
-        (JobState("ended", exit_code=14), 14),
-        (JobState("ended", exit_code=137), ExitCode.INTERRUPTED),
-        (JobState("ended", exit_code=-9), ExitCode.INTERRUPTED),
-        (JobState("ended", exit_code=127), ExitCode.ENVIRONMENT),
-        (JobState("ended", was_stopped=True), ExitCode.INTERRUPTED),
-        (JobState("ended"), ExitCode.FAILED),
+        (JobState("ended", exit_code=0), "finished", 0, ""),
+        (JobState("ended", exit_code=14, message="logs:\nerror: one\nfirst\nerror: two\nsecond\nnext"), "failed", 14, "two"),
+        (JobState("ended", exit_code=137), "interrupted", ExitCode.INTERRUPTED, "killed (exit code 137)"),
+        (JobState("ended", exit_code=-9), "interrupted", ExitCode.INTERRUPTED, "killed (exit code -9)"),
+        (JobState("ended", exit_code=127, message="sh: x: not found\n"), "failed", ExitCode.ENVIRONMENT, "sh: x: not found"),
+        (JobState("ended", was_stopped=True), "stopped", ExitCode.INTERRUPTED, "was stopped"),
+        (JobState("ended", message="supervisor died: x\n\n.\n"), "failed", ExitCode.FAILED, "supervisor died: x"),
+        (JobState("ended"), "failed", ExitCode.FAILED, "the job failed"),
+        (JobState("unknown"), "interrupted", ExitCode.INTERRUPTED, "does not know"),
     ],
 )
-def test_codes_of_jobs(state: JobState, code: int) -> None:
-    assert code_of(state) == code
-
-
-def test_causes_are_found_in_what_ray_says() -> None:
-    assert error_of("Job failed, last logs:\nerror: one\nfirst\nerror: two\nsecond\nnext") == ("two", "second")
-    assert error_of("error: two") == ("two", "")
-    assert error_of("Job supervisor actor died: x\n\n.\n") == ("Job supervisor actor died: x", "")
-    assert error_of("") == ("the job failed", "")
+def test_how_jobs_end(job: JobState, state: str, code: int, cause: str) -> None:
+    end = end_of(a_submission(tiny()), job)
+    assert (end.state, end.exit_code) == (state, code)
+    assert cause in end.cause
+    assert end.remedy == ("second" if cause == "two" else "Submit the run again.")
