@@ -96,20 +96,22 @@ def _follow(jobs: "RayJobs", run: RunFolder, submission: Submission) -> int:
 def _print_until_ended(jobs: "RayJobs", submission: Submission) -> "JobState":
     shown, heard_at = 0, time.monotonic()
     while True:
+        state = None
         try:
             state = jobs.look(submission.job)  # before the log, so that nothing is missed that was printed until then
-            text = jobs.log(submission.job) if state.state != "unknown" else ""
+            text = jobs.log(submission.job)
             heard_at = time.monotonic()
-        except UnreachableError:
+        except UnreachableError:  # of a log alone, too: its node may have gone, and the job with it
+            if state is not None and not state.is_alive:
+                return state
             if time.monotonic() - heard_at > _SILENCE_S:
                 raise
-            time.sleep(_LOOK_S)
-            continue
-        sys.stdout.write(text[shown:])
-        sys.stdout.flush()
-        shown = len(text)
-        if not state.is_alive:
-            return state
+        else:
+            sys.stdout.write(text[shown:])
+            sys.stdout.flush()
+            shown = len(text)
+            if not state.is_alive:
+                return state
         time.sleep(max(_LOOK_S, shown / _BYTES_PER_S))
 
 
