@@ -38,7 +38,7 @@ def stop(
     elif (waiting := waiting_submission(folder)) is None or not _end_job(waiting):
         raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
     status = read_status(folder)
-    state = "stopped" if lease is None else status.state
+    state = "stopped" if lease is None else "interrupted" if _holds(folder, lease) else status.state  # who was ended elsewhere still seems to hold it
     saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
     say(f"run {folder.root.name} {state}; {saved}")
     next_command(command("resume", run, storage=storage))
@@ -47,11 +47,15 @@ def stop(
 def _stop_driver(run: RunFolder, lease: LeaseState, grace_s: float, *, save: bool) -> None:
     request_stop(run, grace_s=grace_s, save=save, by="maskwright stop", lease=lease.token)
     deadline = time.monotonic() + (grace_s if save else 0.0) + KILL_AFTER_S
-    while (current := holder(run)) is not None and current.token == lease.token and time.monotonic() < deadline:
+    while _holds(run, lease) and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
+    if _holds(run, lease):
+        _kill(run, lease)
+
+
+def _holds(run: RunFolder, lease: LeaseState) -> bool:
     current = holder(run)
-    if current is not None and current.token == lease.token:
-        _kill(run, current)
+    return current is not None and current.token == lease.token
 
 
 def _kill(run: RunFolder, lease: LeaseState) -> None:

@@ -5,8 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, job_request
+from launcher import cli, job_request, verbs_stop
 from launcher.clusters.ray_jobs import JobState
 from launcher.config import RayCluster, SharedVenv, dump_yaml, load_run_config
 from launcher.job_request import job_request as request_for
@@ -367,6 +369,24 @@ def test_what_waits_can_be_stopped(api: JobsApi, capsys: pytest.CaptureFixture[s
     assert invoke("stop", "tiny", "--storage", "storage") == ExitCode.CONFLICT
 
 
+def test_a_driver_that_does_not_answer_is_ended_through_its_cluster(
+    api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    (job,) = api.jobs
+    with Lease.acquire(tiny()) as lease:
+        pass
+    monkeypatch.setattr(verbs_stop, "KILL_AFTER_S", 0.5)
+    tiny().lease.write_json(asdict(replace(lease.state, machine="the head", time=time.time())))
+    tiny().append_event("command_started", attempt=0, verb="run", submission="another")
+    assert invoke("stop", "tiny", "--storage", "storage", "--now") == ExitCode.CONFLICT, "nobody knows how to end that one"
+    assert api.jobs[job]["status"] == "PENDING"
+    tiny().append_event("command_started", attempt=0, verb="run", submission=job)
+    assert invoke("stop", "tiny", "--storage", "storage", "--now") == 0
+    assert api.jobs[job]["status"] == "STOPPED"
+    assert "run tiny interrupted" in capsys.readouterr().out
+
+
 def test_a_submitted_run_is_resumed_where_it_ran(api: JobsApi) -> None:
     assert submit() == 0
     api.jobs.clear()
@@ -383,6 +403,24 @@ def test_the_log_of_a_job_that_has_not_trained(api: JobsApi, capsys: pytest.Capt
     api.log = "preparing\n"
     assert invoke("logs", "tiny", "--storage", "storage") == 0
     assert capsys.readouterr().out.endswith("preparing\n")
+
+
+def test_the_log_of_a_job_is_waited_for(api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    (job,) = api.jobs
+    looks, answer = [], api.answer
+
+    def end_at_the_third_look(method: str, path: str, body: bytes) -> tuple[int, object]:
+        looks.extend([path] if path == f"/api/jobs/{job}" else [])
+        if len(looks) == 3:
+            api.log = "killed\n"
+            api.jobs[job]["status"] = "FAILED"
+        return answer(method, path, body)
+
+    monkeypatch.setattr(api, "answer", end_at_the_third_look)
+    assert invoke("logs", "tiny", "--storage", "storage", "-f") == 0
+    assert capsys.readouterr().out.endswith("killed\n")
+    assert len(looks) == 3
 
 
 def test_the_job_runs_the_command_of_the_submission_where_it_was_submitted(here: Path) -> None:
