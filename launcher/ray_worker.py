@@ -1,8 +1,6 @@
 """The seam to Ray Train: one attempt of a worker group, and how it ended (starts processes through Ray)."""
 
 import os
-import socket
-import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -25,6 +23,7 @@ from launcher.deaths import tell_deaths
 from launcher.group_watch import GroupWatch, Member, SaveReason, describe
 from launcher.health import is_numbered
 from launcher.heartbeats import BoardLine, RayGroup
+from launcher.interfaces import interface_of
 from launcher.policy import Failure, FailureKind
 from launcher.rank_log import lies_on_node
 from launcher.worker_process import WorkerTask, run_task
@@ -77,24 +76,6 @@ def set_worker_environment(threads: int, use_gpu: bool) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def interface_of(address: str) -> str | None:
-    """Name of the network interface that carries an IPv4 address; None when none does."""
-    import fcntl
-
-    if address.startswith("127."):
-        return "lo"  # the whole network 127.0.0.0/8 is the loopback's, but the interface names only 127.0.0.1
-    for _, name in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                # SIOCGIFADDR: the IPv4 address of an interface.
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))
-            except OSError:
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
 
 
 def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupWatch) -> Failure | None:

@@ -49,7 +49,7 @@ LISTEN = "import socket; s = socket.create_server(('', 7777)); print(flush=True)
 LOOK = """
 import sys
 from launcher.clusters.existing import answers
-from launcher.ray_worker import interface_of
+from launcher.interfaces import interface_of
 ours, theirs = sys.argv[1:]
 look = lambda port: answers({"NodeManagerAddress": theirs, "NodeManagerPort": port})
 print(interface_of(ours), look(7777), look(7778), flush=True)

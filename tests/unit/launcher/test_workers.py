@@ -85,7 +85,7 @@ def test_ray_leaves_our_handler_of_sigterm_alone(tmp_path: Path) -> None:
 
 
 def test_interface_of_an_address() -> None:
-    from launcher.ray_worker import interface_of
+    from launcher.interfaces import interface_of
 
     assert interface_of("127.0.0.1") == interface_of("127.0.0.2") == "lo"
     assert interface_of("192.0.2.254") is None or socket.gethostname()

@@ -1,0 +1,22 @@
+"""Network interfaces of this machine (asks the kernel)."""
+
+import socket
+import struct
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that carries an IPv4 address; None when none does."""
+    import fcntl
+
+    if address.startswith("127."):
+        return "lo"  # the whole network 127.0.0.0/8 is the loopback's, but the interface names only 127.0.0.1
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            try:
+                # SIOCGIFADDR: the IPv4 address of an interface.
+                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))
+            except OSError:
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
