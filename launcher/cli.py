@@ -9,7 +9,18 @@ from collections.abc import Callable, Sequence
 import typer
 
 from data_pipeline.errors import ExitCode, MaskwrightError, UsageError
-from launcher import verbs_clean, verbs_data, verbs_model, verbs_plan, verbs_profile, verbs_run, verbs_stop, verbs_submit, verbs_verify
+from launcher import (
+    verbs_clean,
+    verbs_data,
+    verbs_doctor,
+    verbs_model,
+    verbs_plan,
+    verbs_profile,
+    verbs_run,
+    verbs_stop,
+    verbs_submit,
+    verbs_verify,
+)
 from launcher.options import completed, discard_output
 
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
@@ -24,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_MODULES = (verbs_data, verbs_plan, verbs_run, verbs_submit, verbs_stop, verbs_model, verbs_profile, verbs_verify, verbs_clean)
+_MODULES = (verbs_data, verbs_plan, verbs_run, verbs_submit, verbs_stop, verbs_model, verbs_profile, verbs_verify, verbs_clean, verbs_doctor)
 for _module in _MODULES:
     for _verb in _module.VERBS:
         app.command(_verb.__name__.rstrip("_"))(_verb)

@@ -104,7 +104,7 @@ def live_nodes(sure: bool) -> list[Node]:
     from ray._private.state import available_resources_per_node
 
     leaving = draining_nodes()
-    with _asking_the_head():
+    with asking_the_head():
         free, known = available_resources_per_node(), ray.nodes()
     nodes = [node for node in known if node["Alive"] and node["NodeID"] not in leaving and node["NodeID"] in free]
     if sure:
@@ -121,7 +121,7 @@ def remove_placement_groups() -> None:
         UnreachableError: the head does not answer within seconds. When it does at last, nothing is removed: that may be another attempt's.
     """
     given_up = threading.Event()
-    with _asking_the_head():
+    with asking_the_head():
         try:
             Aside(lambda: _remove_placement_groups(given_up)).ask(_HEAD_ANSWER_S)
         finally:
@@ -159,7 +159,7 @@ def starting_processes() -> dict[int, Process]:
     import ray
     from ray._private.state import state
 
-    with _asking_the_head():
+    with asking_the_head():
         job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
         hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
         actors = sorted(state.actor_table(None, job_id=job).items())
@@ -178,12 +178,13 @@ def draining_nodes() -> dict[str, int]:
     """
     from ray._private.state import state
 
-    with _asking_the_head():
+    with asking_the_head():
         return state.get_draining_nodes()
 
 
 @contextmanager
-def _asking_the_head() -> Generator[None]:
+def asking_the_head() -> Generator[None]:
+    """Turn whatever a question to the head fails with into an UnreachableError."""
     try:
         yield
     except Exception as error:  # gRPC's errors as well as Ray's own, and RuntimeErrors of both

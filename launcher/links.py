@@ -1,0 +1,64 @@
+"""Which node or link of a cluster is slow or cut, judged from exchanges in pairs (pure)."""
+
+from collections.abc import Collection, Iterator, Sequence
+from statistics import median
+
+from data_pipeline.errors import ExitCode
+from launcher.findings import Finding
+from launcher.measurements import Link, Measurements, best_rates
+
+SLOW_LINK = 0.5
+"""Of the median of the others. Less strict than the rate of a node: neighbours on one switch are faster than nodes further apart."""
+
+_REMEDY = "Look at its network: cable, switch, interface (`ip -s link`), firewall between the nodes."
+
+
+def judge_links(found: Measurements) -> Iterator[Finding]:
+    """A node that is slow whoever its partner is; a slow link between two that are fast elsewhere; nodes without which no link is cut."""
+    names = {each.node.id: each.node.name for each in found.nodes}
+    here = {each.node.id for each in found.nodes if each.node.is_here}
+    cut = [link for link in found.links if link.bytes_per_s is None]
+    if cut and len({node for link in found.links for node in link.nodes}) == 2:
+        one, other = (names[node] for node in cut[0].nodes)
+        yield Finding(f"{one} and {other} cannot exchange data: {cut[0].error}", _REMEDY, code=ExitCode.UNREACHABLE)
+        return
+    left_out = without_cuts(cut, here)
+    for node in left_out:
+        partners = [names[other] for link in cut if node in link.nodes for other in link.nodes if other != node]
+        cause = next(link.error for link in cut if node in link.nodes)
+        yield Finding(f"cannot exchange data with {', '.join(partners)}: {cause}", _REMEDY, node)
+    slow = slow_to_all(found.links)
+    for node, share in slow.items():
+        yield Finding(f"exchanges data at {share:.0%} of the median of the others, whoever its partner is", _REMEDY, node)
+    for link, share in _slow_links(found.links):
+        if not {*slow, *left_out}.intersection(link.nodes):
+            one, other = (names[node] for node in link.nodes)
+            yield Finding(f"the link between {one} and {other} has {share:.0%} of the rate of the median link", _REMEDY, code=ExitCode.OK)
+    if found.all_reduce is not None and found.all_reduce.error:
+        what = f"the {found.all_reduce.num_nodes} nodes that can exchange data in pairs cannot all together: {found.all_reduce.error}"
+        yield Finding(what, _REMEDY, code=ExitCode.UNREACHABLE)
+
+
+def without_cuts(cut: Sequence[Link], keep: Collection[str] = ()) -> list[str]:
+    """Nodes without which no link is cut: again and again the one that most cut links lead to; where several are alike, none of `keep`."""
+    left_out: list[str] = []
+    while remaining := [link.nodes for link in cut if not set(left_out).intersection(link.nodes)]:
+        nodes = [node for pair in remaining for node in pair]
+        left_out.append(max(dict.fromkeys(nodes), key=lambda node: (nodes.count(node), node not in keep)))
+    return left_out
+
+
+def slow_to_all(links: Sequence[Link]) -> dict[str, float]:
+    """Nodes whose fastest link is below SLOW_LINK, with its share of the median of the other nodes' fastest. Two nodes share their one link."""
+    best = best_rates(links)
+    if len(best) < 3:
+        return {}
+    shares = {node: rate / median(other for name, other in best.items() if name != node) for node, rate in best.items()}
+    return {node: share for node, share in shares.items() if share < SLOW_LINK}
+
+
+def _slow_links(links: Sequence[Link]) -> Iterator[tuple[Link, float]]:
+    rates = [link.bytes_per_s for link in links if link.bytes_per_s is not None]
+    for link in links:
+        if link.bytes_per_s is not None and (share := link.bytes_per_s / median(rates)) < SLOW_LINK:
+            yield link, share

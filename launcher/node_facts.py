@@ -1,0 +1,115 @@
+"""What a node says of itself when doctor asks: software, shared memory, clock, ports (runs on the node; imports no torch)."""
+
+import hashlib
+import os
+import platform
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from launcher.lease import this_machine
+from launcher.measurements import Facts
+
+GCS, RAYLET, DASHBOARD = "the head's port", "the node's port", "the dashboard's port"
+_PACKAGES = ("accelerate", "deepspeed", "numpy", "ray", "tokenizers", "torch", "transformers", "webdataset")
+_OURS = ("launcher", "trainer", "data_pipeline")
+_ANSWER_S = 3.0
+_LISTENS = "0A"
+
+
+def look_around(ports: Mapping[str, int], address: str) -> Facts:
+    """The facts of this node, whose ports of Ray and address these are."""
+    reachable = {what: port for what, port in ports.items() if port in ports_beyond_loopback()}
+    opened = tuple(f"{what} {port}" for what, port in reachable.items() if _STRANGERS[what](f"{address}:{port}"))
+    shared = os.statvfs("/dev/shm")
+    return Facts(this_machine().partition("/")[0], software(), shared.f_blocks * shared.f_frsize, opened)
+
+
+def software() -> dict[str, str]:
+    """Versions of what must be the same everywhere, by name; of our own packages a digest of their sources."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    return {**found, "maskwright": source_digest()}
+
+
+def source_digest() -> str:
+    """Digest of our packages as they lie here, installed or in a checkout; the same for the same sources."""
+    digest = hashlib.sha256()
+    for name, path in _sources():
+        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    for package in _OURS:
+        spec = find_spec(package)
+        folder = Path(spec.origin).parent if spec and spec.origin else Path(package)
+        yield from ((f"{package}/{path.relative_to(folder)}", path) for path in sorted(folder.rglob("*.py")))
+
+
+def read_clock() -> float:
+    """Seconds since 1970 by this node's clock."""
+    return time.time()
+
+
+def ports_beyond_loopback(tables: Mapping[str, str] | None = None) -> set[int]:
+    """TCP ports that listen on an address other machines can reach, from the kernel's tables (`/proc/net/tcp`, `tcp6`, or `tables`)."""
+    texts = tables if tables is not None else {name: _read(Path("/proc/net") / name) for name in ("tcp", "tcp6")}
+    found: set[int] = set()
+    for text in texts.values():
+        for line in text.splitlines()[1:]:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == _LISTENS and not _is_loopback(address):
+                found.add(int(port, 16))
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # a kernel without IPv6
+        return ""
+
+
+def _is_loopback(address: str) -> bool:
+    """Of an address as the kernel prints it: words of 32 bits, each in the machine's (little-endian) order."""
+    data = b"".join(bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, len(address), 8))
+    if len(data) == 16 and data[:12] == bytes(10) + b"\xff\xff":
+        data = data[12:]
+    return data[0] == 127 if len(data) == 4 else data == bytes(15) + b"\x01"
+
+
+def _answers_calls(address: str) -> bool:
+    """Whether a server of Ray obeys a call without a token. Anything but a refusal for want of one counts: it was let in."""
+    import grpc
+
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo", request_serializer=bytes, response_deserializer=bytes)
+        try:
+            ask(b"", timeout=_ANSWER_S)
+        except grpc.RpcError as error:
+            code: grpc.StatusCode = error.code()  # pyright: ignore[reportAttributeAccessIssue]
+            return code not in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+    return True
+
+
+def _answers_requests(address: str) -> bool:
+    """Whether the dashboard, which starts jobs, answers a request without a token."""
+    try:
+        urllib.request.urlopen(f"http://{address}/api/jobs/", timeout=_ANSWER_S).close()
+    except (urllib.error.URLError, OSError):
+        return False
+    return True
+
+
+_STRANGERS: Mapping[str, Callable[[str], bool]] = {GCS: _answers_calls, RAYLET: _answers_calls, DASHBOARD: _answers_requests}
+"""How somebody without a token would knock."""
