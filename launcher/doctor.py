@@ -64,7 +64,9 @@ def _lost(found: Measurements) -> Iterator[Finding]:
         elif each.lost:
             yield Finding(f"is dead or unreachable: {each.lost}", "End Ray there (`ray stop`) and start it again.", each.node.id)
         elif each.node.is_leaving:
-            yield Finding("is about to be taken away (drained)", "Nothing: runs leave it in time.", each.node.id, ExitCode.OK)
+            yield Finding(
+                "is about to be taken away (drained)", "Nothing: runs leave it in time, and it was not looked at.", each.node.id, ExitCode.OK
+            )
 
 
 _FAILED = {

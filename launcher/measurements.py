@@ -116,8 +116,8 @@ class NodeMeasurements:
 
     @property
     def answers(self) -> bool:
-        """Whether it can be asked."""
-        return not self.lost and not self.node.gone
+        """Whether it can be asked, and is worth it: on a node that is about to be taken away nothing is placed any more."""
+        return not self.lost and not self.node.gone and not self.node.is_leaving
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def _measure(where: ClusterConfig, storage: Location, corpus: Location | None, *
         from launcher.clusters.probing import known_nodes, probing
 
         nodes = known_nodes() if where.use_gpu is not False else [replace(node, num_gpus=0.0) for node in known_nodes()]
-        with probing([node.id for node in nodes if not node.gone]) as probes:
+        with probing([node.id for node in nodes if not node.gone and not node.is_leaving]) as probes:
             return examine(Subject(nodes, storage, corpus), probes, (lambda _: None) if quiet else say)
 
 

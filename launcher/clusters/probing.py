@@ -26,7 +26,7 @@ _DEAD, _UNEXPECTED = 1, 2
 
 
 def known_nodes() -> list[KnownNode]:
-    """Every node that Ray has, those first on which ranks may be placed, and those that it has lost in the last hour.
+    """Every node that Ray has, those first on which ranks may be placed, and those that it has lost in the last hour and that did not come back.
 
     Raises:
         UnreachableError: the head does not answer now.
@@ -39,12 +39,19 @@ def known_nodes() -> list[KnownNode]:
         nodes: Collection[Any] = worker.gcs_client.get_all_node_info(timeout=_ANSWER_S).values()
         free, leaving = available_resources_per_node(), state.get_draining_nodes()
     here = ray.get_runtime_context().get_node_id()
-    known = [_as_known(node, free, here, node.node_id.hex() in leaving) for node in nodes if node.state != _DEAD or _died_lately(node)]
+    alive = [node for node in nodes if node.state != _DEAD]
+    lost = [node for node in nodes if node.state == _DEAD and _died_lately(node) and not _came_back(node, alive)]
+    known = [_as_known(node, free, here, node.node_id.hex() in leaving) for node in [*alive, *lost]]
     return sorted(known, key=lambda node: (not node.trains, node.address, node.id))
 
 
 def _died_lately(node: Any) -> bool:
     return node.death_info.reason == _UNEXPECTED and node.end_time_ms / 1000 > time.time() - _RECENT_S
+
+
+def _came_back(node: Any, alive: Collection[Any]) -> bool:
+    """Under another id: Ray was started there again."""
+    return any(other.node_manager_address == node.node_manager_address and other.start_time_ms >= node.end_time_ms for other in alive)
 
 
 def _as_known(node: Any, free: Mapping[str, Mapping[str, float]], here: str, is_leaving: bool) -> KnownNode:

@@ -127,10 +127,13 @@ def test_a_node_that_is_lost_in_any_part_is_named_and_not_asked_again(function: 
     assert len(diagnosis.faults) == 1
 
 
-def test_a_node_that_ray_has_given_up_is_not_asked(tmp_path: Path) -> None:
-    nodes = (*NODES[:2], replace(NODES[2], gone="health check failed"))
+@pytest.mark.parametrize(("change", "excluded"), [({"gone": "health check failed"}, (C,)), ({"is_leaving": True}, ())])
+def test_a_node_that_is_gone_or_will_be_is_not_asked(change: dict[str, Any], excluded: tuple[str, ...], tmp_path: Path) -> None:
+    nodes = (*NODES[:2], replace(NODES[2], **change))
     probes = ThreadProbes(dict(STEADY), lost={C})
-    assert diagnose(examine(Subject(nodes, Location.at(tmp_path)), probes)).excluded == (C,)
+    diagnosis = diagnose(examine(Subject(nodes, Location.at(tmp_path)), probes))
+    assert [finding.node for finding in diagnosis.findings] == [C]
+    assert diagnosis.excluded == excluded
 
 
 def test_a_slow_node_is_measured_twice_before_it_is_named(tmp_path: Path) -> None:

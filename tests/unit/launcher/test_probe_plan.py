@@ -1,6 +1,6 @@
 """Who is measured when and with whom."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launcher.probe_plan import others_in_ring, pairings, shard_parts, turns
@@ -8,6 +8,7 @@ from launcher.probe_plan import others_in_ring, pairings, shard_parts, turns
 names = st.lists(st.text("abcdefgh", min_size=1), unique=True, max_size=12)
 
 
+@settings(deadline=None)
 @given(names, st.integers(0, 15))
 def test_each_node_meets_so_many_others_once(nodes: list[str], most: int) -> None:
     rounds = pairings(nodes, most)
@@ -20,6 +21,7 @@ def test_each_node_meets_so_many_others_once(nodes: list[str], most: int) -> Non
         assert sum(node in pair for pair in met) >= min(most - len(nodes) % 2, len(nodes) - 1)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text("abcdefgh", min_size=1), st.sampled_from("xyz")))
 def test_nodes_of_one_machine_take_turns(machines: dict[str, str]) -> None:
     found = turns(machines)
@@ -28,6 +30,7 @@ def test_nodes_of_one_machine_take_turns(machines: dict[str, str]) -> None:
         assert len({machines[node] for node in turn}) == len(turn) > 0
 
 
+@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(1, 40))
 def test_every_shard_is_looked_at_once_where_that_is_possible(num_shards: int, num_nodes: int, most: int) -> None:
     parts = shard_parts(num_shards, num_nodes, most)
@@ -48,6 +51,7 @@ def test_a_million_shards_on_a_thousand_nodes() -> None:
     assert max(max(part) for part in parts) > 980_000
 
 
+@settings(deadline=None)
 @given(names.filter(bool), st.integers(0, 12))
 def test_others_in_the_ring(nodes: list[str], most: int) -> None:
     for node in nodes:
