@@ -30,6 +30,9 @@ _ERRORS: dict[ExitCode, type[MaskwrightError]] = {
     ExitCode.ENVIRONMENT: EnvironmentMismatchError,
 }
 
+_NAMED = 8
+"""Nodes that the last line names, whatever goes on in a cluster; the table and --json have all."""
+
 
 def doctor(
     cluster: Cluster = None,
@@ -115,7 +118,9 @@ def error_of(found: Measurements, diagnosis: Diagnosis, again: str) -> Maskwrigh
     for fault in diagnosis.faults:
         reasons.setdefault(names[fault.node] if fault.node else "", []).append(fault.what)
     general = reasons.pop("", [])
-    texts = [*general, *([f"leave out {'; '.join(f'{name}: {why[0]}' for name, why in reasons.items())}"] if reasons else [])]
+    named = [f"{name}: {why[0]}" for name, why in list(reasons.items())[:_NAMED]]
+    more = [f"and {len(reasons) - _NAMED} more"] if len(reasons) > _NAMED else []
+    texts = [*general[:_NAMED], *([f"leave out {'; '.join([*named, *more])}"] if named else [])]
     kind = _ERRORS.get(diagnosis.code, EnvironmentMismatchError)
     return kind("; ".join(texts), _remedy(found, diagnosis, again))
 
