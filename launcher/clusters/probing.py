@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipeline.errors import MaskwrightError
@@ -39,14 +39,15 @@ def known_nodes() -> list[KnownNode]:
         nodes: Collection[Any] = worker.gcs_client.get_all_node_info(timeout=_ANSWER_S).values()
         free, leaving = available_resources_per_node(), state.get_draining_nodes()
     here = ray.get_runtime_context().get_node_id()
-    alive = [node for node in nodes if node.state != _DEAD]
-    lost = [node for node in nodes if node.state == _DEAD and _died_lately(node) and not _came_back(node, alive)]
-    known = [_as_known(node, free, here, node.node_id.hex() in leaving) for node in [*alive, *lost]]
+    known = [_as_known(node, free, here, node.node_id.hex() in leaving) for node in there_or_missed(nodes, time.time())]
     return sorted(known, key=lambda node: (not node.trains, node.address, node.id))
 
 
-def _died_lately(node: Any) -> bool:
-    return node.death_info.reason == _UNEXPECTED and node.end_time_ms / 1000 > time.time() - _RECENT_S
+def there_or_missed(nodes: Collection[Any], now: float) -> list[Any]:
+    """Ray's records of nodes that live, and of those that nobody took away, lost not long ago and not replaced (pure)."""
+    alive = [node for node in nodes if node.state != _DEAD]
+    dead = [node for node in nodes if node.state == _DEAD and node.death_info.reason == _UNEXPECTED]
+    return [*alive, *(node for node in dead if node.end_time_ms / 1000 > now - _RECENT_S and not _came_back(node, alive))]
 
 
 def _came_back(node: Any, alive: Collection[Any]) -> bool:
@@ -127,13 +128,21 @@ def _answer(reference: Any, within_s: float) -> Answer:
         return ray.get(reference, timeout=0)
     except GetTimeoutError:
         return Answer(lost=f"no answer in {within_s + _ON_THE_WAY_S:.0f} s")
-    except RayTaskError as error:  # what we sent could not be unpickled there
-        return Answer(error=_told(error))
     except RayError as error:
-        return Answer(lost=_told(error))
+        return what_failed(error)
+
+
+def what_failed(error: RayError) -> Answer:
+    """A process that lives and cannot import what it is sent is no dead node."""
+    has_run = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+    return Answer(error=_told(error)) if has_run else Answer(lost=_told(error))
 
 
 def _told(error: BaseException) -> str:
     """The line of an exception that says something; Ray's are whole pages, the cause at their end."""
-    lines = [line.strip() for line in str(error).partition(" Some common causes include")[0].splitlines() if line.strip()]
+    text = str(error).partition(" Some common causes include")[0].removesuffix(_NEVER_RAN)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+_NEVER_RAN = "The actor never ran - it was cancelled before it started running."
