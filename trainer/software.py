@@ -15,7 +15,12 @@ def software() -> dict[str, str]:
 
     cuda = str(torch.version.cuda or "none")
     digest = packages_digest(Path(__file__).parents[1])
-    return {"Python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}, "CUDA": cuda, "maskwright": digest[:12]}
+    return {
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        **{name: _version(name) for name in _LIBRARIES},
+        "CUDA": cuda,
+        "maskwright": digest[:12],
+    }
 
 
 def package_files(folder: Path) -> list[Path]:
