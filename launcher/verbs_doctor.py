@@ -44,7 +44,7 @@ def doctor(
 ) -> None:
     """Look at every machine of a cluster: is it there, alike and fast, and does it share the storage? Names those to leave out (exit code 6).
 
-    Takes about a minute, and a little of each machine. The storage of runs is tried with some small files, which are removed again.
+    Every part is bounded in time. The storage of runs is tried with some small files, which are removed again.
 
     Example: maskwright doctor --cluster ray
     """

@@ -79,7 +79,7 @@ STEADY: dict[tuple[str, Any], Plan] = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "_SHARED_S", 0.5)
-    monkeypatch.setattr("launcher.exchanges._LINK_S", 6.0)
+    monkeypatch.setattr("launcher.exchanges._LINK_S", 12.0)  # half of it must do for an exchange on a busy machine
     monkeypatch.setattr(node_rates, "SECONDS", 0.05)
     monkeypatch.setattr(node_rates, "_BYTES", {"gloo": 1 << 16})
 
