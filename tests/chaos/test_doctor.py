@@ -59,19 +59,19 @@ def test_a_dead_and_a_slow_node_of_three_are_named(tmp_path: Path) -> None:
     """A raylet that is stopped is what Ray itself believes in for a minute; a slow node has others at work on its core."""
     with RayCluster(tmp_path / "nodes") as cluster:
         well, slow, dead = (cluster.add_node(inside=on_core(core)) for core in (0, 1, 0))
-        names = {node: node.id() for node in (well, slow, dead)}
+        well_id, slow_id, dead_id = (node.id() for node in (well, slow, dead))
         send(dead.raylet(), signal.SIGSTOP)
         with others_at_work(core=1):
             code, record, said = doctor(cluster, tmp_path)
     print(said, json.dumps(record, indent=1))
     assert code == 6
-    assert set(record["exclude"]) == {names[slow], names[dead]} == set(faults(record))
-    assert "multiplies matrices at" in faults(record)[names[slow]]
-    assert "dead" in faults(record)[names[dead]]
+    assert set(record["exclude"]) == {slow_id, dead_id} == set(faults(record))
+    assert "multiplies matrices at" in faults(record)[slow_id]
+    assert "dead" in faults(record)[dead_id]
     assert len(said) == 2
-    assert names[slow][:8] in said[0]
-    assert names[dead][:8] in said[0]
-    assert names[well][:8] not in said[0]
+    assert slow_id[:8] in said[0]
+    assert dead_id[:8] in said[0]
+    assert well_id[:8] not in said[0]
     assert not list((tmp_path / "storage").iterdir())
 
 
