@@ -34,7 +34,12 @@ class Scratch:
 
     @classmethod
     def join(cls, path: Path) -> "Scratch | None":
-        """The folder that a process of this user has made and still uses; None where this machine has none of this name."""
+        """The folder that a process of this user has made on this machine and still uses; None where there is none of this name.
+
+        One of another machine is none, even where the file system shows it: it may keep locks of folders to itself.
+        """
+        if f"{_machine()}-" not in path.name:
+            return None
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

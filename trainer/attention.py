@@ -3,8 +3,9 @@
 Shape suffixes: R rows, H heads, T places of a row, W width of a head.
 """
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -62,9 +63,9 @@ class Shape:
     dropout: float
 
 
-def usual_kernel(device: torch.device) -> str:
+def usual_kernel(device: torch.device, candidates: Sequence[str] = tuple(KERNELS)) -> str:
     """What is taken unless another one is found to be faster: on a CPU, SDPA's bf16 kernel takes twice the time of plain matrix products."""
-    return "sdpa" if device.type == "cuda" else "eager"
+    return "sdpa" if device.type == "cuda" and "sdpa" in candidates else "eager"
 
 
 def kernel_for(table: Table, length: int) -> str:
@@ -79,12 +80,12 @@ def table_in_words(table: Table) -> str:
     return kernels.pop() if len(kernels) == 1 else ", ".join(f"{table[length]} up to {length} tokens" for length in sorted(table, key=int))
 
 
-def fastest_kernels(config: RunConfig, network_config: Any, candidates: list[str], device: torch.device) -> dict[str, str]:
+def fastest_kernels(config: RunConfig, network_config: Any, candidates: Sequence[str], device: torch.device) -> dict[str, str]:
     """For each sequence length of the run, which of `candidates` is fastest forward and backward on `device`, which is measured."""
     if len(candidates) == 1:
         return {str(length): candidates[0] for length in config.batch.sequence_lengths}
     shapes = {str(length): shape_of(config, network_config, length, device) for length in config.batch.sequence_lengths}
-    return {length: faster(measured(candidates, shape, device), usual_kernel(device)) for length, shape in shapes.items()}
+    return {length: faster(measured(candidates, shape, device), usual_kernel(device, candidates)) for length, shape in shapes.items()}
 
 
 def faster(seconds: Mapping[str, float], usual: str) -> str:
@@ -108,13 +109,13 @@ def shape_of(config: RunConfig, network_config: Any, length: int, device: torch.
     )
 
 
-def measured(candidates: list[str], shape: Shape, device: torch.device) -> dict[str, float]:
+def measured(candidates: Sequence[str], shape: Shape, device: torch.device) -> dict[str, float]:
     """Seconds of each kernel, forward and backward: the least of a few times, in which they take turns. Leaves torch's random state as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         passes = {name: _pass_of(KERNELS[name], shape, device) for name in candidates}
         for once in passes.values():  # which may set things up
-            once()
-        best = dict.fromkeys(passes, float("inf"))
+            _seconds(once, device)
+        best = dict.fromkeys(passes, math.inf)
         for _ in range(_TIMINGS):
             for name, once in passes.items():
                 best[name] = min(best[name], _seconds(once, device))
@@ -140,12 +141,17 @@ def _pass_of(kernel: Kernel, shape: Shape, device: torch.device) -> Callable[[],
 
 
 def _seconds(once: Callable[[], Any], device: torch.device) -> float:
+    """Of one pass; infinitely many of one that does not fit into the device's memory."""
+
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
     wait()
     started_at = time.perf_counter()
-    once()
+    try:
+        once()
+    except torch.OutOfMemoryError:
+        return math.inf
     wait()
     return time.perf_counter() - started_at

@@ -1,6 +1,7 @@
 """Choices made by measurement: rank 0 makes them before step 1, the run folder keeps them, and every later attempt reuses them."""
 
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -52,10 +53,10 @@ def settled_kernels(config: RunConfig, run: RunFolder, network: PretrainingNetwo
     network.require_kernel(config.model.attention)
 
     def choose() -> Table:
-        known = _known_kernels(config, run, device)
+        candidates = network.candidate_kernels()
+        known = _known_kernels(config, run, candidates, device)
         if known is not None:
             return known
-        candidates = network.candidate_kernels()
         kernels = fastest_kernels(config, network.config, candidates, device)
         run.choices.write_json({"device": device.type, **_read(run), "attention": kernels})
         if len(candidates) > 1:
@@ -70,13 +71,14 @@ def looked_up_kernels(config: RunConfig, run: RunFolder, network: PretrainingNet
     network.require_kernel(config.model.attention)
 
     def look_up() -> Table:
-        known = _known_kernels(config, run, device)
-        return fastest_kernels(config, network.config, network.candidate_kernels(), device) if known is None else known
+        candidates = network.candidate_kernels()
+        known = _known_kernels(config, run, candidates, device)
+        return fastest_kernels(config, network.config, candidates, device) if known is None else known
 
     return on_rank_zero("look up attention kernels", look_up)
 
 
-def _known_kernels(config: RunConfig, run: RunFolder, device: torch.device) -> Table | None:
+def _known_kernels(config: RunConfig, run: RunFolder, candidates: Sequence[str], device: torch.device) -> Table | None:
     """None where nobody has chosen yet."""
     lengths = [str(length) for length in config.batch.sequence_lengths]
     if config.model.attention != "auto":
@@ -84,7 +86,7 @@ def _known_kernels(config: RunConfig, run: RunFolder, device: torch.device) -> T
     if chosen := _read(run).get("attention"):
         return chosen
     trained = _newest_circumstances(run)  # which began before there was a choice, has lost it, or left it to a person
-    return None if trained is None else trained.attention or dict.fromkeys(lengths, usual_kernel(device))
+    return None if trained is None else trained.attention or dict.fromkeys(lengths, usual_kernel(device, candidates))
 
 
 def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> str:

@@ -48,7 +48,8 @@ def compile_layers(network: PretrainingNetwork, config: RunConfig, device: torch
         )
     tell("compiling", layers=len(layers))
     started_at = time.monotonic()
-    _configure(tag=f"{config.batch.micro_batch_size // config.batch.split}x{max(config.batch.sequence_lengths)}x{torch.get_num_threads()}")
+    shapes = (config.batch.micro_batch_size // config.batch.split, sorted(config.batch.sequence_lengths), config.batch.row_packing)
+    _configure(tag=repr((*shapes, sorted(network.kernels.items()), torch.get_num_threads())))
     for layer in layers:
         layer.compile(dynamic=True)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -221,6 +221,8 @@ class RunConfig(Section):
             raise ValueError("model.compile does not go with zero.stage 3, which takes parameters away between layers; choose another stage")
         if self.model.compile and self.model.activation_checkpointing:
             raise ValueError("model.compile does not go with model.activation_checkpointing; set one of them to false")
+        if self.model.compile and any(phase.micro_batch_size // self.batch.split < 2 for phase in self.phases):
+            raise ValueError("model.compile needs two samples at once, and batch.split leaves one of a micro-batch; raise batch.micro_batch_size")
 
     def _require_learnable(self, architecture: str) -> None:
         """Refuse an architecture that cannot learn the objective; of one that there is not, say that and nothing else."""

@@ -138,10 +138,11 @@ class MetricsWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held back."""
-        if self._held:
-            self.run.append_metrics(*self._held)
-            self._held, self._written_at = [], time.monotonic()
+        """Write what is held back. Where that fails it is gone: storage was patient already, and the run ends."""
+        held, self._held = self._held, []
+        if held:
+            self.run.append_metrics(*held)
+            self._written_at = time.monotonic()
 
 
 def event_line(kind: str, *, attempt: int, step: int | None = None, **details: Any) -> str:

@@ -19,7 +19,7 @@ def cut_into_buckets(engine: Any) -> None:
         parts = [part for flat in optimizer.get_grads_for_reduction()[0] for part in flat.split(elements)]
         optimizer.get_grads_for_reduction = lambda: (parts, {})
         engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=0)  # each part by itself
-    elif engine.zero_optimization_stage() == 1 and not optimizer.contiguous_gradients and optimizer.dtype == torch.float32:
+    elif engine.zero_optimization_stage() == 1 and _copies_at_the_end(optimizer):
         optimizer.reduce_gradients = FlatGradients.of(optimizer, elements).reduce
     else:
         engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=elements)  # stage 0; the others have it already
@@ -69,6 +69,11 @@ class FlatGradients:
         part.flat_partition.data = flat[rank * size : (rank + 1) * size]
         part.move_flat_partition(flat.device)  # makes its views anew
         return part
+
+
+def _copies_at_the_end(optimizer: Any) -> bool:
+    """Whether a stage 1 optimizer does nothing with gradients of fp32 before the last backward pass is over."""
+    return optimizer.dtype == torch.float32 and not (optimizer.contiguous_gradients or optimizer.overlap_comm)
 
 
 def _offset(parameter: Tensor, flat: Tensor) -> int:

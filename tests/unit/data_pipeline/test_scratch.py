@@ -30,6 +30,16 @@ def test_a_folder_is_there_until_it_is_removed(tmp_path: Path) -> None:
     second.remove()
 
 
+def test_a_folder_of_another_machine_is_not_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system shows it, and may keep its lock to the machine that made it."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(scratch, "_machine", lambda: "0000")
+        theirs = Scratch.make(PREFIX)
+    assert Scratch.join(theirs.path) is None
+    theirs.remove()
+    assert not theirs.path.exists()
+
+
 def _own_a_folder(folder: str, ready: "multiprocessing.synchronize.Event") -> None:
     Scratch.make(PREFIX, folder)
     ready.set()

@@ -1,5 +1,7 @@
 """Attention kernels: which rows get which, what is measured, and networks that switch between them."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -103,3 +105,15 @@ def test_a_kernel_that_the_architecture_lacks_is_refused(tmp_path: Any) -> None:
 
 def test_plain_products_are_usual_on_a_cpu_and_sdpa_on_a_gpu() -> None:
     assert (usual_kernel(CPU), usual_kernel(torch.device("cuda"))) == ("eager", "sdpa")
+    assert usual_kernel(torch.device("cuda"), ["eager"]) == "eager", "of an architecture that has no other"
+
+
+def test_a_kernel_that_does_not_fit_into_memory_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def short_of_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setitem(KERNELS, "eager", replace(KERNELS["eager"], forward=short_of_memory))
+    shape = Shape(rows=2, heads=2, length=24, head_width=8, packed=False, dtype=torch.float32, dropout=0.1)
+    seconds = measured(["eager", "sdpa"], shape, CPU)
+    assert seconds["eager"] == math.inf
+    assert faster(seconds, "eager") == "sdpa"

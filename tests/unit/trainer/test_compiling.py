@@ -77,6 +77,7 @@ def test_what_it_is_compiled_with_must_be_there() -> None:
     [
         ({"zero": {"stage": 3}}, "zero.stage 3, which takes parameters away"),
         ({"model": {"compile": True, "activation_checkpointing": True}}, "does not go with model.activation_checkpointing"),
+        ({"batch": {"global_batch_size": 4, "micro_batch_size": 4, "split": 4}}, "needs two samples at once"),
     ],
 )
 def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str) -> None:
