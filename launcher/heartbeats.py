@@ -220,9 +220,13 @@ class RayGroup:
         for rank, log in logs.items():
             if rank in self.members:
                 by_node.setdefault(self.members[rank].node, []).append(log)
-        with suppress(RayError):  # why the attempt ended is the news
+
+        def copy() -> None:
             if copying := [_on(node, keep_logs_of_killed).remote(there) for node, there in by_node.items()]:
                 ray.wait(copying, num_returns=len(copying), timeout=_KEEP_LOGS_S)
+
+        with suppress(RayError, TimeoutError):  # why the attempt ended is the news
+            Aside(copy).ask(_KEEP_LOGS_S + 1)  # a head that hangs does not even take the tasks
 
     def close(self) -> None:
         """End the board."""

@@ -82,7 +82,8 @@ def _record(job: Job, failure: Failure) -> None:
         cause=failure.cause,
     )
     if failure.traceback:
-        driver_log(job.run).append_line(redacted(f"attempt {job.attempt}: {failure.cause}\n{failure.traceback}"))
+        text = redacted(f"attempt {job.attempt}: {failure.cause}\n{failure.traceback}")
+        through_outages(lambda: driver_log(job.run).append_line(text))
 
 
 def _append_event(job: Job, kind: str, **details: Any) -> None:

@@ -144,6 +144,7 @@ class Supervisor:
     _request: StopRequest | None = None
     """The newest that storage has told of."""
     _grace: Grace = field(default_factory=Grace)
+    _ends: bool = False
 
     def __post_init__(self) -> None:
         self._ticks, self._requests, self._held = Aside(self.tick), Aside(self._find_request), Aside(self.lease.require_held)
@@ -160,19 +161,26 @@ class Supervisor:
         try:
             with self._catch_signals(), ExitStack() as stack, closing(self.ray):
                 thread.start()
-                while thread.is_alive():
-                    thread.join(POLL_S)
-                    self.ray.serve(stack)
-                    self._look(lambda: self._ticks.ask(ANSWER_S))
-                    self._look(self._obey)
-                for _ in range(2):  # the first may be one that began before the end
-                    self._look(lambda: self._ticks.ask(ANSWER_S))
+                try:
+                    self._follow(thread, stack)
+                finally:
+                    self._ends = True
         except InterruptedRunError:
             if not work.result:
                 raise
         if work.error is not None:
             raise self._as_ctrl_c(work.error)
         return work.result[0]
+
+    def _follow(self, thread: threading.Thread, stack: ExitStack) -> None:
+        """Serve the stages, show what they do and obey who asks for a stop, until they are done."""
+        while thread.is_alive():
+            thread.join(POLL_S)
+            self.ray.serve(stack)
+            self._look(lambda: self._ticks.ask(ANSWER_S))
+            self._look(self._obey)
+        for _ in range(2):  # the first may be one that began before the end
+            self._look(lambda: self._ticks.ask(ANSWER_S))
 
     def _look(self, at: Callable[[], None]) -> None:
         """Storage or a terminal that fails for a moment must not end a run whose ranks are at work; the next look is soon."""
@@ -227,6 +235,8 @@ class Supervisor:
         def note(number: int, frame: FrameType | None) -> None:
             del frame
             self._signals.append(number)
+            if self._ends:  # Ray does, which may hang: the next signal ends the command
+                signal.signal(number, signal.SIG_DFL)
             if number == signal.SIGHUP:
                 _leave_terminal()
 

@@ -1,6 +1,7 @@
 """The main thread over the stages: stop requests, lost leases, errors; the progress of training."""
 
 import io
+import multiprocessing
 import os
 import signal
 import threading
@@ -117,14 +118,31 @@ def test_ctrl_c_twice_ends_though_storage_hangs(run: RunFolder, monkeypatch: pyt
 def test_ctrl_c_when_all_is_done_stops_nothing(run: RunFolder) -> None:
     """As the last stage ends, and while Ray ends, which takes seconds."""
 
+    assert interrupted_at_the_end(run, signals=1) == "done"
+
+
+def interrupted_at_the_end(run: RunFolder, signals: int) -> str:
+    """Supervise stages that are interrupted as they end, and `signals` times while Ray ends."""
+
     class RayIsUp(RayOnDemand):
+        is_served = False
+
         def serve(self, stack: ExitStack) -> None:
-            stack.callback(os.kill, os.getpid(), signal.SIGINT)
+            for _ in range(0 if self.is_served else signals):
+                stack.callback(os.kill, os.getpid(), signal.SIGINT)
+            self.is_served = True
 
     with Lease.acquire(run) as lease:
         ray = RayIsUp(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
         supervisor = Supervisor(run, lease, ray, print, lambda: None, saves_on_stop=lambda: False)
-        assert supervisor.supervise(lambda: time.sleep(0.1) or os.kill(os.getpid(), signal.SIGINT) or "done") == "done"
+        return supervisor.supervise(lambda: time.sleep(0.1) or os.kill(os.getpid(), signal.SIGINT) or "done")
+
+
+def test_ctrl_c_again_ends_a_command_whose_ray_does_not_end(run: RunFolder) -> None:
+    command = multiprocessing.get_context("fork").Process(target=interrupted_at_the_end, args=(run, 2))
+    command.start()
+    command.join(30)
+    assert command.exitcode == -signal.SIGINT
 
 
 def test_a_signal_ends_the_run_in_time_though_storage_hangs(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
