@@ -96,7 +96,7 @@ def planned_bytes(case: Case) -> Planned:
     config = config.model_copy(update={"batch": batch})
     network = Dimensions.of(config.model, case.network.vocab_size)
     samples = {case.shape.length: MeanSample(float(case.shape.length), is_bound=False)}
-    shape = PlannedShape(config, network, case.precision, case.world_size, on_gpu=False, samples=samples)
+    shape = PlannedShape(config, network, case.precision, case.world_size, on_gpu=False, samples=samples, attention="eager")
     found = shape.peak(config.phases, case.stage, checkpointing=case.checkpointing)
     return Planned(found.peak_bytes, network.parameters)
 

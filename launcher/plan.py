@@ -33,6 +33,8 @@ class Plan:
     """Of each corpus."""
     tokens_are_bound: bool
     memory: tuple[StageMemory, ...] | None
+    memory_reason: str | None
+    """Why that is not known."""
     world_sizes: tuple[WorldSize, ...]
     snapshot_bytes: int | None
     """Of host memory, for the largest rank."""
@@ -61,7 +63,7 @@ class Plan:
             "tokens_are_upper_bound": self.tokens_are_bound,
             "parameters": None if facts.network is None else facts.network.parameters,
             "memory": None if self.memory is None else [stage.to_json() for stage in self.memory],
-            "memory_reason": None if self.memory is not None else facts.network_basis,
+            "memory_reason": self.memory_reason,
             "world_size": facts.world_size.value,
             "world_sizes": [size.to_json() for size in self.world_sizes],
             "snapshot_bytes": self.snapshot_bytes,
@@ -79,7 +81,8 @@ class Plan:
     def basis(self) -> dict[str, dict[str, Any]]:
         """What the plan rests on: each value, and whether it was stated, measured, read or assumed."""
         facts = self.facts
-        known = {"corpus": facts.corpus, "vocabulary": facts.vocabulary, "precision": facts.precision, "world_size": facts.world_size}
+        known = {"corpus": facts.corpus, "vocabulary": facts.vocabulary, "precision": facts.precision, "attention": facts.attention}
+        known["world_size"] = facts.world_size
         found = {name: {"value": each.value, "basis": each.basis} for name, each in known.items()}
         device = {"value": facts.gpu or "cpu", "basis": "stated: --gpu" if facts.gpu else "assumed: no --gpu"}
         network = {"value": self.config.model.architecture, "basis": facts.network_basis}
@@ -96,16 +99,17 @@ def make_plan(config: RunConfig, facts: "Facts", stated: Stated) -> Plan:
     work = tuple(PhaseWork.of(phase, samples[phase.sequence_length], config.objective) for phase in config.phases)
     world_size, precision, network = facts.world_size.value, facts.precision.value, facts.network
     epochs = None if facts.mixture is None else tuple(volume.epochs(facts.mixture, config.phases))
-    memory = snapshot = None
+    memory, memory_reason, snapshot = None, facts.network_basis, None
     if network is not None:
-        shape = Shape(config, network, precision, world_size, facts.gpu is not None, samples)
-        memory = tuple(stages_memory(shape, facts.gpu_bytes))
+        shape = Shape(config, network, precision, world_size, facts.gpu is not None, samples, facts.attention.value)
+        memory_reason = shape.why_unknown
+        memory = tuple(stages_memory(shape, facts.gpu_bytes)) if memory_reason is None else None
         snapshot = snapshot_bytes(network, precision, config.zero.stage, world_size)
     took = duration(config, work, network, world_size, stated, facts.speed, stated_flops(facts.gpu, precision) if facts.gpu else None)
     price, price_reason = cost(took.hours, world_size, stated)
     checkpoints = _checkpoints(config, facts, stated, took, snapshot)
     problems = [
-        *network_problems(config, network, facts.network_basis),
+        *network_problems(config, network, memory_reason),
         *device_problems(precision, facts.gpu, world_size, config.phases),
         *memory_problems(config, memory or (), gpu=facts.gpu, gpu_bytes=facts.gpu_bytes, host_bytes=facts.host_bytes, world_size=world_size),
         *storage_problems(checkpoints, facts.free_bytes, facts.host_bytes, (snapshot or 0) * world_size),
@@ -118,6 +122,7 @@ def make_plan(config: RunConfig, facts: "Facts", stated: Stated) -> Plan:
         epochs=epochs,
         tokens_are_bound=any(sample.is_bound for sample in samples.values()),
         memory=memory,
+        memory_reason=memory_reason,
         world_sizes=tuple(world_sizes(config.phases, world_size)),
         snapshot_bytes=snapshot,
         duration=took,

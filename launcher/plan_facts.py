@@ -45,6 +45,8 @@ class Facts:
     network: Dimensions | None
     network_basis: str
     precision: Known
+    attention: Known
+    """Kernel; where rows of several lengths have several, the one that takes most memory."""
     world_size: Known
     gpu: str | None
     speed: Speed | None
@@ -78,6 +80,7 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
         network=network,
         network_basis=network_basis,
         precision=precision,
+        attention=attention_of(config, gpu),
         world_size=_world_size(config, cluster, world_size, gpu),
         gpu=gpu,
         speed=earlier_speed(config, precision.value, network, mixture, on_gpu=gpu is not None),
@@ -185,13 +188,29 @@ def precision_of(config: RunConfig, gpu: str | None) -> Known:
     """In what the run will compute."""
     if config.precision != "auto":
         return Known(config.precision, "stated: precision")
-    chosen = RunFolder(Location.at(config.storage) / config.name).choices
-    found = chosen.read_json() if chosen.is_local and chosen.exists() else {}
-    if found.get("device") == ("cpu" if gpu is None else "cuda"):
-        return Known(found["precision"], f"measured: {config.name}/{chosen.name}")
+    found, file = _choices(config, gpu)
+    if "precision" in found:
+        return Known(found["precision"], f"measured: {file}")
     if gpu is not None and (entry := find_gpu(gpu)) is not None:
         return Known("bf16" if "bf16" in entry.tflops else "fp32", f"auto, on {gpu}")
     return Known("fp32", "assumed: `auto` is settled by a measurement before step 1")
+
+
+def attention_of(config: RunConfig, gpu: str | None) -> Known:
+    """The kernel of attention: what is not settled yet is what the trainer takes unless it finds another one faster."""
+    if config.model.attention != "auto":
+        return Known(config.model.attention, "stated: model.attention")
+    found, file = _choices(config, gpu)
+    if kernels := found.get("attention"):
+        return Known("eager" if "eager" in kernels.values() else "sdpa", f"measured: {file}")
+    return Known("eager" if gpu is None else "sdpa", "assumed: `auto` is settled by a measurement before step 1")
+
+
+def _choices(config: RunConfig, gpu: str | None) -> tuple[dict[str, Any], str]:
+    """What the run has settled before its first step on this type of device, and in which file."""
+    chosen = RunFolder(Location.at(config.storage) / config.name).choices
+    found = chosen.read_json() if chosen.is_local and chosen.exists() else {}
+    return found if found.get("device") == ("cpu" if gpu is None else "cuda") else {}, f"{config.name}/{chosen.name}"
 
 
 def _world_size(config: RunConfig, cluster: Cluster, stated: int | None, gpu: str | None) -> Known:

@@ -13,6 +13,7 @@ from trainer.config import RunConfig
 from trainer.deepspeed_config import derive_deepspeed_config
 from trainer.dimensions import Dimensions
 from trainer.memory import RankMemory, rank_memory
+from trainer.zero_config import offload_device
 from trainer.zero_stages import STAGES, Job
 
 MARGIN = 0.1
@@ -23,8 +24,6 @@ _ROW_FILL = 0.9
 """Share of packed rows that holds tokens, with 16 samples a micro-batch; more samples fill better."""
 _WIDTH_MULTIPLE = 8
 _MOST_SAMPLES = 1 << 16
-_DEFAULT_BUCKET = 500_000_000
-"""Of DeepSpeed, where nothing sets it (stage 0 has none)."""
 
 
 @dataclass(frozen=True)
@@ -63,24 +62,44 @@ class Shape:
     on_gpu: bool
     samples: dict[int, MeanSample]
     """By sequence length."""
+    attention: str
+    """Kernel of attention."""
 
-    def job(self, phase: Phase, *, checkpointing: bool, micro_batch_size: int | None = None) -> Job:
-        """A phase as `trainer.memory` wants it."""
-        settings = derive_deepspeed_config(self.config.model_copy(update={"precision": self.precision}), self.world_size)
+    def job(self, phase: Phase, stage: int, *, checkpointing: bool, micro_batch_size: int | None = None) -> Job:
+        """A phase at a stage as `trainer.memory` wants it."""
+        settings = self.zero_settings(stage)
         size = micro_batch_size or phase.micro_batch_size
         return Job(
             network=self.network,
             batch=_pass_of(self.config, size, phase.sequence_length, self.samples[phase.sequence_length]),
-            kernels=Kernels(4 if self.precision == "fp32" else 2, self.on_gpu, checkpointing),
+            kernels=Kernels(4 if self.precision == "fp32" else 2, self.on_gpu, checkpointing, self.attention),
             precision=self.precision,
             world_size=self.world_size,
             num_passes=micro_steps(phase.num_micro_batches, self.world_size) * self.config.batch.split,
-            bucket_elements=int(settings["zero_optimization"].get("reduce_bucket_size", _DEFAULT_BUCKET)),
+            bucket_elements=int(settings["reduce_bucket_size"]),
+            overlaps=bool(settings.get("overlap_comm", False)),
+            has_flat_gradients=not settings.get("contiguous_gradients", True),
         )
+
+    def zero_settings(self, stage: int) -> dict[str, Any]:
+        """DeepSpeed's section `zero_optimization` at a stage; where that cannot overlap as configured, it does not."""
+        zero = self.config.zero.model_copy(update={"stage": stage})
+        if stage != self.config.zero.stage and not zero.can_overlap(self.precision):
+            zero = zero.model_copy(update={"overlap": False})
+        config = self.config.model_copy(update={"precision": self.precision, "zero": zero})
+        return derive_deepspeed_config(config, self.world_size, "cuda" if self.on_gpu else "cpu")["zero_optimization"]
+
+    @property
+    def why_unknown(self) -> str | None:
+        """Why nothing is said of a rank's memory; None where something is."""
+        settings = self.zero_settings(self.config.zero.stage)
+        moved = [key for key in ("offload_optimizer", "offload_param") if offload_device(settings, key) != "none"]
+        moved += [key for key in ("cpu_offload", "cpu_offload_param") if settings.get(key)]
+        return f"what offloading ({', '.join(moved)}) leaves on the device, and takes of main memory, is not counted" if moved else None
 
     def peak(self, phases: Sequence[Phase], stage: int, *, checkpointing: bool, micro_batch_size: int | None = None) -> RankMemory:
         """The phase that takes most."""
-        found = [rank_memory(self.job(phase, checkpointing=checkpointing, micro_batch_size=micro_batch_size), stage) for phase in phases]
+        found = [rank_memory(self.job(phase, stage, checkpointing=checkpointing, micro_batch_size=micro_batch_size), stage) for phase in phases]
         return max(found, key=lambda memory: memory.peak_bytes)
 
 

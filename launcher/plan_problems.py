@@ -122,12 +122,14 @@ def data_problems(config: RunConfig, mixture: Mixture | None, rounds: Sequence[f
         yield Problem("warning", f"the model will see each text {max(rounds):,.0f} times", "Use more text, or fewer schedule.steps.")
 
 
-def network_problems(config: RunConfig, network: Dimensions | None, basis: str) -> Iterator[Problem]:
-    """Rows that the network does not take; networks of which nothing can be said."""
+def network_problems(config: RunConfig, network: Dimensions | None, memory_reason: str | None) -> Iterator[Problem]:
+    """Rows that the network does not take; networks and settings of which nothing can be said."""
     longest = max(config.batch.sequence_lengths)
     if network is None:
-        yield Problem("warning", f"memory and checkpoints are not planned: {basis}", "Plan for a network like it, by its dimensions.")
-    elif longest > network.max_positions:
+        yield Problem("warning", f"memory and checkpoints are not planned: {memory_reason}", "Plan for a network like it, by its dimensions.")
+    elif memory_reason is not None:
+        yield Problem("warning", f"memory is not planned: {memory_reason}", "Plan without offloading for a bound of the device, or try a few steps.")
+    if network is not None and longest > network.max_positions:
         yield Problem(
             "error", f"batch.sequence_length {longest} exceeds the {network.max_positions} positions of the network", "Choose shorter rows."
         )

@@ -44,14 +44,15 @@ class Kernels:
     element_bytes: int
     """Of weights and activations: 2 in bf16 and fp16, 4 in fp32."""
     on_gpu: bool
-    """There attention is one kernel, which keeps no scores, and a dropout mask takes a byte an element; on a CPU it is an element."""
+    """There a dropout mask takes a byte an element; on a CPU it is an element."""
     checkpointing: bool
     """Layers keep their input only, and are computed once more in the backward pass."""
+    attention: str
+    """`eager`, or `sdpa`: one kernel, which keeps no scores. On a CPU it has none for dropout, and computes in steps all the same."""
 
-    @property
-    def mask_bytes(self) -> int:
-        """Of an element of a dropout mask."""
-        return 1 if self.on_gpu else self.element_bytes
+    def keep_scores(self, dropout: float) -> bool:
+        """Whether attention keeps its scores for the backward pass."""
+        return self.attention == "eager" or not (self.on_gpu or dropout == 0)
 
 
 def kept(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
@@ -123,12 +124,12 @@ def _mask(values: Tensors, kernels: Kernels) -> Tensors:
 def _attention(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
     """Scores, (R, heads, T, T): their softmax, and where there is dropout its mask and what it leaves. One kernel keeps a number a row of them."""
     rows = batch.num_places * network.num_heads
-    if kernels.on_gpu:
+    if not kernels.keep_scores(network.dropout):
         return Tensors.of(rows * _FP32) + _own_mask(network, batch, kernels)
     scores = Tensors.of(rows * batch.width * kernels.element_bytes)
     softmax = Tensors.of(rows * batch.width * _FP32) if network.architecture == "modernbert" else scores
     if network.dropout > 0:
-        return softmax + scores * 2
+        return softmax + _mask(scores, kernels) + scores
     return softmax if softmax == scores else softmax + scores  # its copy in 16 bits
 
 

@@ -30,6 +30,10 @@ class Job:
     """Forward and backward passes of a rank in a step."""
     bucket_elements: int
     """`reduce_bucket_size` of DeepSpeed."""
+    overlaps: bool
+    """Whether a bucket fills while another one is reduced (`overlap_comm`)."""
+    has_flat_gradients: bool
+    """Whether stage 1 in fp32 reduces from vectors that stay (`contiguous_gradients` off, see `zero_buckets`)."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,7 @@ class State:
 
 def state_of(job: Job, stage: int) -> State:
     """What a rank keeps at a stage."""
-    stage_1 = {"bf16": _stage_1_bf16, "fp16": _stage_1_fp16, "fp32": _stage_1_fp32}[job.precision]
-    return (_stage_0, stage_1, _stage_2, _stage_3)[stage](job)
+    return (_stage_0, _stage_1, _stage_2, _stage_3)[stage](job)
 
 
 def _stage_0(job: Job) -> State:
@@ -77,7 +80,13 @@ def _stage_0(job: Job) -> State:
     )
 
 
-def _stage_1_fp32(job: Job) -> State:
+def _stage_1(job: Job) -> State:
+    if job.precision == "bf16":
+        return _stage_1_bf16(job)
+    return _stage_1_flat(job) if job.precision == "fp32" and job.has_flat_gradients else _stage_1_buckets(job)
+
+
+def _stage_1_flat(job: Job) -> State:
     """`zero_buckets.FlatGradients`: each gradient is copied once, into a vector that stays, and freed."""
     gradients = each_parameter(job, FP32_BYTES)
     return State(
@@ -93,10 +102,10 @@ def _stage_1_fp32(job: Job) -> State:
     )
 
 
-def _stage_1_fp16(job: Job) -> State:
-    """A bucket takes a gradient's place when it is copied into it; what lies in this rank's part is copied once more."""
+def _stage_1_buckets(job: Job) -> State:
+    """In fp32 and fp16. A bucket takes a gradient's place when it is copied into it; what lies in this rank's part is copied once more."""
     part, gradients = own_part(job, FP32_BYTES), each_parameter(job, FP32_BYTES)
-    bucket = _bucket(job, FP32_BYTES)
+    bucket = _buckets(job, FP32_BYTES)
     sent = _sent(job, FP32_BYTES) if job.world_size > 1 else NOTHING
     copies = max((sent, part), key=lambda each: each.num_bytes)
     return State(
@@ -108,7 +117,7 @@ def _stage_1_fp16(job: Job) -> State:
         bucket=bucket if job.kernels.on_gpu else NOTHING,
         grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
         reducing=copies + (gradients + bucket if job.kernels.on_gpu or not _fits_bucket(job) else bucket),
-        stepping=part,
+        stepping=part * (2 if job.precision == "fp32" else 1),
     )
 
 
@@ -131,7 +140,7 @@ def _stage_1_bf16(job: Job) -> State:
 def _stage_2(job: Job) -> State:
     """Every pass reduces, from a bucket into this rank's part; in fp32 that of the pass is added to that of the passes before."""
     element, part = job.kernels.element_bytes, own_part(job, FP32_BYTES)
-    bucket, plain = _bucket(job, element), job.precision == "fp32"
+    bucket, plain = _buckets(job, element), job.precision == "fp32"
     sent = _sent(job, FP32_BYTES) if job.world_size > 1 else NOTHING
     casts = NOTHING if plain else _sent(job, element) + _sent(job, FP32_BYTES)
     carried = part if job.num_passes > 1 else NOTHING
@@ -185,6 +194,12 @@ def _flat(job: Job, element_bytes: int) -> Tensors:
 def own_part(job: Job, element_bytes: int) -> Tensors:
     """This rank's part of them."""
     return Tensors.of(job.network.parameters * element_bytes / job.world_size)
+
+
+def _buckets(job: Job, element_bytes: int) -> Tensors:
+    """Those of stages 1 and 2, of which there are two where one fills while the other is reduced."""
+    is_one = not job.overlaps or (not job.kernels.on_gpu and _fits_bucket(job))
+    return _bucket(job, element_bytes) * (1 if is_one else 2)
 
 
 def _bucket(job: Job, element_bytes: int) -> Tensors:

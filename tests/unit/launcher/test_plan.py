@@ -186,6 +186,36 @@ def test_problems_are_named(options: list[str], said: str, capsys: pytest.Captur
     assert said in causes(plan(capsys, write_config(), *options))
 
 
+@pytest.mark.parametrize("said", ["zero.offload_optimizer=cpu", "zero.deepspeed.zero_optimization.offload_optimizer.device=cpu"])
+def test_nothing_is_said_of_memory_where_state_is_offloaded(said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It would not fit as it is counted, which is why it is offloaded."""
+    large = ["--gpu", "T4", "--set", "model.num_layers=48", "--set", "model.hidden_size=1024"]
+    assert "error: a rank needs" in causes(plan(capsys, write_config(), *large))
+    found = plan(capsys, write_config(), *large, "--set", said)
+    assert found["memory"] is None
+    assert "offload_optimizer" in found["memory_reason"]
+    assert "warning: memory is not planned" in causes(found)
+    assert "error" not in causes(found)
+    assert found["snapshot_bytes"] > 0
+
+
+def test_plain_products_keep_scores_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    one, steps = (plan(capsys, write_config(), "--gpu", "T4", "--set", f"model.attention={kernel}") for kernel in ("auto", "eager"))
+    assert one["basis"]["attention"] == {"value": "sdpa", "basis": "assumed: `auto` is settled by a measurement before step 1"}
+    assert all(own["activations_bytes_kept"] > other["activations_bytes_kept"] for own, other in zip(steps["memory"], one["memory"], strict=True))
+    Path("storage/tiny").mkdir(parents=True)
+    Path("storage/tiny/choices.json").write_text(json.dumps({"attention": {"64": "eager"}, "device": "cuda"}))
+    assert plan(capsys, write_config(), "--gpu", "T4")["memory"] == steps["memory"]
+
+
+def test_overlapping_takes_a_bucket_more(capsys: pytest.CaptureFixture[str]) -> None:
+    """`auto` overlaps on a GPU, so that DeepSpeed's own buckets come in instead of flat gradients."""
+    options = ["--gpu", "T4", "--set", "zero.stage=1", "--set", "precision=fp32", "--set", "zero.bucket_elements=1000000"]
+    overlapping, alone = (plan(capsys, write_config(), *options, "--set", f"zero.overlap={each}")["memory"] for each in ("auto", "false"))
+    assert overlapping[1]["peak_bytes"] != alone[1]["peak_bytes"]
+    assert overlapping[2]["peak_bytes"] - alone[2]["peak_bytes"] == 4_000_000
+
+
 def test_what_was_measured_on_another_device_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     config = write_config(precision="auto")
     assert plan(capsys, config)["basis"]["precision"]["basis"].startswith("assumed")

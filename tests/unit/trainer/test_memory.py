@@ -17,7 +17,9 @@ BASE = Dimensions("bert", 30522, 12, 768, 12, 3072, 512, 0.1, {})
 
 def job(**changes: object) -> Job:
     """BERT-base in bf16 on eight GPUs."""
-    usual = Job(BASE, Pass(32, 128, 600, packed=False), Kernels(2, on_gpu=True, checkpointing=False), "bf16", 8, 2, 50_000_000)
+    usual = Job(
+        BASE, Pass(32, 128, 600, packed=False), Kernels(2, on_gpu=True, checkpointing=False, attention="sdpa"), "bf16", 8, 2, 50_000_000, False, False
+    )
     return replace(usual, **changes)  # pyright: ignore[reportArgumentType]
 
 
@@ -26,7 +28,8 @@ jobs = st.builds(
     batch=st.builds(Pass, st.integers(1, 64), st.sampled_from([64, 128, 512]), st.integers(1, 2000), st.booleans()),
     world_size=st.integers(1, 64),
     num_passes=st.integers(1, 4),
-    kernels=st.builds(Kernels, st.just(2), st.booleans(), st.booleans()),
+    kernels=st.builds(Kernels, st.just(2), st.booleans(), st.booleans(), st.sampled_from(["eager", "sdpa"])),
+    overlaps=st.booleans(),
 )
 
 
@@ -72,6 +75,15 @@ def test_published_sums() -> None:
     assert memory[1].optimizer_bytes == pytest.approx(12 * parameters / 8)
     assert memory[2].gradients_bytes == pytest.approx(4 * parameters / 8)
     assert memory[3].weights_bytes == pytest.approx(2 * parameters / 8)
+
+
+def test_overlapping_takes_another_bucket() -> None:
+    """DeepSpeed fills one while the other is reduced. Our flat gradients have none, but stay whole."""
+    fp32 = job(kernels=Kernels(4, on_gpu=True, checkpointing=False, attention="sdpa"), precision="fp32", batch=Pass(1, 64, 10, packed=False))
+    alone, overlapping = (rank_memory(replace(fp32, overlaps=each), stage=1) for each in (False, True))
+    assert overlapping.peak_bytes - alone.peak_bytes == 4 * 50_000_000
+    flat = rank_memory(replace(fp32, has_flat_gradients=True), stage=1)
+    assert flat.peak_bytes - alone.peak_bytes == 4 * (BASE.parameters - 50_000_000)
 
 
 def test_a_snapshot_has_the_size_of_a_checkpoint_s_files() -> None:
