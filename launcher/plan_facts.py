@@ -4,7 +4,8 @@ imports no torch)."""
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,10 @@ def _fits(manifest: Location, config: RunConfig, corpus: CorpusConfig) -> bool:
     try:
         stored: dict[str, Any] = json.loads(manifest.read_bytes())
         settings, names = dict(stored["config"]["corpus"]), [source["name"] for source in stored["sources"]]
+        settings.pop("removed_test_texts", None)  # older manifests have none
     except (NotFoundError, ValueError, KeyError, TypeError):
         return False
     wanted = {**corpus.model_dump(mode="json", exclude={"source", "name", "contamination"}), "personal_data": sorted(set(corpus.personal_data))}
-    del settings["removed_test_texts"]
     tokenizer = stored["config"]["tokenizer"]
     trains = config.tokenizer.path is None and not (config.mixture and corpus != config.mixture[0].corpus)
     return (
@@ -149,23 +150,28 @@ def _fits(manifest: Location, config: RunConfig, corpus: CorpusConfig) -> bool:
 
 
 def vocabulary_size(tokenizer: TokenizerConfig) -> Known:
-    """Of the tokenizer that the run would have."""
+    """Of the tokenizer that the run would have.
+
+    Raises:
+        ConfigError: its file is damaged.
+    """
     if tokenizer.path is None:
         return Known(tokenizer.vocab_size, "stated: tokenizer.vocab_size; a small corpus may fill less")
     file = Path(tokenizer.path).expanduser() / "tokenizer.json"
     if not file.exists():
         return Known(None, f"tokenizer.path {tokenizer.path} is no folder with a tokenizer.json; hub ids are not looked up")
-    stored = json.loads(file.read_bytes())
-    vocabulary: Any = stored["model"].get("vocab", ())
-    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
-    return Known(1 + max([*ids, *(token["id"] for token in stored.get("added_tokens", ()))]), f"read from {file}")
+    with _damaged(file, "tokenizer.path"):
+        stored = json.loads(file.read_bytes())
+        vocabulary: Any = stored["model"].get("vocab", ())
+        ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else list(range(len(vocabulary)))
+        return Known(1 + max([*ids, *(token["id"] for token in stored.get("added_tokens", ()))]), f"read from {file}")
 
 
 def dimensions(config: RunConfig, vocab_size: int | None) -> tuple[Dimensions | None, str]:
     """The network, or None with the reason.
 
     Raises:
-        ConfigError: `model.init_from` is not the architecture, or its rows are too short.
+        ConfigError: `model.init_from` is not the architecture, or is damaged.
     """
     model = config.model
     if model.architecture not in KNOWN:
@@ -175,13 +181,28 @@ def dimensions(config: RunConfig, vocab_size: int | None) -> tuple[Dimensions | 
     file = Path(model.init_from).expanduser() / "config.json"
     if not file.exists():
         return None, f"model.init_from {model.init_from} is no folder with a config.json; hub ids are not looked up"
-    stored = json.loads(file.read_bytes())
+    with _damaged(file, "model.init_from"):
+        stored: dict[str, Any] = dict(json.loads(file.read_bytes()))
     if stored.get("model_type") != model.architecture:
         raise ConfigError(
             f"model.init_from {model.init_from} is a {stored.get('model_type')} model; expected {model.architecture}",
             f"Set model.architecture to {stored.get('model_type')}, or choose another folder.",
         )
-    return Dimensions.read(stored, model.dropout), f"read from {file}"
+    with _damaged(file, "model.init_from"):
+        return Dimensions.read(stored, model.dropout), f"read from {file}"
+
+
+@contextmanager
+def _damaged(file: Path, setting: str) -> Generator[None]:
+    """Say whose file it is that cannot be understood.
+
+    Raises:
+        ConfigError: it could not.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{setting}: {file} cannot be read: {error!r}", f"Repair it, or set {setting} to another folder.") from error
 
 
 def precision_of(config: RunConfig, gpu: str | None) -> Known:
@@ -219,7 +240,7 @@ def _world_size(config: RunConfig, cluster: Cluster, stated: int | None, gpu: st
     if cluster.num_workers != "auto":
         return Known(cluster.num_workers, "stated: num_workers of the cluster")
     if isinstance(cluster, LocalCluster) and gpu is None:
-        most = min(phase.num_micro_batches for phase in config.phases)
+        most = max(phase.num_micro_batches for phase in config.phases)
         return Known(resolve_workers(cluster, this_machine(), most).num_workers, "this machine")
     return Known(1, "assumed: num_workers is auto; state --world-size")
 

@@ -38,14 +38,17 @@ def device_problems(precision: str, gpu: str | None, world_size: int, phases: Se
     if gpu is None and precision == "fp16":
         yield Problem("error", "precision fp16 needs a GPU", "Set precision to bf16 or fp32, or plan with --gpu.")
     if entry is not None and precision not in entry.tflops:
-        yield Problem("error", f"{gpu} is not known to compute in {precision}", f"Set precision to {' or '.join(entry.tflops)}.")
-    fewest = min(phase.num_micro_batches for phase in phases)
-    if world_size > fewest:
-        yield Problem(
-            "error",
-            f"{world_size} ranks exceed the {fewest} micro-batches of a step, so some would never have work",
-            "Take fewer ranks, or lower batch.micro_batch_size.",
-        )
+        cause = f"{gpu} is not known to compute in {precision}: its maker states no rate"
+        yield Problem("warning", cause, f"Set precision to {' or '.join(entry.tflops)}.")
+    most, remedy = max(phase.num_micro_batches for phase in phases), "Take fewer ranks, or lower batch.micro_batch_size."
+    if world_size > most:
+        yield Problem("error", f"{world_size} ranks exceed the {most} micro-batches of a step, so some would never have work", remedy)
+        return
+    short = [phase for phase in phases if world_size > phase.num_micro_batches]
+    if short:
+        steps, fewest = sum(phase.num_steps for phase in short), min(phase.num_micro_batches for phase in short)
+        cause = f"{steps:,} steps have as few as {fewest} micro-batches: some of {world_size} ranks are idle in them"
+        yield Problem("warning", cause, remedy)
 
 
 def memory_problems(
