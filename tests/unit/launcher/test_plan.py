@@ -274,7 +274,7 @@ def test_damaged_files_are_named(damaged: str, capsys: pytest.CaptureFixture[str
         assert "model" in capsys.readouterr().err
 
 
-def test_an_older_corpus_is_counted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_manifest_of_an_older_corpus_is_understood(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(here)
     config = write_config()
     prepared(config)
@@ -282,7 +282,7 @@ def test_an_older_corpus_is_counted(here: Path, capsys: pytest.CaptureFixture[st
     stored = json.loads(manifest.read_bytes())
     del stored["config"]["corpus"]["removed_test_texts"]
     manifest.write_text(json.dumps(stored))
-    assert plan(capsys, config, "-W", "2")["epochs"] is not None
+    assert "not prepared" not in str(plan(capsys, config, "-W", "2")["epochs_reason"]), "it has been found, if only to be refused"
 
 
 def test_tables_for_people(capsys: pytest.CaptureFixture[str]) -> None:
