@@ -70,6 +70,7 @@ class Plan:
             "resume_bytes": self.resume_bytes,
             "hours": self.duration.hours,
             "hours_basis": self.duration.basis,
+            "hours_are_upper_bound": self.duration.is_bound,
             "step_s": self.duration.step_s,
             "cost": self.cost,
             "cost_reason": self.cost_reason,

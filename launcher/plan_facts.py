@@ -18,7 +18,7 @@ from data_pipeline.sources import source_names
 from data_pipeline.storage import Location
 from launcher.clusters.local import resolve_workers, this_machine
 from launcher.config import Cluster, LocalCluster
-from launcher.plan_speed import earlier_speed
+from launcher.plan_speed import Ranks, earlier_speed
 from launcher.plan_time import Speed
 from trainer.config import RunConfig
 from trainer.dimensions import KNOWN, Dimensions
@@ -73,7 +73,7 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
     vocabulary = Known(mixture.vocabulary.size, f"read from {corpus.value}") if mixture is not None else vocabulary_size(config.tokenizer)
     network, network_basis = dimensions(config, vocabulary.value)
     precision = precision_of(config, gpu)
-    storage = Location.at(config.storage)
+    storage, workers = Location.at(config.storage), _world_size(config, cluster, world_size, gpu)
     return Facts(
         mixture=mixture,
         corpus=corpus,
@@ -82,9 +82,9 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
         network_basis=network_basis,
         precision=precision,
         attention=attention_of(config, gpu),
-        world_size=_world_size(config, cluster, world_size, gpu),
+        world_size=workers,
         gpu=gpu,
-        speed=earlier_speed(config, precision.value, network, mixture, on_gpu=gpu is not None),
+        speed=earlier_speed(config, precision.value, network, mixture, Ranks(gpu, _threads(cluster, workers.value) if gpu is None else None)),
         free_bytes=_free_bytes(storage.path) if storage.is_local else None,
         host_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if isinstance(cluster, LocalCluster) and gpu is None else None,
     )
@@ -243,6 +243,13 @@ def _world_size(config: RunConfig, cluster: Cluster, stated: int | None, gpu: st
         most = max(phase.num_micro_batches for phase in config.phases)
         return Known(resolve_workers(cluster, this_machine(), most).num_workers, "this machine")
     return Known(1, "assumed: num_workers is auto; state --world-size")
+
+
+def _threads(cluster: Cluster, num_ranks: int) -> int | None:
+    """Of a rank on CPUs; None where the cluster's machines decide."""
+    if cluster.threads_per_worker != "auto":
+        return cluster.threads_per_worker
+    return max(1, this_machine().num_cpus // num_ranks) if isinstance(cluster, LocalCluster) else None
 
 
 def _free_bytes(folder: Path) -> int:

@@ -1,6 +1,7 @@
 """Finds an earlier run of the same network and precision in the storage, and what its steps took (reads local files)."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_pipeline.errors import MaskwrightError
@@ -11,8 +12,11 @@ from launcher.history import History, attempts_of
 from launcher.plan_time import Speed, measured_speed
 from launcher.plan_work import PhaseWork, mean_sample
 from launcher.runs import read_config, run_ids
+from trainer.checkpoint_store import checkpoints_of
 from trainer.config import RunConfig
 from trainer.dimensions import Dimensions
+from trainer.gpus import find_gpu
+from trainer.manifest import Manifest
 from trainer.runlog import RunFolder, records
 
 _MOST_RUNS = 20
@@ -21,8 +25,18 @@ _WHOLE_BYTES = 16 << 20
 """Records up to here are read whole; of more the last ones."""
 
 
-def earlier_speed(config: RunConfig, precision: str, network: Dimensions | None, mixture: Mixture | None, *, on_gpu: bool) -> Speed | None:
-    """The speed of the run itself, else that of the newest like it; None where there is none."""
+@dataclass(frozen=True)
+class Ranks:
+    """On what a rank computes."""
+
+    gpu: str | None
+    """None for a CPU."""
+    threads: int | None
+    """Of its CPU; None where that is not known, or does not matter."""
+
+
+def earlier_speed(config: RunConfig, precision: str, network: Dimensions | None, mixture: Mixture | None, ranks: Ranks) -> Speed | None:
+    """The speed of the run itself, else that of the newest like it on the same kind of device; None where there is none."""
     storage = Location.at(config.storage)
     if network is None or not storage.is_local:
         return None
@@ -31,10 +45,11 @@ def earlier_speed(config: RunConfig, precision: str, network: Dimensions | None,
             earlier = read_config(run)
         except MaskwrightError:
             continue
-        if _is_alike(config, earlier) and _computed_in(run, earlier, on_gpu=on_gpu) == precision:
-            found = _speed_of(run, earlier, network, mixture)
+        if _is_alike(config, earlier) and _computed_in(run, earlier, on_gpu=ranks.gpu is not None) == precision:
+            caveat = _caveat(run, ranks)
+            found = _speed_of(run, earlier, network, mixture) if caveat is not None else None
             if found is not None:
-                return found
+                return replace(found, caveat=caveat or "")
     return None
 
 
@@ -65,6 +80,20 @@ def _computed_in(run: RunFolder, earlier: RunConfig, *, on_gpu: bool) -> str | N
     if earlier.precision != "auto":
         return earlier.precision
     return run.choices.read_json().get("precision") if run.choices.exists() else None
+
+
+def _caveat(run: RunFolder, ranks: Ranks) -> str | None:
+    """What a person has to know of the device of a run, by its newest checkpoint: empty where it is that of `ranks`; None where it is another GPU."""
+    checkpoints = checkpoints_of(run)
+    manifests = (checkpoints.read(entry.name) for entry in reversed(checkpoints.committed()))
+    trained = next((found.circumstances for found in manifests if isinstance(found, Manifest)), None)
+    if trained is None:
+        return f"no checkpoint says on {'which GPU' if ranks.gpu else 'how many threads'}"
+    if ranks.gpu is not None:
+        return "" if find_gpu(trained.device) == find_gpu(ranks.gpu) else None
+    if ranks.threads in (None, trained.threads_per_rank):
+        return ""
+    return f"there each rank had {trained.threads_per_rank} threads, here {ranks.threads}"
 
 
 def _speed_of(run: RunFolder, earlier: RunConfig, network: Dimensions, mixture: Mixture | None) -> Speed | None:

@@ -35,6 +35,8 @@ class Speed:
     """Seconds for which one checkpoint holds training up."""
     start_up_s: float
     """From the start of the workers to their first step."""
+    caveat: str = ""
+    """What is not known of the devices it was measured on, or not the same."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Duration:
     """What it is computed from; where there is nothing, why."""
     step_s: float | None = None
     """Of the last phase, checkpoints and validation left out."""
+    is_bound: bool = False
+    """Whether it is at most so: nothing is known of the corpus, and every row counts as full."""
 
 
 def measured_speed(source: str, history: History, attempts: Sequence[Attempt], work: Sequence[PhaseWork], network: Dimensions) -> Speed | None:
@@ -98,7 +102,7 @@ def duration(
     """By what was stated, else by what was measured. `peak` is the stated FLOP/s of the GPU in the run's precision."""
     if stated.tokens_per_s is not None:
         seconds = total_tokens(work) / stated.tokens_per_s
-        return _lasting(seconds, f"stated: {stated.tokens_per_s:g} tokens/s", work[-1].tokens / stated.tokens_per_s)
+        return _stated(seconds, f"stated: {stated.tokens_per_s:g} tokens/s", work[-1].tokens / stated.tokens_per_s, work)
     if network is None:
         return Duration(None, "the network is not known here")
     if stated.mfu is not None:
@@ -107,12 +111,11 @@ def duration(
         rate = stated.mfu * peak
         seconds = [_passes_s(part, network, world_size, rate) for part in work]
         total = sum(part.phase.num_steps * each for part, each in zip(work, seconds, strict=True))
-        return _lasting(
-            total, f"stated: {stated.mfu:g} of {peak / 1e12:g} TFLOP/s a rank; start-up, validation and checkpoints not counted", seconds[-1]
-        )
+        basis = f"stated: {stated.mfu:g} of {peak / 1e12:g} TFLOP/s a rank; start-up, validation and checkpoints not counted"
+        return _stated(total, basis, seconds[-1], work)
     if speed is not None:
         return _as_before(config, work, network, world_size, speed)
-    return Duration(None, "no earlier run of this network and precision in the storage; state --tokens-per-second, or --gpu and --mfu")
+    return Duration(None, "no earlier run of this network and precision on such a device in the storage; state --tokens-per-second, or --gpu and --mfu")
 
 
 def cost(hours: float | None, world_size: int, stated: Stated) -> tuple[float | None, str | None]:
@@ -130,7 +133,8 @@ def _as_before(config: RunConfig, work: Sequence[PhaseWork], network: Dimensions
     training = sum(part.phase.num_steps * seconds for part, seconds in zip(work, step_s, strict=True))
     beside = -(-steps // config.validation.every_steps) * speed.validation_s + -(-steps // config.checkpoint.every_steps) * speed.checkpoint_stall_s
     ranks = "" if world_size == speed.world_size else f" on {speed.world_size} ranks"
-    return _lasting(training + beside + speed.start_up_s, f"measured: {speed.num_steps} steps of run {speed.source}{ranks}", step_s[-1])
+    basis = f"measured: {speed.num_steps} steps of run {speed.source}{ranks}{speed.caveat and '; '}{speed.caveat}"
+    return Duration((training + beside + speed.start_up_s) / 3600, basis, step_s[-1])
 
 
 def _passes_s(part: PhaseWork, network: Dimensions, world_size: int, flops_per_s: float) -> float:
@@ -138,8 +142,10 @@ def _passes_s(part: PhaseWork, network: Dimensions, world_size: int, flops_per_s
     return micro_steps(part.phase.num_micro_batches, world_size) * part.flops_of_round(network.flops) / flops_per_s
 
 
-def _lasting(seconds: float, basis: str, step_s: float) -> Duration:
-    return Duration(seconds / 3600, basis, step_s)
+def _stated(seconds: float, basis: str, step_s: float, work: Sequence[PhaseWork]) -> Duration:
+    """At a stated rate, full rows take longer than the corpus will. A measured one was itself computed from such rows, which cancels out."""
+    is_bound = any(part.is_bound for part in work)
+    return Duration(seconds / 3600, f"{basis}{'; at most: every row counts as full' if is_bound else ''}", step_s, is_bound)
 
 
 def _round_flops(step: int, work: Sequence[PhaseWork], network: Dimensions, world_size: int) -> float:

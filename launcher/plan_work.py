@@ -31,6 +31,8 @@ class PhaseWork:
     masked: float
     squared_lengths: float
     """At most: samples of unequal lengths have between the square of their mean and the mean times the longest."""
+    is_bound: bool
+    """Whether the samples are those of full rows, for want of a corpus."""
 
     @classmethod
     def of(cls, phase: Phase, sample: MeanSample, objective: ObjectiveConfig) -> "PhaseWork":
@@ -38,7 +40,7 @@ class PhaseWork:
         samples = phase.num_micro_batches * phase.micro_batch_size
         tokens = samples * sample.num_tokens
         masked = tokens - samples if objective.kind == "clm" else objective.mask_rate * (tokens - special_tokens(objective) * samples)
-        return cls(phase, samples, tokens, masked, tokens * phase.sequence_length)
+        return cls(phase, samples, tokens, masked, tokens * phase.sequence_length, sample.is_bound)
 
     def flops_of_step(self, network: StepFlops) -> float:
         """Useful operations of a step."""

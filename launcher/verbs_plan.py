@@ -89,11 +89,12 @@ def _extent(found: "Plan") -> Iterator[tuple[str, str]]:
     yield "tokens", f"{'at most ' if found.tokens_are_bound else ''}{found.tokens:,}"
     yield "epochs", ", ".join(f"{each:,.2f}" for each in found.epochs) if found.epochs else f"not known: {facts.corpus.basis}"
     took = found.duration
-    yield "hours", f"not known: {took.basis}" if took.hours is None else f"{took.hours:,.3g} ({took.basis})"
+    most = "at most " if took.is_bound else ""
+    yield "hours", f"not known: {took.basis}" if took.hours is None else f"{most}{took.hours:,.3g} ({took.basis})"
     if took.step_s is not None:
-        yield "seconds a step", f"{took.step_s:.3g}"
+        yield "seconds a step", f"{most}{took.step_s:.3g}"
     if found.cost is not None:
-        yield "cost", f"{found.cost:,.2f}"
+        yield "cost", f"{most}{found.cost:,.2f}"
     elif found.cost_reason != "no --price-per-hour":
         yield "cost", f"not known: {found.cost_reason}"
     if found.resume_bytes is not None:

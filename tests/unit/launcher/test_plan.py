@@ -18,8 +18,11 @@ from data_pipeline.storage import Location
 from launcher import cli
 from launcher.config import dump_yaml, load_run_config
 from tests.support.tiny_run import tiny_config, write_text
+from trainer.checkpoint_store import name_of
 from trainer.config import RunConfig
+from trainer.manifest import MANIFEST, Circumstances, Manifest
 from trainer.runlog import RunFolder
+from trainer.state import TrainState
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "accelerate", "webdataset", "pyarrow", "tokenizers")
 KEYS = {"steps", "epochs", "tokens", "memory", "world_sizes", "snapshot_bytes", "hours", "cost", "cost_reason", "checkpoints", "problems"}
@@ -53,12 +56,20 @@ def prepared(config: str) -> None:
     prepare(found.corpus, found.tokenizer, found.batch.sequence_lengths, Location.at(found.storage), InProcessExecutor(), lambda _: None)
 
 
-def earlier_run(config: str, name: str, *, step_s: float, num_steps: int = 20, **changes: Any) -> None:
+def checkpoint(run: RunFolder, device: str, threads: int) -> None:
+    """One without files, which says where it was trained."""
+    folder = run.checkpoints.path / name_of(5)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = Manifest(1, Circumstances(2, 1, "fp32", threads, device, {}), {}, TrainState(step=5), {})
+    (folder / MANIFEST).write_text(json.dumps(manifest.to_json()))
+
+
+def earlier_run(config: str, name: str, *, step_s: float, num_steps: int = 20, device: str = "cpu", **changes: Any) -> None:
     """A run in the storage that took steps of so many seconds on two ranks."""
     found = load_run_config(config)
     run = RunFolder(Location.at(found.storage) / name)
     run.config.write_bytes(dump_yaml(RunConfig.model_validate({**found.model_dump(mode="json"), "name": name, **changes})))
-    run.append_event("attempt_started", attempt=1, stage="pretrain", world_size=2, zero_stage=1, device="cpu")
+    run.append_event("attempt_started", attempt=1, stage="pretrain", world_size=2, zero_stage=1, device=device)
     now = time.time()
     for step in range(num_steps):
         parts = {"forward_s": step_s * 0.3, "backward_s": step_s * 0.6, "data_wait_s": 0.0, "validation_s": 0.0, "checkpoint_stall_s": 0.0}
@@ -146,9 +157,31 @@ def test_hours_come_from_an_earlier_run_like_it(here: Path, capsys: pytest.Captu
     earlier_run(config, "tiny", step_s=0.25)
     assert plan(capsys, config, "-W", "2")["step_s"] == pytest.approx(0.25), "the run itself comes first"
     stated = plan(capsys, config, "-W", "2", "--tokens-per-second", "1000", "--price-per-hour", "3", "--failures-per-day", "4")
+    assert stated["hours_are_upper_bound"]
+    assert "at most" in stated["hours_basis"]
     assert stated["hours"] == pytest.approx(stated["tokens"] / 1000 / 3600)
     assert stated["cost"] == pytest.approx(stated["hours"] * 6)
     assert stated["checkpoints"]["best_every_steps"] > 0
+
+
+def test_hours_of_other_devices_are_not_taken_for_these(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(here)
+    config = write_config()
+    Path("cluster.yaml").write_text("kind: local\nnum_workers: 2\nthreads_per_worker: 4\n")
+    earlier_run(config, "other", step_s=0.5)
+    run = RunFolder(Location.at(load_run_config(config).storage) / "other")
+    on_cpus = (config, "--cluster", "cluster.yaml")
+    assert "no checkpoint says on how many threads" in plan(capsys, *on_cpus)["hours_basis"]
+    checkpoint(run, "cpu AVX512", 1)
+    assert "there each rank had 1 threads, here 4" in plan(capsys, *on_cpus)["hours_basis"]
+    checkpoint(run, "cpu AVX512", 4)
+    assert plan(capsys, *on_cpus)["hours_basis"] == "measured: 18 steps of run other"
+    earlier_run(config, "on-gpus", step_s=0.1, device="cuda")
+    run = RunFolder(Location.at(load_run_config(config).storage) / "on-gpus")
+    assert "no checkpoint says on which GPU" in plan(capsys, config, "-W", "2", "--gpu", "H100")["hours_basis"]
+    checkpoint(run, "cuda NVIDIA H100 80GB HBM3", 1)
+    assert plan(capsys, config, "-W", "2", "--gpu", "H100")["hours_basis"] == "measured: 18 steps of run on-gpus"
+    assert plan(capsys, config, "-W", "2", "--gpu", "T4")["hours"] is None
 
 
 def test_weights_that_are_continued_say_their_own_dimensions(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

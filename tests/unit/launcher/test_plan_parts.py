@@ -26,8 +26,8 @@ def run_config(steps: int = 40, **batch: object) -> RunConfig:
     return RunConfig.model_validate({"name": "a", "batch": usual, "schedule": schedule, "checkpoint": {"every_steps": 10}})
 
 
-def work_of(config: RunConfig, tokens: float = 100.0) -> list[PhaseWork]:
-    return [PhaseWork.of(phase, MeanSample(tokens, is_bound=False), config.objective) for phase in config.phases]
+def work_of(config: RunConfig, tokens: float = 100.0, *, is_bound: bool = False) -> list[PhaseWork]:
+    return [PhaseWork.of(phase, MeanSample(tokens, is_bound=is_bound), config.objective) for phase in config.phases]
 
 
 batches = st.builds(
@@ -167,6 +167,14 @@ def test_what_is_stated_counts_before_what_was_measured() -> None:
     assert by_mfu.hours == pytest.approx(flops / (4 * 0.5e12) / 3600)
     assert duration(config, work_of(config), NETWORK, 4, Stated(mfu=0.5), None, None).hours is None
     assert duration(config, work_of(config), None, 4, Stated(), None, None).hours is None
+
+
+@pytest.mark.parametrize("stated", [Stated(mfu=0.5), Stated(tokens_per_s=6400.0)])
+def test_a_stated_rate_over_full_rows_says_at_most(stated: Stated) -> None:
+    config = run_config(steps=100)
+    known, bound = (duration(config, work_of(config, is_bound=each), NETWORK, 1, stated, None, 1e12) for each in (False, True))
+    assert (known.is_bound, bound.is_bound) == (False, True)
+    assert bound.basis == f"{known.basis}; at most: every row counts as full"
 
 
 def test_cost() -> None:
