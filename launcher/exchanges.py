@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from launcher.links import slow_to_all, without_cuts
-from launcher.measurements import AllReduce, KnownNode, Link
+from launcher.links import between_machines, slow_to_all, without_cuts
+from launcher.measurements import AllReduce, KnownNode, Link, machines_of
 from launcher.probe_plan import pairings
 from launcher.roster import Answer, Call, Roster
 
@@ -38,7 +38,7 @@ def exchange_data(roster: Roster) -> tuple[tuple[Link, ...], AllReduce | None]:
 
 def _try_again(roster: Roster, meeting_point: "_MeetingPoint", links: Sequence[Link]) -> list[Link]:
     """Something may have passed through a node just then: links of nodes that seem slow are tried once more, alone, and the better rate counts."""
-    slow = slow_to_all(links)
+    slow = slow_to_all(between_machines(links, machines_of(roster.all())))
     better = list(links)
     for nth, link in enumerate(links):
         if slow.keys() & link.nodes:

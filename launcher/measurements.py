@@ -167,6 +167,11 @@ class Measurements:
         return [each for each in self.nodes if each.answers]
 
 
+def machines_of(nodes: Iterable[NodeMeasurements]) -> dict[str, str]:
+    """By node, of those that have said what they are: equal where nodes share a machine."""
+    return {each.node.id: each.facts.machine for each in nodes if each.facts is not None}
+
+
 def best_rates(links: Iterable[Link]) -> dict[str, float]:
     """Bytes a second of each node's fastest link: a slow partner does not count against it."""
     best: dict[str, float] = {}

@@ -19,7 +19,8 @@ from launcher.config import Cluster as ClusterConfig
 from launcher.config import load_cluster_config
 from launcher.doctor import diagnose, rates_of, share_of_others
 from launcher.findings import Diagnosis
-from launcher.measurements import Measurements, NodeMeasurements, best_rates
+from launcher.links import between_machines
+from launcher.measurements import Measurements, NodeMeasurements, best_rates, machines_of
 from launcher.options import Cluster, Json, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import resolve_storage
 
@@ -79,7 +80,7 @@ def _measure(where: ClusterConfig, storage: Location, corpus: Location | None, *
 
 def show(found: Measurements, diagnosis: Diagnosis) -> None:
     """A row for each node, then what is wrong, and what would only cost something."""
-    links = best_rates(found.links)
+    links = best_rates(between_machines(found.links, machines_of(found.nodes)))
     say("")
     columns = ("node", "matmul", "of others", "exchange", "write", "read", "clock", "/dev/shm", "verdict")
     print_table(columns, (_row(each, found, links.get(each.node.id), diagnosis) for each in found.nodes))
@@ -136,7 +137,7 @@ def _remedy(found: Measurements, diagnosis: Diagnosis, again: str) -> str:
 
 def as_record(kind: str, found: Measurements, diagnosis: Diagnosis) -> dict[str, Any]:
     """What `--json` prints."""
-    links = best_rates(found.links)
+    links = best_rates(between_machines(found.links, machines_of(found.nodes)))
     findings = [
         {"node": it.node, "what": it.what, "remedy": it.remedy, "severity": "fault" if it.is_fault else "warning"} for it in diagnosis.findings
     ]

@@ -172,6 +172,31 @@ def test_a_node_that_is_slow_to_all_is_named_and_a_slow_link_is_a_warning() -> N
     assert not slow_to_all(links({"ab": 1e3}))
 
 
+def test_nodes_that_share_a_machine_do_not_make_the_others_slow() -> None:
+    """Two on one machine exchange by way of its memory."""
+    names, rates = "abcd", {"ab": 1e10, "ac": 1.2e9, "ad": 1.2e9, "bc": 1.2e9, "bd": 1.2e9, "cd": 1.2e9}
+    together = {"a": "one", "b": "one", "c": "two", "d": "three"}
+    nodes = tuple(well(name, names, facts=Facts(together[name], VERSIONS, 2 << 30)) for name in names)
+    found = Measurements(nodes, VERSIONS, "/shared", links(rates), AllReduce(4, 1e9))
+    assert not diagnose(found).findings
+    assert [node["bytes_per_s"] for node in as_record("ray", found, diagnose(found))["nodes"]] == [1.2e9] * 4
+    slow_c = links(rates | {"ac": 1e8, "bc": 1e8, "cd": 1e8})
+    assert diagnose(replace(found, links=slow_c)).excluded == ("c",)
+
+
+def test_a_busy_node_with_slow_links_is_not_left_out() -> None:
+    busy = well("b", node=replace(well("b").node, is_busy=True))
+    found = verdict(b=busy, links=links({"ab": 1e8, "bc": 1e8, "ac": 1e9}))
+    assert [(it.node, it.is_fault, "Ray has given some of it to others" in it.what) for it in found.findings] == [("b", False, True)]
+
+
+def test_where_no_two_nodes_can_exchange_nobody_is_blamed() -> None:
+    found = verdict(links=links({"ab": None, "bc": None, "ac": None}), all_reduce=None)
+    assert [(fault.node, fault.code) for fault in found.faults] == [(None, ExitCode.UNREACHABLE)]
+    assert "nor any of 2 other pairs: connection refused" in found.faults[0].what
+    assert not found.excluded
+
+
 @settings(deadline=None)
 @given(st.floats(1e6, 1e12), st.floats(SLOW_LINK, 1.0))
 def test_links_of_one_rate_blame_nobody(rate: float, other: float) -> None:

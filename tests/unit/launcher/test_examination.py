@@ -76,6 +76,14 @@ STEADY: dict[tuple[str, Any], Plan] = {
 }
 
 
+def on_machine(name: str) -> Plan:
+    return lambda call: replace(call(), machine=name)
+
+
+APART: dict[tuple[str, Any], Plan] = {(node.id, look_around): on_machine(node.host) for node in NODES}
+"""Nodes that share no machine."""
+
+
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "_SHARED_S", 0.5)
@@ -183,11 +191,11 @@ def test_a_slow_link_is_tried_twice_before_its_node_is_named(tmp_path: Path) -> 
         call()
         return 1e7
 
-    found, _ = examined(tmp_path, faults={(C, exchange): slow})
+    found, _ = examined(tmp_path, faults={**APART, (C, exchange): slow})
     assert diagnose(found).excluded == (C,)
     rates = [1e7, 1e7, 1e9, 1e9]  # of two links, and of the same again
     (tmp_path / "runs").rmdir()
-    found, _ = examined(tmp_path, faults={(C, exchange): lambda call: (call(), rates.pop(0) if rates else 1e9)[1]})
+    found, _ = examined(tmp_path, faults={**APART, (C, exchange): lambda call: (call(), rates.pop(0) if rates else 1e9)[1]})
     assert not diagnose(found).faults
 
 
