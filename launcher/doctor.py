@@ -1,13 +1,13 @@
 """What is wrong with a cluster, judged from what was measured on its nodes, and which of them to leave out (pure)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from statistics import median
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median, median_low
 
 from data_pipeline.errors import ExitCode
 from launcher.findings import Diagnosis, Finding
 from launcher.links import judge_links
-from launcher.measurements import Measurements, Rate
+from launcher.measurements import Clock, Measurements, Rate
 from launcher.sharing import judge_storage
 
 SLOW_RATE = 0.7
@@ -84,14 +84,23 @@ def _failed(found: Measurements) -> Iterator[Finding]:
                 yield Finding(f"{what}: {each.failed[part]}", remedy, each.node.id)
 
 
+_KEEP_TIME = "Let machines keep time (chrony or systemd-timesyncd)."
+
+
 def _versions(found: Measurements) -> Iterator[Finding]:
-    """A node is measured by what most have, this machine included."""
-    everywhere = [found.versions_here, *(each.facts.versions for each in found.nodes if each.facts)]
-    usual: dict[str, str] = {}
-    for name, here in found.versions_here.items():
-        counts = Counter(versions.get(name, "none") for versions in everywhere)
-        usual[name] = here if counts[here] == max(counts.values()) else counts.most_common(1)[0][0]
+    """A machine is measured by what most have. This one counts once, and where as many have one thing as another, nobody is blamed."""
+    everywhere = [each.facts.versions for each in found.nodes if each.facts]
+    if not any(each.facts and each.node.is_here for each in found.nodes):
+        everywhere.append(found.versions_here)
     remedy = "Install the same Python and the same packages on every machine."
+    usual: dict[str, str] = {}
+    for name in found.versions_here:
+        first, *others = Counter(versions.get(name, "none") for versions in everywhere).most_common()
+        if others and others[0][1] == first[1]:
+            counted = ", ".join(f"{version} on {count}" for version, count in (first, *others))
+            yield Finding(f"machines differ, and no {name} is what most have: {counted}", remedy)
+        else:
+            usual[name] = first[0]
     if other := _differences(found.versions_here, usual):
         yield Finding(f"this machine, where the command runs, has {other}", remedy)
     for each in found.nodes:
@@ -115,16 +124,28 @@ def _speed(found: Measurements) -> Iterator[Finding]:
 
 
 def _clocks(found: Measurements) -> Iterator[Finding]:
-    """Measured by the median clock, this machine's included: where most differ from here alike, it is here that is wrong."""
-    clocks = {each.node.id: each.clock for each in found.nodes if each.clock is not None}
-    middle_s = median([0.0, *(clock.offset_s for clock in clocks.values())])
-    for node, clock in clocks.items():
-        off_s = clock.offset_s - middle_s
-        sure_s = abs(off_s) - clock.error_s
+    """Measured by the clock that most have, this machine's counted once. Where most agree on none, as two that differ do, nobody is blamed."""
+    clocks: dict[str | None, Clock] = {each.node.id: each.clock for each in found.nodes if each.clock is not None}
+    if clocks and not any(each.clock and each.node.is_here for each in found.nodes):
+        clocks[None] = Clock(0.0, 0.0)
+    usual_s = median_low([clock.offset_s for clock in clocks.values()] or [0.0])
+    off = {node: abs(clock.offset_s - usual_s) - clock.error_s for node, clock in clocks.items()}
+    if clocks and 2 * sum(sure_s < SKEW_S for sure_s in off.values()) <= len(clocks):
+        yield from _clocks_apart(list(clocks.values()))
+        return
+    for node, sure_s in off.items():
         if sure_s >= SKEW_S:
-            what = f"has a clock that is {abs(off_s):.1f} s {'ahead' if off_s > 0 else 'behind'}"
-            code = ExitCode.ENVIRONMENT if sure_s >= SKEW_FAULT_S else ExitCode.OK
-            yield Finding(what, "Let it keep time (chrony or systemd-timesyncd).", node, code)
+            off_s = clocks[node].offset_s - usual_s
+            who = "" if node else "this machine, where the command runs, "
+            what = f"{who}has a clock that is {abs(off_s):.1f} s {'ahead' if off_s > 0 else 'behind'}"
+            yield Finding(what, _KEEP_TIME, node, ExitCode.ENVIRONMENT if sure_s >= SKEW_FAULT_S else ExitCode.OK)
+
+
+def _clocks_apart(clocks: Sequence[Clock]) -> Iterator[Finding]:
+    first_s, last_s = min(clock.offset_s + clock.error_s for clock in clocks), max(clock.offset_s - clock.error_s for clock in clocks)
+    if (apart_s := last_s - first_s) >= SKEW_S:
+        what = f"the clocks of {len(clocks)} machines are up to {apart_s:.1f} s apart, and most agree on none"
+        yield Finding(what, _KEEP_TIME, code=ExitCode.ENVIRONMENT if apart_s >= SKEW_FAULT_S else ExitCode.OK)
 
 
 def _memory(found: Measurements) -> Iterator[Finding]:

@@ -112,12 +112,57 @@ def test_a_clock_is_only_as_wrong_as_the_round_trip_allows() -> None:
     assert SKEW_S < SKEW_FAULT_S < STALE_AFTER_S
     assert not verdict(b=well("b", clock=Clock(20.0, 19.5))).findings
     here_is_wrong = {name: well(name, clock=Clock(30.0, 0.01)) for name in ("b", "c")} | {"a": well("a", clock=Clock(0.0, 0.01))}
-    found = diagnose(replace(cluster(**here_is_wrong), nodes=(*cluster(**here_is_wrong).nodes, well("d", clock=Clock(30.0, 0.01)))))
-    assert [fault.node for fault in found.faults if "clock" in fault.what] == ["a"]
+    assert [fault.node for fault in verdict(**here_is_wrong).faults] == ["a"]
+
+
+def with_clocks(*offsets_s: float) -> Measurements:
+    """The command runs on the first."""
+    names = "abcd"[: len(offsets_s)]
+    nodes = tuple(well(name, names, clock=Clock(offset_s, 0.01)) for name, offset_s in zip(names, offsets_s, strict=True))
+    return Measurements(nodes, VERSIONS, "/shared")
+
+
+@pytest.mark.parametrize("offsets_s", [(0.0, 40.0), (0.0, 0.0, 40.0, 40.0), (0.0, 40.0, 80.0)])
+def test_where_most_clocks_agree_on_no_time_nobody_is_blamed(offsets_s: tuple[float, ...]) -> None:
+    found = diagnose(with_clocks(*offsets_s))
+    assert [(fault.node, "apart, and most agree on none" in fault.what) for fault in found.faults] == [(None, True)]
+    assert found.excluded == ()
+    assert [finding.is_fault for finding in diagnose(with_clocks(0.0, 3.0)).findings] == [False]
+
+
+def test_a_clock_here_that_is_no_nodes_counts_as_one() -> None:
+    nodes = tuple(replace(each, node=replace(each.node, is_here=False)) for each in with_clocks(40.0, 40.0).nodes)
+    found = diagnose(Measurements(nodes, VERSIONS, "/shared"))
+    assert [(fault.node, fault.what) for fault in found.faults] == [(None, "this machine, where the command runs, has a clock that is 40.0 s behind")]
+
+
+OLD = {**VERSIONS, "torch": "2.11"}
+
+
+def with_versions(*versions: Mapping[str, str]) -> Measurements:
+    """The command runs on the first."""
+    names = "abcd"[: len(versions)]
+    nodes = tuple(well(name, names, facts=Facts(name, has, 2 << 30)) for name, has in zip(names, versions, strict=True))
+    return Measurements(nodes, versions[0], "/shared")
+
+
+def test_a_head_that_was_forgotten_at_an_upgrade_is_named_and_not_its_two_workers() -> None:
+    found = diagnose(with_versions(OLD, VERSIONS, VERSIONS))
+    assert {fault.node for fault in found.faults} == {None, "a"}
+    assert (found.excluded, found.code) == (("a",), ExitCode.ENVIRONMENT)
+    assert found.faults[0].what == "this machine, where the command runs, has torch 2.11 (most have 2.13.0)"
+
+
+@pytest.mark.parametrize("versions", [(OLD, VERSIONS), (OLD, OLD, VERSIONS, VERSIONS), (OLD, VERSIONS, {**VERSIONS, "torch": "2.12"})])
+def test_where_as_many_have_one_version_as_another_nobody_is_blamed(versions: tuple[Mapping[str, str], ...]) -> None:
+    found = diagnose(with_versions(*versions))
+    assert [fault.node for fault in found.faults] == [None]
+    assert found.faults[0].what.startswith("machines differ, and no torch is what most have: 2.11 on ")
+    assert (found.excluded, found.code) == ((), ExitCode.ENVIRONMENT)
 
 
 def test_where_this_machine_differs_from_most_nodes_it_is_said_of_it() -> None:
-    found = verdict(versions_here={**VERSIONS, "torch": "2.11"})
+    found = verdict(versions_here=OLD)
     assert found.faults[0].what == "this machine, where the command runs, has torch 2.11 (most have 2.13.0)"
     assert (found.excluded, found.code) == ((), ExitCode.ENVIRONMENT)
 
