@@ -165,16 +165,26 @@ def _ports(found: Measurements) -> Iterator[Finding]:
 
 
 def _shards(found: Measurements) -> Iterator[Finding]:
-    damaged = found.corpus.damaged if found.corpus else {}
+    damaged, unsure = (found.corpus.damaged, found.corpus.unsure) if found.corpus else ({}, {})
     for name, cause in damaged.items():
         remedy = "Restore the corpus from a copy or prepare it again; `maskwright verify` says what else is damaged."
         yield Finding(f"shard {name} of the corpus {cause}", remedy, code=ExitCode.DATA_CORRUPT)
+    unnamed = dict[str, str]()
     for each in found.answering():
-        own = {name: cause for name, cause in (each.shards.failed if each.shards else {}).items() if name not in damaged}
+        failed = each.shards.failed if each.shards else {}
+        own = {name: cause for name, cause in failed.items() if name not in damaged and name not in unsure}
         if own:
-            name, cause = next(iter(own.items()))
-            more = f" (and {len(own) - 1} more)" if len(own) > 1 else ""
-            yield Finding(f"does not see the corpus as another node does: {name} {cause}{more}", _FAILED["shards"][1], each.node.id)
+            yield Finding(f"does not see the corpus as another node does: {_first_of(own)}", _FAILED["shards"][1], each.node.id)
+        else:
+            unnamed |= {name: cause for name, cause in failed.items() if name in unsure}
+    if unnamed:
+        remedy = "Look again; `maskwright verify` says what of the corpus is damaged."
+        yield Finding(f"of the corpus {_first_of(unnamed)}, as one node sees it; no other has looked", remedy)
+
+
+def _first_of(shards: Mapping[str, str]) -> str:
+    name, cause = next(iter(shards.items()))
+    return f"{name} {cause}{f' (and {len(shards) - 1} more)' if len(shards) > 1 else ''}"
 
 
 _RULES: tuple[Callable[[Measurements], Iterator[Finding]], ...] = (

@@ -11,7 +11,7 @@ from launcher import node_facts, node_storage
 from launcher.doctor import slow_nodes
 from launcher.exchanges import exchange_data
 from launcher.measurements import Clock, CorpusLook, KnownNode, Measurements, ShardLook
-from launcher.probe_plan import others_in_ring, shard_parts, turns
+from launcher.probe_plan import doubtful_first, others_in_ring, second_looker, shard_parts, turns
 from launcher.roster import Call, Probes, Roster
 
 Say = Callable[[str], None]
@@ -122,17 +122,19 @@ def _try_storage(roster: Roster, storage: Location) -> None:
 
 
 def _look_at_corpus(roster: Roster, corpus: Location, shards: Sequence[tuple[str, int]]) -> CorpusLook:
-    """Each shard is looked at by one node; what that one finds wrong, by another."""
+    """Each shard is looked at by one node; what that one finds wrong, by another, of which this machine has at least read the manifest."""
     nodes = [node.id for node in roster.answering()]
     parts = dict(zip(nodes, shard_parts(len(shards), len(nodes), _SHARDS), strict=False))
     looks = _look(roster, corpus, {node: [shards[nth] for nth in part] for node, part in parts.items()})
     roster.keep("shards", looks)
-    sizes, doubtful = dict(shards), [(node, name) for node, found in looks.items() for name in found.failed]
-    again: dict[str, list[tuple[str, int]]] = {}
-    for node, name in doubtful[:_DOUBTFUL]:
-        again.setdefault(nodes[(nodes.index(node) + 1) % len(nodes)], []).append((name, sizes[name]))
-    damaged = {name: cause for found in _look(roster, corpus, again).values() for name, cause in found.failed.items()}
-    return CorpusLook(corpus.url, len(shards), len({nth for node in looks for nth in parts[node]}), damaged)
+    sizes, again = dict(shards), dict[str, list[tuple[str, int]]]()
+    for node, name in doubtful_first(looks, _DOUBTFUL):
+        again.setdefault(second_looker(node, roster.answering()), []).append((name, sizes[name]))
+    second = _look(roster, corpus, again)
+    damaged = {name: cause for found in second.values() for name, cause in found.failed.items()}
+    sure = {name for node in second for name, _ in again[node]}
+    unsure = {name: cause for found in looks.values() for name, cause in found.failed.items() if name not in sure}
+    return CorpusLook(corpus.url, len(shards), len({nth for node in looks for nth in parts[node]}), damaged, unsure)
 
 
 def _look(roster: Roster, corpus: Location, parts: "dict[str, list[tuple[str, int]]]") -> dict[str, ShardLook]:

@@ -149,6 +149,8 @@ class CorpusLook:
     num_checked: int
     damaged: Mapping[str, str] = field(default_factory=dict[str, str])
     """Shards that two nodes have found wrong (or the only one, twice), and how."""
+    unsure: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Shards that one node has found wrong and none has looked at again: theirs or the node's fault."""
 
 
 @dataclass(frozen=True)

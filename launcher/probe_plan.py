@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+from launcher.measurements import KnownNode, ShardLook
+
 
 def turns(machines: Mapping[str, str]) -> list[list[str]]:
     """Nodes in groups that are measured one after another: of each machine one node at a time, all machines at once.
@@ -41,6 +43,18 @@ def shard_parts(num_shards: int, num_nodes: int, most: int) -> list[list[int]]:
         count = min(most, len(own))
         parts.append([own[nth * len(own) // count] for nth in range(count)])
     return parts
+
+
+def doubtful_first(looks: Mapping[str, ShardLook], most: int) -> list[tuple[str, str]]:
+    """Nodes and shards that they found wrong, to be looked at again: of every node one before any has a second, so that none is believed untried."""
+    doubtful = [(nth, node, name) for node, found in looks.items() for nth, name in enumerate(found.failed)]
+    return [(node, name) for _, node, name in sorted(doubtful, key=lambda each: each[0])[:most]]
+
+
+def second_looker(first: str, nodes: Sequence[KnownNode]) -> str:
+    """Who looks again at what `first` found wrong: this machine where it can, else another; the same one where there is no other."""
+    others = sorted((node for node in nodes if node.id != first), key=lambda node: not node.is_here)
+    return others[0].id if others else first
 
 
 def others_in_ring(nodes: Sequence[str], node: str, most: int) -> list[str]:

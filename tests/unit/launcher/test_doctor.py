@@ -328,6 +328,16 @@ def test_a_shard_that_two_nodes_miss_is_the_corpus_fault() -> None:
     assert (found.excluded, found.code) == ((), ExitCode.DATA_CORRUPT)
 
 
+def test_shards_that_only_one_node_has_looked_at_name_nobody() -> None:
+    missing = {"c/train-0.tar": "is missing", "c/train-1.tar": "is missing"}
+    found = verdict(b=well("b", shards=ShardLook(2, missing)), corpus=CorpusLook("/c", 6, 6, {}, missing))
+    assert [(fault.node, fault.code) for fault in found.faults] == [(None, ExitCode.ENVIRONMENT)]
+    assert "c/train-0.tar is missing (and 1 more), as one node sees it; no other has looked" in found.faults[0].what
+    one_is_sure = CorpusLook("/c", 6, 6, {}, {"c/train-1.tar": "is missing"})
+    found = verdict(b=well("b", shards=ShardLook(2, missing)), corpus=one_is_sure)
+    assert [(fault.node, "does not see the corpus" in fault.what) for fault in found.faults] == [("b", True)]
+
+
 def test_of_several_faults_the_storage_decides_the_code_and_every_node_is_named() -> None:
     apart = well("c", read=read("", "ab"), written=Written(0.01, won=True))
     a, b = well("a", read=read("b", "c")), well("b", read=read("a", "c"), rate=Rate("cpu", 4, 1e10))

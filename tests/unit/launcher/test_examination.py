@@ -244,6 +244,31 @@ def test_a_node_that_does_not_see_the_corpus_is_named(tmp_path: Path, tiny_corpu
     assert "is missing" in diagnosis.faults[0].what
 
 
+def test_two_nodes_that_do_not_see_the_corpus_do_not_make_it_damaged(tmp_path: Path, tiny_corpus: Prepared) -> None:
+    def elsewhere(call: Any) -> Any:
+        return call.func(str(tmp_path / "nothing"), *call.args[1:])
+
+    faults: dict[tuple[str, Any], Plan] = {(node, look_at_shards): elsewhere for node in (B, C)}
+    diagnosis = diagnose(examined(tmp_path, tiny_corpus.folder, faults=faults)[0])
+    assert (diagnosis.excluded, diagnosis.code) == ((B, C), ExitCode.ENVIRONMENT)
+
+
+def test_where_the_second_look_is_lost_nobody_is_blamed_for_the_first(tmp_path: Path, tiny_corpus: Prepared) -> None:
+    looked: list[Any] = []
+
+    def once(call: Any) -> Any:
+        looked.append(call)
+        return call() if len(looked) == 1 else lose(call)
+
+    def elsewhere(call: Any) -> Any:
+        return call.func(str(tmp_path / "nothing"), *call.args[1:])
+
+    found, _ = examined(tmp_path, tiny_corpus.folder, faults={(A, look_at_shards): once, (B, look_at_shards): elsewhere})
+    diagnosis = diagnose(found)
+    assert {fault.node for fault in diagnosis.faults} == {A, None}
+    assert diagnosis.excluded == (A,)
+
+
 def test_there_is_no_such_corpus(tmp_path: Path) -> None:
     with pytest.raises(NotFoundError, match="holds no prepared corpus"):
         examined(tmp_path, Location.at(tmp_path / "nothing"))

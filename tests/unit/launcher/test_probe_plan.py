@@ -3,7 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launcher.probe_plan import others_in_ring, pairings, shard_parts, turns
+from launcher.measurements import KnownNode, ShardLook
+from launcher.probe_plan import doubtful_first, others_in_ring, pairings, second_looker, shard_parts, turns
 
 names = st.lists(st.text("abcdefgh", min_size=1), unique=True, max_size=12)
 
@@ -49,6 +50,24 @@ def test_a_million_shards_on_a_thousand_nodes() -> None:
     parts = shard_parts(1_000_000, 1000, 100)
     assert {len(part) for part in parts} == {100}
     assert max(max(part) for part in parts) > 980_000
+
+
+def test_this_machine_looks_again() -> None:
+    nodes = [KnownNode(name, "10.0.0.1", name, is_here=name == "b") for name in "abc"]
+    assert [second_looker(first, nodes) for first in "abc"] == ["b", "a", "b"]
+    assert second_looker("b", nodes[1:2]) == "b"
+    assert second_looker("c", nodes[2:]) == "c"
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9)), st.integers(0, 30))
+def test_every_node_that_found_something_wrong_has_some_of_it_looked_at_again(counts: dict[str, int], most: int) -> None:
+    looks = {node: ShardLook(9, {f"{node}{nth}": "is missing" for nth in range(count)}) for node, count in counts.items()}
+    chosen = doubtful_first(looks, most)
+    assert len(chosen) == len(set(chosen)) == min(most, sum(counts.values()))
+    assert all(name in looks[node].failed for node, name in chosen)
+    if most >= len(counts):
+        assert {node for node, _ in chosen} == {node for node, count in counts.items() if count}
 
 
 @settings(deadline=None)
