@@ -34,8 +34,6 @@ def diagnose(found: Measurements) -> Diagnosis:
     named = {fault.node for fault in faults}
     excluded = tuple(each.node.id for each in found.nodes if each.node.id in named)
     code = next((code for code in _ORDER if any(fault.code is code for fault in faults)), ExitCode.OK)
-    if not found.answering():
-        code = ExitCode.UNREACHABLE
     return Diagnosis((*faults, *(finding for finding in findings if not finding.is_fault)), excluded, code)
 
 
@@ -67,6 +65,20 @@ def _lost(found: Measurements) -> Iterator[Finding]:
             yield Finding(
                 "is about to be taken away (drained)", "Nothing: runs leave it in time, and it was not looked at.", each.node.id, ExitCode.OK
             )
+
+
+def _nobody(found: Measurements) -> Iterator[Finding]:
+    trains = [each for each in found.nodes if each.node.trains]
+    if not found.answering() or (trains and not any(each.answers for each in trains)):
+        what = "no node can be used: those that ranks may be placed on are dead, or about to be taken away"
+        yield Finding(what, "Wait for new nodes, or start Ray on some.", code=ExitCode.UNREACHABLE)
+
+
+def _in_use(found: Measurements) -> Iterator[Finding]:
+    for each in found.answering():
+        if each.node.is_in_use:
+            what = "was not measured, neither matrix products nor exchanges: it is busy, and a run on its GPUs could end for want of memory"
+            yield Finding(what, "Look again when it is free.", each.node.id, ExitCode.OK)
 
 
 _FAILED = {
@@ -188,7 +200,9 @@ def _first_of(shards: Mapping[str, str]) -> str:
 
 
 _RULES: tuple[Callable[[Measurements], Iterator[Finding]], ...] = (
+    _nobody,
     _lost,
+    _in_use,
     _failed,
     _versions,
     _speed,

@@ -91,7 +91,7 @@ def _compare_clocks(roster: Roster) -> None:
 
 def _multiply(roster: Roster) -> None:
     """Something may have passed through a machine just then: who seems slow is measured once more, and its better rate counts."""
-    _multiply_on(roster, roster.answering(training=True))
+    _multiply_on(roster, [node for node in roster.answering(training=True) if not node.is_in_use])
     rates = {each.node.id: each.rate for each in roster.all() if each.rate is not None}
     _multiply_on(roster, [roster[node].node for node in slow_nodes(rates)])
 
@@ -102,7 +102,7 @@ def _multiply_on(roster: Roster, nodes: Iterable[KnownNode]) -> None:
     machines = {node.id: facts.machine for node in nodes if (facts := roster[node.id].facts) is not None}
     for turn in turns(machines):
         known = [roster[node].node for node in turn]
-        calls = {node.id: partial(multiply, max(1, int(node.num_cpus)), node.num_gpus >= 1) for node in known}
+        calls = {node.id: partial(multiply, max(1, int(node.num_cpus)), int(node.num_gpus)) for node in known}
         for node, rate in roster.ask("matmul", calls, _MULTIPLY_S).items():
             before = roster[node].rate
             roster.keep("rate", {node: rate if before is None or rate.flops > before.flops else before})

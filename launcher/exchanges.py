@@ -19,7 +19,7 @@ _ROUNDS = 3
 
 def exchange_data(roster: Roster) -> tuple[tuple[Link, ...], AllReduce | None]:
     """Every link that was tried, and the all-reduce of the nodes that none of them showed to be cut off; None where they are fewer than two."""
-    nodes = roster.answering(training=True)
+    nodes = _able(roster)
     if len(nodes) < 2:
         return (), None
     meeting_point = _MeetingPoint.open(next((each.node for each in roster.all() if each.node.is_here), nodes[0]), nodes)
@@ -28,12 +28,23 @@ def exchange_data(roster: Roster) -> tuple[tuple[Link, ...], AllReduce | None]:
         links += _try_links(roster, meeting_point, pairs)
     links = _try_again(roster, meeting_point, links)
     apart = without_cuts([link for link in links if link.bytes_per_s is None])
-    together = [node.id for node in roster.answering(training=True) if node.id not in apart]
-    if len(together) < 2:
-        return tuple(links), None
-    answers = _meet(roster, meeting_point, [together])
-    error = next((answer.error or answer.lost for answer in answers.values() if not answer.is_good), "")
-    return tuple(links), AllReduce(len(together), None if error else min(answer.value for answer in answers.values()), error)
+    return tuple(links), _all_together(roster, meeting_point, [node.id for node in _able(roster) if node.id not in apart])
+
+
+def _able(roster: Roster) -> list[KnownNode]:
+    """Those that train. What cannot even multiply fails here for no reason of the network, and what is in use is left alone."""
+    return [node for node in roster.answering(training=True) if "matmul" not in roster[node.id].failed and not node.is_in_use]
+
+
+def _all_together(roster: Roster, meeting_point: "_MeetingPoint", nodes: Sequence[str]) -> AllReduce | None:
+    """None where a node was lost over it: that is said of the node, and says nothing of the others."""
+    if len(nodes) < 2:
+        return None
+    answers = _meet(roster, meeting_point, [nodes]).values()
+    if any(answer.lost for answer in answers):
+        return None
+    error = next((answer.error for answer in answers if answer.error), "")
+    return AllReduce(len(nodes), None if error else min(answer.value for answer in answers), error)
 
 
 def _try_again(roster: Roster, meeting_point: "_MeetingPoint", links: Sequence[Link]) -> list[Link]:

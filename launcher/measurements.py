@@ -35,6 +35,11 @@ class KnownNode:
         """Whether a rank may be placed on it: a head without CPUs only drives."""
         return self.num_cpus >= 1 or self.num_gpus >= 1
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a run may be on its GPUs, whose memory it fills: what doctor put beside it could end it."""
+        return self.is_busy and self.num_gpus >= 1
+
 
 @dataclass(frozen=True)
 class Facts:

@@ -25,14 +25,19 @@ _BYTES = {"gloo": 8 << 20, "nccl": 256 << 20}
 """Of an all-reduce: enough for the rate to count and not the latency, little enough for 10 Mbit/s in the time there is."""
 
 
-def multiply(threads: int, use_gpu: bool, seconds: float = SECONDS) -> Rate:
-    """Products of square matrices for some seconds of wall clock: in bf16 on each GPU in turn, else in fp32 on `threads` threads.
+def multiply(threads: int, num_gpus: int, seconds: float = SECONDS) -> Rate:
+    """Products of square matrices for some seconds of wall clock: in bf16 on each GPU in turn, where there is none in fp32 on `threads` threads.
 
     The mean and not the best of them: a processor that others use half of the time is half as fast.
+
+    Raises:
+        RuntimeError: there are fewer GPUs than Ray gives ranks.
     """
-    if use_gpu and torch.cuda.is_available():
-        rates = [_gpu_rate(torch.device("cuda", number), seconds) for number in range(torch.cuda.device_count())]
-        return min(rates, key=lambda rate: rate.flops)
+    if num_gpus:
+        seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if seen < num_gpus:
+            raise RuntimeError(f"Ray gives {num_gpus} GPUs there, of which torch sees {seen or 'none'}")
+        return min((_gpu_rate(torch.device("cuda", number), seconds) for number in range(seen)), key=lambda rate: rate.flops)
     torch.set_num_threads(threads)
     left = torch.ones(_SIZE, _SIZE)
     return Rate(_processor(), threads, _products(lambda: torch.mm(left, left), _SIZE, seconds))

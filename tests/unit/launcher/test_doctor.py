@@ -170,6 +170,25 @@ def test_where_this_machine_differs_from_most_nodes_it_is_said_of_it() -> None:
 def test_nobody_answers() -> None:
     lost = {name: NodeMeasurements(well(name).node, lost="no answer") for name in ("a", "b", "c")}
     assert verdict(**lost, links=(), all_reduce=None).code is ExitCode.UNREACHABLE
+    workers = {name: NodeMeasurements(well(name).node, lost="no answer") for name in ("b", "c")}
+    driver = well("a", node=replace(well("a").node, num_cpus=0.0), rate=None)
+    assert verdict(a=driver, **workers, links=(), all_reduce=None).code is ExitCode.UNREACHABLE
+
+
+def test_a_cluster_all_of_which_is_taken_away_is_not_well() -> None:
+    leaving = {name: NodeMeasurements(replace(well(name).node, is_leaving=True)) for name in ("a", "b", "c")}
+    measured = cluster(**leaving, links=(), all_reduce=None)
+    found = diagnose(measured)
+    assert (found.excluded, found.code) == ((), ExitCode.UNREACHABLE)
+    assert [(fault.node, fault.what.partition(":")[0]) for fault in found.faults] == [(None, "no node can be used")]
+    record = as_record("ray", measured, found)
+    assert (record["healthy"], record["exit_code"]) == (False, 4)
+
+
+def test_of_busy_gpus_it_is_said_that_they_were_not_measured() -> None:
+    busy = replace(well("b").node, is_busy=True, num_gpus=8.0)
+    found = verdict(b=well("b", node=busy, rate=None), links=links({"ac": 1e9}), all_reduce=AllReduce(2, 1e9))
+    assert [(it.node, it.is_fault, "was not measured" in it.what) for it in found.findings] == [("b", False, True)]
 
 
 rates = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e9, 1e13), max_size=8)

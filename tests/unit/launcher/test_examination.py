@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.errors import ExitCode, MaskwrightError, NotFoundError
 from data_pipeline.index import MANIFEST
@@ -87,7 +88,6 @@ APART: dict[tuple[str, Any], Plan] = {(node.id, look_around): on_machine(node.ho
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "_SHARED_S", 0.5)
-    monkeypatch.setattr("launcher.exchanges._LINK_S", 12.0)  # half of it must do for an exchange on a busy machine
     monkeypatch.setattr(node_rates, "SECONDS", 0.05)
     monkeypatch.setattr(node_rates, "_BYTES", {"gloo": 1 << 16})
 
@@ -174,7 +174,9 @@ def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
     assert (diagnosis.excluded, diagnosis.code) == ((), ExitCode.STORAGE)
 
 
-def test_a_node_whose_link_is_cut_is_named(tmp_path: Path) -> None:
+def test_a_node_whose_link_is_cut_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.exchanges._LINK_S", 12.0)  # its partners wait for half of it
+
     def cut(call: Any) -> Any:
         raise RuntimeError("connection refused")
 
@@ -197,6 +199,45 @@ def test_a_slow_link_is_tried_twice_before_its_node_is_named(tmp_path: Path) -> 
     (tmp_path / "runs").rmdir()
     found, _ = examined(tmp_path, faults={**APART, (C, exchange): lambda call: (call(), rates.pop(0) if rates else 1e9)[1]})
     assert not diagnose(found).faults
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_a_node_whose_gpus_are_dead_is_named_for_that_alone(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="Ray gives 2 GPUs there, of which torch sees none"):
+        multiply(1, 2)
+
+    def dead(call: Any) -> Any:
+        return multiply(1, 2)
+
+    found, probes = examined(tmp_path, faults={(B, multiply): dead})
+    assert [fault.what.partition(":")[0] for fault in diagnose(found).faults] == ["cannot multiply matrices"]
+    assert diagnose(found).excluded == (B,)
+    assert (B, "exchange") not in probes.asked
+
+
+def test_gpus_that_others_use_are_left_alone(tmp_path: Path) -> None:
+    probes = ThreadProbes(dict(STEADY))
+    found = examine(Subject((*NODES[:2], replace(NODES[2], is_busy=True, num_gpus=8.0)), Location.at(tmp_path)), probes)
+    assert not diagnose(found).faults
+    assert {node for node, what in probes.asked if what in ("multiply", "exchange")} == {A, B}
+
+
+def test_a_node_that_is_lost_in_the_common_all_reduce_is_named_once(tmp_path: Path) -> None:
+    exchanges: list[Any] = []
+
+    def lost_at_last(call: Any) -> Any:
+        exchanges.append(call)
+        return steady(call) if len(exchanges) < 3 else lose(call)
+
+    def short(call: Any) -> Any:
+        if call.args[0].size == 3:
+            raise RuntimeError("connection closed by peer")
+        return steady(call)
+
+    found, _ = examined(tmp_path, faults={(A, exchange): short, (B, exchange): lost_at_last, (C, exchange): short})
+    diagnosis = diagnose(found)
+    assert [fault.node for fault in diagnosis.faults] == [B]
+    assert (diagnosis.excluded, diagnosis.code) == ((B,), ExitCode.ENVIRONMENT)
 
 
 def test_what_an_exchange_measures() -> None:
