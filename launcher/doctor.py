@@ -176,6 +176,15 @@ def _ports(found: Measurements) -> Iterator[Finding]:
             yield Finding(what, remedy, each.node.id, ExitCode.OK)
 
 
+def _unsure_ports(found: Measurements) -> Iterator[Finding]:
+    for each in found.answering():
+        if each.facts and each.facts.unsure_ports:
+            what = (
+                f"has neither answered nor asked for a token on {', '.join(each.facts.unsure_ports)}: whether others can run code there is not known"
+            )
+            yield Finding(what, "Look again; `ray status` and the node's logs say whether Ray is well there.", each.node.id, ExitCode.OK)
+
+
 def _shards(found: Measurements) -> Iterator[Finding]:
     damaged, unsure = (found.corpus.damaged, found.corpus.unsure) if found.corpus else ({}, {})
     for name, cause in damaged.items():
@@ -211,5 +220,6 @@ _RULES: tuple[Callable[[Measurements], Iterator[Finding]], ...] = (
     _clocks,
     _memory,
     _ports,
+    _unsure_ports,
     _shards,
 )

@@ -42,16 +42,13 @@ class Subject:
     nodes: Sequence[KnownNode]
     storage: Location
     corpus: Location | None = None
+    shards: Sequence[tuple[str, int]] = ()
+    """Of the corpus, see `node_storage.shards_of`."""
 
 
 def examine(subject: Subject, probes: Probes, say: Say = lambda _: None) -> Measurements:
-    """Measure everything, as far as nodes answer. `say` is told what is done.
-
-    Raises:
-        NotFoundError, DataCorruptError: there is no such corpus, or its manifest is damaged.
-    """
+    """Measure everything, as far as nodes answer. `say` is told what is done."""
     roster = Roster(subject.nodes, probes)
-    shards = node_storage.shards_of(subject.corpus) if subject.corpus else []
     say(f"starting a process on each of {len(subject.nodes)} nodes")
     _look_around(roster)
     _compare_clocks(roster)
@@ -61,8 +58,8 @@ def examine(subject: Subject, probes: Probes, say: Say = lambda _: None) -> Meas
     _try_storage(roster, subject.storage)
     corpus = None
     if subject.corpus:
-        say(f"looking at the {len(shards):,} shards of {subject.corpus}")
-        corpus = _look_at_corpus(roster, subject.corpus, shards)
+        say(f"looking at the {len(subject.shards):,} shards of {subject.corpus}")
+        corpus = _look_at_corpus(roster, subject.corpus, subject.shards)
     say("exchanging data")
     links, all_reduce = exchange_data(roster)
     return Measurements(roster.all(), node_facts.software(), subject.storage.url, links, all_reduce, corpus)

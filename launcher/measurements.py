@@ -53,6 +53,8 @@ class Facts:
     """Of /dev/shm."""
     open_ports: tuple[str, ...] = ()
     """Ports of Ray that other machines reach, and that answer to whoever has no token."""
+    unsure_ports: tuple[str, ...] = ()
+    """Such as others reach, and that have neither answered nor asked for a token."""
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,11 @@ _LISTENS = "0A"
 
 def look_around(ports: Mapping[str, int], address: str) -> Facts:
     """The facts of this node, whose ports of Ray and address these are."""
-    reachable = {what: port for what, port in ports.items() if port in ports_beyond_loopback()}
-    opened = tuple(f"{what} {port}" for what, port in reachable.items() if _STRANGERS[what](f"{address}:{port}"))
+    beyond = ports_beyond_loopback()
+    asks = {f"{what} {port}": _STRANGERS[what](f"{address}:{port}") for what, port in ports.items() if port in beyond}
+    opened, unsure = (tuple(port for port, is_open in asks.items() if is_open is wanted) for wanted in (True, None))
     shared = os.statvfs("/dev/shm")
-    return Facts(this_machine().partition("/")[0], software(), shared.f_blocks * shared.f_frsize, opened)
+    return Facts(this_machine().partition("/")[0], software(), shared.f_blocks * shared.f_frsize, opened, unsure)
 
 
 def software() -> dict[str, str]:
@@ -89,30 +90,33 @@ def _is_loopback(address: str) -> bool:
     return data[0] == 127 if len(data) == 4 else data == bytes(15) + b"\x01"
 
 
-def _obeys(method: str, address: str) -> bool:
-    """Whether a server of Ray answers a call (one that needs no arguments) without a token."""
+def _obeys(method: str, address: str) -> bool | None:
+    """Whether a server of Ray answers a call (one that needs no arguments) without a token; None where it neither answers nor asks for one."""
     import grpc
 
     with grpc.insecure_channel(address, [("grpc.enable_http_proxy", 0)]) as channel:
         call = channel.unary_unary(method, request_serializer=bytes, response_deserializer=bytes)
         try:
             call(b"", timeout=_ANSWER_S)
-        except grpc.RpcError:
-            return False
+        except grpc.RpcError as error:
+            code = error.code() if isinstance(error, grpc.Call) else None
+            return False if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED) else None
     return True
 
 
-def _answers_requests(address: str) -> bool:
-    """Whether the dashboard, which starts jobs, answers a request without a token."""
+def _answers_requests(address: str) -> bool | None:
+    """Whether the dashboard, which starts jobs, answers a request without a token; None where it neither answers nor asks for one."""
     try:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         direct.open(f"http://{address}/api/jobs/", timeout=_ANSWER_S).close()
-    except (urllib.error.URLError, OSError):
-        return False
+    except urllib.error.HTTPError as error:
+        return False if error.code in (401, 403) else None
+    except OSError:
+        return None
     return True
 
 
-_STRANGERS: Mapping[str, Callable[[str], bool]] = {
+_STRANGERS: Mapping[str, Callable[[str], bool | None]] = {
     GCS: partial(_obeys, "/ray.rpc.NodeInfoGcsService/CheckAlive"),
     RAYLET: partial(_obeys, "/ray.rpc.NodeManagerService/GetSystemConfig"),
     DASHBOARD: _answers_requests,

@@ -12,6 +12,7 @@ from data_pipeline.errors import (
     ExitCode,
     MaskwrightError,
     StorageError,
+    StorageUnreachableError,
     UnreachableError,
 )
 from data_pipeline.storage import Location
@@ -31,6 +32,8 @@ _ERRORS: dict[ExitCode, type[MaskwrightError]] = {
     ExitCode.ENVIRONMENT: EnvironmentMismatchError,
 }
 
+_MANIFEST_S = 60.0
+"""For the manifest of a corpus to be read here."""
 _NAMED = 8
 """Nodes that the last line names, whatever goes on in a cluster; the table and --json have all."""
 
@@ -69,13 +72,29 @@ def _measure(where: ClusterConfig, storage: Location, corpus: Location | None, *
     from launcher.examination import Subject, examine
     from launcher.supervision import never, nothing_left
 
+    shards = shards_within(corpus, _MANIFEST_S) if corpus else []
     machine = this_machine()
     with open_cluster(where, workers_of(where, machine), machine, nothing_left, never):
         from launcher.clusters.probing import known_nodes, probing
 
         nodes = known_nodes() if where.use_gpu is not False else [replace(node, num_gpus=0.0) for node in known_nodes()]
         with probing([node.id for node in nodes if not node.gone and not node.is_leaving]) as probes:
-            return examine(Subject(nodes, storage, corpus), probes, (lambda _: None) if quiet else say)
+            return examine(Subject(nodes, storage, corpus, shards), probes, (lambda _: None) if quiet else say)
+
+
+def shards_within(corpus: Location, within_s: float) -> list[tuple[str, int]]:
+    """The shards that the manifest of a corpus names, asked for before anything is started: a dead mount would hang for ever.
+
+    Raises:
+        StorageUnreachableError: it is not read in time. NotFoundError, DataCorruptError: see `node_storage.shards_of`.
+    """
+    from launcher.aside import Aside
+    from launcher.node_storage import shards_of
+
+    try:
+        return Aside(lambda: shards_of(corpus)).ask(within_s)
+    except TimeoutError as error:
+        raise StorageUnreachableError(f"corpus {corpus} cannot be read here: {error}", "Look at its mount, or at the way to its store.") from error
 
 
 def show(found: Measurements, diagnosis: Diagnosis) -> None:
@@ -175,6 +194,7 @@ def _node_record(each: NodeMeasurements, found: Measurements, bytes_per_s: float
         "shm_bytes": each.facts and each.facts.shm_bytes,
         "versions": dict(each.facts.versions) if each.facts else None,
         "open_ports": list(each.facts.open_ports) if each.facts else None,
+        "unsure_ports": list(each.facts.unsure_ports) if each.facts else None,
         "shards_checked": each.shards and each.shards.checked,
     }
 

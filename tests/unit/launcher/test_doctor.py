@@ -97,6 +97,10 @@ def test_one_node_is_named_and_left_out(changed: NodeMeasurements, says: str) ->
         (well("b", clock=Clock(2.0, 0.1)), "2.0 s ahead"),
         (well("b", facts=Facts("m", VERSIONS, 64 << 20)), "has 67 MB of /dev/shm"),
         (well("b", facts=Facts("m", VERSIONS, 2 << 30, ("the head's port 6379",))), "answers on the head's port 6379 to whoever reaches it"),
+        (
+            well("b", facts=Facts("m", VERSIONS, 2 << 30, (), ("the head's port 6379",))),
+            "neither answered nor asked for a token on the head's port 6379",
+        ),
         (well("b", written=Written(3.0, won=False)), "takes 3.0 s to write"),
         (well("b", node=replace(well("b").node, is_leaving=True)), "about to be taken away"),
         (well("b", node=replace(well("b").node, is_busy=True), rate=Rate("cpu", 4, 1e10)), "Ray has given some of it to others"),

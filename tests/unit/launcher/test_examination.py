@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.errors import ExitCode, MaskwrightError, NotFoundError
+from data_pipeline.errors import ExitCode, MaskwrightError
 from data_pipeline.index import MANIFEST
 from data_pipeline.prepare import Prepared
 from data_pipeline.storage import Location
@@ -23,7 +23,7 @@ from launcher.examination import Subject, examine
 from launcher.measurements import KnownNode, Measurements, Rate
 from launcher.node_facts import look_around, read_clock
 from launcher.node_rates import exchange, multiply
-from launcher.node_storage import look_at_shards, write_words
+from launcher.node_storage import look_at_shards, shards_of, write_words
 from launcher.roster import Answer, Call
 
 NODES = tuple(KnownNode(name * 8, "127.0.0.1", f"host-{name}", is_here=name == "a") for name in "abc")
@@ -96,7 +96,7 @@ def examined(tmp_path: Path, corpus: Location | None = None, faults: dict[tuple[
     """Rates are given, so that the machine's load decides nothing."""
     probes = ThreadProbes(STEADY | (faults or {}))
     (tmp_path / "runs").mkdir()
-    found = examine(Subject(NODES, Location.at(tmp_path / "runs"), corpus), probes)
+    found = examine(Subject(NODES, Location.at(tmp_path / "runs"), corpus, shards_of(corpus) if corpus else ()), probes)
     assert not list((tmp_path / "runs").iterdir()), "something is left in the storage"
     return found, probes
 
@@ -308,8 +308,3 @@ def test_where_the_second_look_is_lost_nobody_is_blamed_for_the_first(tmp_path: 
     diagnosis = diagnose(found)
     assert {fault.node for fault in diagnosis.faults} == {A, None}
     assert diagnosis.excluded == (A,)
-
-
-def test_there_is_no_such_corpus(tmp_path: Path) -> None:
-    with pytest.raises(NotFoundError, match="holds no prepared corpus"):
-        examined(tmp_path, Location.at(tmp_path / "nothing"))

@@ -1,12 +1,17 @@
 """How doctor tells what it has found."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import EnvironmentMismatchError, ExitCode
+from data_pipeline.errors import EnvironmentMismatchError, ExitCode, NotFoundError, StorageUnreachableError
+from data_pipeline.index import MANIFEST
+from data_pipeline.storage import Location
 from launcher import cli, verbs_doctor
 from launcher.measurements import Measurements, NodeMeasurements, Rate
+from launcher.verbs_doctor import shards_within
 from tests.unit.launcher.test_doctor import VERSIONS, cluster, well
 
 
@@ -45,6 +50,16 @@ def test_json_has_the_same_and_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatc
     assert [(finding["node"], finding["severity"]) for finding in record["findings"]] == [("c", "fault")]
     assert record["nodes"][2]["share_of_others"] == pytest.approx(0.2)
     assert record["all_reduce"] == {"nodes": 3, "bytes_per_s": 1e9, "error": None}
+
+
+def test_a_corpus_that_is_not_there_or_hangs_is_told_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotFoundError, match="holds no prepared corpus"):
+        shards_within(Location.at(tmp_path), 20.0)
+    os.mkfifo(tmp_path / MANIFEST)  # whose reader waits for a writer, as one of a dead mount does for its server
+    with pytest.raises(StorageUnreachableError, match=r"cannot be read here: no answer within 0\.2 s"):
+        shards_within(Location.at(tmp_path), 0.2)
+    monkeypatch.setattr("launcher.clusters.opening.open_cluster", lambda *_: pytest.fail("a cluster was opened"))
+    assert cli.run(["doctor", "--corpus", str(tmp_path / "nothing")], debug=False) == ExitCode.NOT_FOUND
 
 
 def test_a_fault_of_no_node_is_told_without_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
