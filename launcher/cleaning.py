@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from data_pipeline.mixture import MIXTURE
 from data_pipeline.partitions import WORK
 from data_pipeline.storage import Location, storage_errors
 from launcher.lease import Lease, user_of
+from launcher.node_storage import TRIAL
 from launcher.runs import read_config, run_ids
 from trainer.checkpoint_store import Entry, checkpoints_of
 from trainer.manifest import MANIFEST as CHECKPOINT_MANIFEST
@@ -27,6 +29,7 @@ from trainer.runlog import RunFolder
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 _CACHE = ".cache"
+_TRIAL_S = 3600.0
 CLAIM = "claim.json"
 WHY = {
     "partial": "a save that was not finished",
@@ -36,6 +39,7 @@ WHY = {
     "temporary": "a file whose writer was killed",
     "corpus": "a corpus that no run of this storage uses",
     "unfinished-corpus": "a corpus whose preparation was ended",
+    "trial": "what `maskwright doctor` tried the storage with, an hour ago or more",
     "cache": "copies, which are made again when they are needed",
 }
 """Kinds of leftovers, and what they are."""
@@ -111,6 +115,7 @@ def find_in_storage(storage: Location) -> Found:
     """Leftovers of every run in a storage, of its corpora, and the caches of this node. What runs is passed over."""
     leftovers: list[Leftover] = []
     passed_over: dict[str, str] = {}
+    leftovers += [_leftover(storage / name, "trial") for name in storage.children() if name.startswith(TRIAL) and _is_old(storage / name)]
     runs = [RunFolder(storage / name) for name in run_ids(storage)]
     for run in runs:
         if user_of(run) is None:
@@ -190,6 +195,11 @@ def _caches(storage: Location, runs: list[RunFolder]) -> Iterator[Leftover]:
     for cache in sorted({BlockCache.of(settings).folder for settings in [DataConfig(), *(read_config(run).data for run in runs)]}):
         if (held := BlockCache(cache, 0).held_bytes()) > 0:
             yield Leftover(Location.at(cache), "cache", held)
+
+
+def _is_old(trial: Location) -> bool:
+    """A doctor is at work for some minutes. In a store a folder has no time of its own."""
+    return not trial.is_local or trial.path.stat().st_mtime < time.time() - _TRIAL_S
 
 
 def _temporary(folder: Location) -> Iterator[Location]:

@@ -106,7 +106,9 @@ def _multiply_on(roster: Roster, nodes: Iterable[KnownNode]) -> None:
 
 
 def _try_storage(roster: Roster, storage: Location) -> None:
-    folder = (storage / f".doctor-{uuid.uuid4().hex[:8]}").url
+    folder = (storage / f"{node_storage.TRIAL}{uuid.uuid4().hex[:8]}").url
+    first = sorted(roster.answering(), key=lambda node: not node.is_here)[:1]
+    roster.ask_all({node.id: partial(node_storage.make_root, storage.url) for node in first}, _STORAGE_S)
     words = {node.id: uuid.uuid4().hex for node in roster.answering()}
     try:
         written = roster.ask("write", {node: partial(node_storage.write_words, folder, node, word) for node, word in words.items()}, _STORAGE_S)
@@ -115,7 +117,8 @@ def _try_storage(roster: Roster, storage: Location) -> None:
         reads: dict[str, Call] = {node: partial(node_storage.read_words, folder, wanted, _SHARED_S) for node, wanted in others.items()}
         roster.keep("read", roster.ask("read", reads, _SHARED_S + _STORAGE_S))
     finally:
-        roster.ask_all({node.id: partial(node_storage.remove_words, folder) for node in roster.answering()}, _REMOVE_S)
+        for remove in (node_storage.remove_words, node_storage.assert_removed):  # at the same time, so that some fail; then it must be gone
+            roster.ask("remove", {node.id: partial(remove, folder) for node in roster.answering()}, _REMOVE_S)
 
 
 def _look_at_corpus(roster: Roster, corpus: Location, shards: Sequence[tuple[str, int]]) -> CorpusLook:

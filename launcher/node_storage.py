@@ -8,8 +8,8 @@ from functools import partial
 from statistics import median
 
 from data_pipeline.config import DataConfig
-from data_pipeline.errors import MaskwrightError, NotFoundError
-from data_pipeline.storage import Location
+from data_pipeline.errors import MaskwrightError, NotFoundError, StorageError
+from data_pipeline.storage import Location, storage_errors
 from launcher.measurements import Read, ShardLook, Written
 
 WRITES = 5
@@ -19,12 +19,27 @@ _AT_ONCE = 16
 _SETTINGS = DataConfig(read_timeout_s=10.0, total_timeout_s=30.0)
 
 
+TRIAL = ".doctor-"
+"""How the names of folders begin that a storage is tried with."""
+
+
+def make_root(storage: str) -> None:
+    """Make a storage that is a folder, on one machine only: elsewhere it then shows by being mounted, and nothing is made in its place."""
+    root = Location(storage)
+    if root.is_local:
+        with storage_errors(storage):
+            root.path.mkdir(parents=True, exist_ok=True)
+
+
 def write_words(folder: str, node: str, word: str) -> Written:
     """Write this node's file some times over, the last time with `word`, and try to create the file that one node may create.
 
     Raises:
-        StorageError, StorageUnreachableError: see `Location.write_bytes`.
+        StorageError: there is no such storage here. Also StorageUnreachableError: see `Location.write_bytes`.
     """
+    root = Location(folder).parent
+    if root.is_local and not root.path.is_dir():
+        raise StorageError(f"there is no folder {root} here", "Mount the storage.")
     file, seconds = Location(folder) / node, list[float]()
     for nth in reversed(range(WRITES)):
         started_at = time.perf_counter()
@@ -55,6 +70,16 @@ def read_words(folder: str, words: Mapping[str, str], patience_s: float) -> Read
 def remove_words(folder: str) -> None:
     """Remove everything again; nodes that do so at the same time do not disturb each other."""
     with suppress(MaskwrightError, OSError):
+        Location(folder).remove()
+
+
+def assert_removed(folder: str) -> None:
+    """Remove what is left, if anything is.
+
+    Raises:
+        StorageError, StorageUnreachableError: it stays.
+    """
+    if Location(folder).exists():
         Location(folder).remove()
 
 

@@ -14,8 +14,9 @@ _SHARE = "Mount the same storage at the same path there, or give a URL as --stor
 
 def judge_storage(found: Measurements) -> Iterator[Finding]:
     """Nodes that cannot write or read, nodes that are apart from the others, and a storage that is not what runs need."""
-    nodes = found.answering()
+    nodes = [each for each in found.answering() if each.facts is not None]
     yield from _failed(found.storage, nodes)
+    yield from _left(found.storage, nodes)
     tried = [each for each in nodes if each.written is not None and each.read is not None]
     here = {each.node.id for each in tried if each.node.is_here}
     groups = sharing_groups({each.node.id: each.read for each in tried if each.read is not None}, prefer=here)
@@ -50,6 +51,13 @@ def _failed(storage: str, nodes: Sequence[NodeMeasurements]) -> Iterator[Finding
         return
     for each, cause in failed:
         yield Finding(f"cannot use storage {storage}: {cause}", _SHARE, each.node.id, ExitCode.STORAGE)
+
+
+def _left(storage: str, nodes: Sequence[NodeMeasurements]) -> Iterator[Finding]:
+    for each in nodes:
+        if "remove" in each.failed:
+            what = f"could not remove what {storage} was tried with: {each.failed['remove']}"
+            yield Finding(what, f"Remove the folder {storage}/.doctor-…; `maskwright clean` lists it.", each.node.id, ExitCode.OK)
 
 
 def _apart(storage: str, groups: Sequence[Sequence[str]]) -> Iterator[Finding]:

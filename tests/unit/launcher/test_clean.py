@@ -1,6 +1,7 @@
 """`clean`: what it lists, what it removes, and what it must never touch."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -214,6 +215,16 @@ def test_a_run_that_cannot_be_read_keeps_all_corpora(storage: Location) -> None:
     found = find_in_storage(storage)
     assert found.leftovers == []
     assert "not every run can be read" in found.passed_over["corpora and caches"]
+
+
+def test_what_a_doctor_that_was_killed_left_in_the_storage(storage: Location) -> None:
+    for name in (".doctor-0", ".doctor-1"):
+        (storage / name / "node").write_bytes(b"word")
+    os.utime((storage / ".doctor-0").path, (0, 0))
+    found = find_in_storage(storage).leftovers
+    assert [(each.location.name, each.kind, each.bytes) for each in found] == [(".doctor-0", "trial", 4)], "the other may be at work"
+    remove(found[0], storage)
+    assert storage.children() == [".doctor-1"]
 
 
 def test_caches_are_emptied(storage: Location, tmp_path: Path) -> None:

@@ -101,6 +101,7 @@ def test_one_node_is_named_and_left_out(changed: NodeMeasurements, says: str) ->
             well("b", facts=Facts("m", VERSIONS, 2 << 30, (), ("the head's port 6379",))),
             "neither answered nor asked for a token on the head's port 6379",
         ),
+        (well("b", failed={"remove": "permission denied"}), "could not remove what /shared was tried with: permission denied"),
         (well("b", written=Written(3.0, won=False)), "takes 3.0 s to write"),
         (well("b", node=replace(well("b").node, is_leaving=True)), "about to be taken away"),
         (well("b", node=replace(well("b").node, is_busy=True), rate=Rate("cpu", 4, 1e10)), "Ray has given some of it to others"),
@@ -318,6 +319,9 @@ def test_a_storage_that_cannot_be_written() -> None:
     failed = {name: well(name, failed={"write": "no space left"}, written=None, read=None) for name in ("a", "b", "c")}
     found = verdict(**failed)
     assert [(fault.node, fault.what) for fault in found.faults] == [(None, "storage /shared cannot be used from any node: no space left")]
+    not_asked = {**failed, "c": replace(failed["c"], facts=None, failed={"facts": "no such module"})}
+    found = verdict(**not_asked)
+    assert [fault.what for fault in found.faults if fault.node is None] == ["storage /shared cannot be used from any node: no space left"]
     one = verdict(b=failed["b"])
     assert (one.excluded, one.code) == (("b",), ExitCode.STORAGE)
 

@@ -167,6 +167,17 @@ def test_a_node_with_a_mount_of_its_own_is_named(tmp_path: Path) -> None:
     assert (diagnosis.excluded, diagnosis.code) == ((B,), ExitCode.STORAGE)
 
 
+def test_a_node_without_the_mount_is_named_and_nothing_is_made_there(tmp_path: Path) -> None:
+    def elsewhere(call: Any) -> Any:
+        return call.func(str(tmp_path / "not" / "mounted" / ".doctor-0"), *call.args[1:])
+
+    functions = (write_words, node_storage.read_words, node_storage.remove_words)
+    diagnosis = diagnose(examined(tmp_path, faults={(B, function): elsewhere for function in functions})[0])
+    assert (diagnosis.excluded, diagnosis.code) == ((B,), ExitCode.STORAGE)
+    assert "there is no folder" in diagnosis.faults[0].what
+    assert not (tmp_path / "not").exists()
+
+
 def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     probes = ThreadProbes(dict(STEADY))

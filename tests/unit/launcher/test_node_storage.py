@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.errors import StorageError
 from data_pipeline.storage import Location
-from launcher.node_storage import WRITES, look_at_shards, read_words, remove_words, write_words
+from launcher.node_storage import WRITES, assert_removed, look_at_shards, make_root, read_words, remove_words, write_words
 from tests.support.object_store import ALWAYS, Fault, ObjectStore, reachable_object_store
 
 
@@ -29,6 +30,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Location:
 
 def test_what_nodes_write_others_read_and_one_of_them_wins(folder: Location) -> None:
     words = {"a": "hello", "b": "hallo", "c": "salut"}
+    make_root(folder.parent.url)
     with ThreadPoolExecutor(3) as threads:
         written = list(threads.map(lambda node: write_words(folder.url, node, words[node]), words))
     assert sum(each.won for each in written) == 1
@@ -38,7 +40,14 @@ def test_what_nodes_write_others_read_and_one_of_them_wins(folder: Location) -> 
     assert (folder / "a").read_bytes() == f"hello {0}".encode(), f"the last of {WRITES}"
     remove_words(folder.url)
     remove_words(folder.url)
+    assert_removed(folder.url)
     assert not folder.exists()
+
+
+def test_where_a_storage_is_not_mounted_nothing_is_made_in_its_place(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"there is no folder .*/mount here"):
+        write_words(str(tmp_path / "mount" / ".doctor-0"), "a", "hello")
+    assert not list(tmp_path.iterdir())
 
 
 def test_shards_that_are_whole_short_long_and_missing(folder: Location) -> None:
