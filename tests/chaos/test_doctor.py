@@ -1,6 +1,7 @@
 """Doctor on real clusters: nodes that are dead, slow, different or apart are named, and the others are not."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from tests.support.namespaces import Machines
 from tests.support.ray_nodes import RayCluster, RayNode
 from tests.support.rig import send
 
+REPOSITORY = Path(__file__).parents[2]
 pytestmark = [pytest.mark.timeout(900), pytest.mark.full]
 
 
@@ -107,12 +109,12 @@ def assert_measured(record: dict[str, Any]) -> None:
 
 
 def add_node_with_other_packages(cluster: RayCluster, folder: Path) -> RayNode:
-    """Its trainer is another release."""
+    """Its trainer is another release: ours and one more file. All else is ours, wherever that is installed."""
     package = folder / "other/trainer"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
+    shutil.copytree(REPOSITORY / "trainer", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "more.py").write_text("")
     own = dict(cluster.environment)
-    cluster.environment["PYTHONPATH"] = str(package.parent)
+    cluster.environment["PYTHONPATH"] = os.pathsep.join(map(str, (package.parent, REPOSITORY)))
     try:
         return cluster.add_node()
     finally:
@@ -156,6 +158,4 @@ def test_a_node_with_a_storage_of_its_own_and_one_that_is_cut_off(tmp_path: Path
 
 
 def environment(cluster: RayCluster) -> dict[str, str]:
-    import os
-
     return {**{name: value for name, value in os.environ.items() if not name.startswith("RAY_")}, **cluster.environment}
