@@ -4,7 +4,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -115,7 +115,7 @@ def find_in_storage(storage: Location) -> Found:
     """Leftovers of every run in a storage, of its corpora, and the caches of this node. What runs is passed over."""
     leftovers: list[Leftover] = []
     passed_over: dict[str, str] = {}
-    leftovers += [_leftover(storage / name, "trial") for name in storage.children() if name.startswith(TRIAL) and _is_old(storage / name)]
+    leftovers += _trials(storage)
     runs = [RunFolder(storage / name) for name in run_ids(storage)]
     for run in runs:
         if user_of(run) is None:
@@ -197,9 +197,12 @@ def _caches(storage: Location, runs: list[RunFolder]) -> Iterator[Leftover]:
             yield Leftover(Location.at(cache), "cache", held)
 
 
-def _is_old(trial: Location) -> bool:
-    """A doctor is at work for some minutes. In a store a folder has no time of its own."""
-    return not trial.is_local or trial.path.stat().st_mtime < time.time() - _TRIAL_S
+def _trials(storage: Location) -> Iterator[Leftover]:
+    """A doctor is at work for some minutes. In a store a folder has no time of its own, and is listed all the same."""
+    for folder in (storage / name for name in storage.children() if name.startswith(TRIAL)):
+        with suppress(FileNotFoundError):  # one that is at work has just removed it
+            if _is_own(folder, storage) and (not folder.is_local or folder.path.stat().st_mtime < time.time() - _TRIAL_S):
+                yield _leftover(folder, "trial")
 
 
 def _temporary(folder: Location) -> Iterator[Location]:
