@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,10 +83,7 @@ def read_submission(run: RunFolder, number: int) -> Submission:
 
 def newest_submission(run: RunFolder) -> Submission | None:
     """The last that was made, and not revoked; None when there is none."""
-    for number in sorted(_numbers(run), reverse=True):
-        with suppress(NotFoundError):
-            return read_submission(run, number)
-    return None
+    return next(_submissions(run), None)
 
 
 def waiting_submission(run: RunFolder) -> Submission | None:
@@ -96,12 +93,22 @@ def waiting_submission(run: RunFolder) -> Submission | None:
 
 
 def driving_submission(run: RunFolder, events: Iterable[dict[str, Any]]) -> Submission | None:
-    """The newest submission if its job is the last to have driven the run, by its `events`, or waits to; None where another command was."""
-    submission = newest_submission(run)
-    if submission is None or submission.waits(run):
-        return submission
+    """The submission that waits to drive the run, or whose job was the last to, by its `events`; None where another command was.
+
+    It need not be the newest: a job that found the run taken has ended, and drove nothing.
+    """
+    if (waiting := waiting_submission(run)) is not None:
+        return waiting
     begun = [event for event in events if event["kind"] == "command_started"]
-    return submission if begun and begun[-1].get("submission") == submission.job else None
+    job = begun[-1].get("submission") if begun else None
+    return next((submission for submission in _submissions(run) if submission.job == job), None) if job else None
+
+
+def _submissions(run: RunFolder) -> Iterator[Submission]:
+    """Those that were made and not revoked, the newest first."""
+    for number in sorted(_numbers(run), reverse=True):
+        with suppress(NotFoundError):
+            yield read_submission(run, number)
 
 
 def _numbers(run: RunFolder) -> list[int]:

@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from launcher.clusters.ray_jobs import JobState, RayJobs
 from launcher.config import Cluster, RayCluster, dump_yaml
 from launcher.job_request import JobRequest, job_request, pack_packages, package_name
 from launcher.jobs import allowed_changes, with_whole_paths
-from launcher.lease import holder, newest_lease, taken
+from launcher.lease import newest_lease, proven_holder, taken
 from launcher.run_status import RunStatus, State, read_status
 from launcher.runs import cluster_file
 from launcher.submission import Submission, claim, job_name, next_number, revoke, submission_folder, waiting_submission
@@ -24,6 +24,8 @@ from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
 _CODES = {int(code) for code in ExitCode}
+_HANDOVER_S = 60.0
+"""So long after its submission a job may be on its way to the cluster, with its packages."""
 _NO_PYTHON = {126, 127}
 """What a shell says of a command that it cannot start."""
 
@@ -44,7 +46,7 @@ def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overri
     """The submission of a run that is to be driven on a cluster as by `verb`, `run` or `resume`; `overrides` are those of `resume`.
 
     Raises:
-        ConfigError: the configuration cannot continue this run, or the cluster's file says not how to submit. ConflictError: somebody drives it.
+        ConfigError: the configuration cannot continue this run, or the cluster's file says not how to submit.
         EnvironmentMismatchError: the packages are too large.
     """
     config = with_whole_paths(config)
@@ -52,8 +54,6 @@ def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overri
     assert isinstance(cluster, RayCluster)
     workers_of(cluster, this_machine(), max(phase.num_micro_batches for phase in config.phases))
     run = RunFolder(Location.at(config.storage) / config.name)
-    if (lease := holder(run)) is not None:
-        raise taken(run, lease)
     allowed_changes(run, config, deliberate=verb == "resume" and bool(overrides))
     number = next_number(run)
     folder = submission_folder(run, number)
@@ -64,30 +64,38 @@ def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overri
     return Prepared(run, config, cluster, submission, job_request(run, submission, cluster, package_name(package)), package)
 
 
-def submit(prepared: Prepared) -> RayJobs:
-    """Hand a prepared submission over to its cluster; returns the jobs of that.
+def submit(prepared: Prepared, say: Callable[[str], None]) -> RayJobs:
+    """Hand a prepared submission over to its cluster; returns the jobs of that. `say` is told when that takes a while.
 
     The run's folder tells of it before the cluster does: whoever looks finds the run, whatever happens here in between.
 
     Raises:
-        UnreachableError: the cluster does not answer, or not to us. ConflictError: the run waits there already.
+        UnreachableError: the cluster does not answer, or not to us. ConflictError: somebody drives the run, or it waits already.
     """
     run, submission = prepared.run, prepared.submission
     jobs = RayJobs.connect(submission.dashboard)
+    if (lease := proven_holder(run, say)) is not None:
+        raise taken(run, lease)
     _require_not_waiting(run)
     claim(run, submission)
+    try:
+        _require_not_driven_since(run, submission)
+        _write_configs(prepared)
+        jobs.post(prepared.request, prepared.package)
+    except BaseException:
+        revoke(run, submission)
+        raise
+    return jobs
+
+
+def _write_configs(prepared: Prepared) -> None:
+    run, submission = prepared.run, prepared.submission
     folder = submission_folder(run, submission.number)
     (folder / "run.yaml").write_bytes(dump_yaml(prepared.config))
     (folder / "cluster.yaml").write_bytes(dump_yaml(prepared.cluster))
     if not run.config.exists():
         run.config.write_bytes(dump_yaml(prepared.config))
         cluster_file(run).write_bytes(dump_yaml(prepared.cluster))
-    try:
-        jobs.post(prepared.request, prepared.package)
-    except BaseException:
-        revoke(run, submission)
-        raise
-    return jobs
 
 
 def _dashboard(cluster: Cluster) -> str:
@@ -100,19 +108,34 @@ def _dashboard(cluster: Cluster) -> str:
 
 def _require_not_waiting(run: RunFolder) -> None:
     waiting = waiting_submission(run)
-    if waiting is not None and _state_of(waiting).is_alive:
+    if waiting is not None and _is_alive(waiting):
         raise ConflictError(
             f"run {run.root.name} was submitted already, as job {waiting.job} of {waiting.dashboard}, and is about to start",
             f"Follow it with `maskwright status {run.root.name}`, or end it with `maskwright stop {run.root.name}`.",
         )
 
 
-def _state_of(submission: Submission) -> JobState:
-    """What its cluster knows of a submission. One that does not answer has no say: two drivers of a run there never are, whatever it does later."""
+def _require_not_driven_since(run: RunFolder, submission: Submission) -> None:
+    """After the claim, so that nothing comes in between: a job that waited when its cluster was asked may have begun since."""
+    if newest_lease(run) != submission.lease:
+        raise ConflictError(
+            f"another command began to drive run {run.root.name} just now", f"Follow it with `maskwright status {run.root.name}`."
+        )
+
+
+def _is_alive(submission: Submission) -> bool:
+    """Whether its job may still begin. A cluster that does not answer has no say: two drivers of a run there never are, whatever it does later."""
     try:
-        return RayJobs.connect(submission.dashboard).look(submission.job)
+        return job_state(RayJobs.connect(submission.dashboard), submission).is_alive
     except UnreachableError:
-        return JobState("unknown")
+        return False
+
+
+def job_state(jobs: RayJobs, submission: Submission) -> JobState:
+    """What its cluster knows of a submission. One that is being handed over waits, though no cluster knows it yet."""
+    state = jobs.look(submission.job)
+    is_new = state.state == "unknown" and 0 <= time.time() - submission.time < _HANDOVER_S
+    return JobState("waiting") if is_new else state
 
 
 def asked_status(status: RunStatus, run: RunFolder) -> RunStatus:
@@ -121,7 +144,7 @@ def asked_status(status: RunStatus, run: RunFolder) -> RunStatus:
     if submission is None:  # it has begun since
         return read_status(run)
     try:
-        state = RayJobs.connect(submission.dashboard).look(submission.job)
+        state = job_state(RayJobs.connect(submission.dashboard), submission)
     except UnreachableError as error:
         return replace(status, cause=f"whether it still waits is not known: {error.cause}", remedy=error.remedy)
     if state.is_alive:

@@ -66,7 +66,7 @@ def submit_again(run: RunFolder, last: Submission, config: RunConfig, overrides:
 def _submit(prepared: "Prepared") -> "RayJobs":
     from launcher.submitting import submit as hand_over
 
-    jobs = hand_over(prepared)
+    jobs = hand_over(prepared, say)
     say(f"run {prepared.run.root.name} submitted to {jobs.dashboard} as job {prepared.submission.job}")
     return jobs
 

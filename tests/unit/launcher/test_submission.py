@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, job_request, verbs_stop
+from launcher import cli, job_request, submitting, verbs_stop
+from launcher import lease as lease_module
 from launcher.clusters.ray_jobs import JobState
 from launcher.config import RayCluster, SharedVenv, dump_yaml, load_run_config
 from launcher.job_request import job_request as request_for
@@ -73,6 +74,11 @@ def invoke(*arguments: str) -> int:
 
 def submit(*arguments: str) -> int:
     return invoke("submit", "run.yaml", "--cluster", "ray.yaml", *arguments)
+
+
+def hand_over_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that the cluster does not know is gone, however lately it was submitted."""
+    monkeypatch.setattr(submitting, "_HANDOVER_S", 0.0)
 
 
 def tiny() -> RunFolder:
@@ -194,7 +200,8 @@ def test_submitting_leaves_the_run_where_everybody_finds_it(api: JobsApi, capsys
     assert SECRET not in json.dumps(api.jobs)
 
 
-def test_packages_that_are_there_are_not_sent_again(api: JobsApi) -> None:
+def test_packages_that_are_there_are_not_sent_again(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand_over_at_once(monkeypatch)
     assert submit() == 0
     api.jobs.clear()
     (name,) = api.packages
@@ -229,8 +236,15 @@ def test_a_dry_run_does_nothing(api: JobsApi, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_what_became_of_a_job_that_never_drove(
-    told: dict[str, object] | None, state: str, code: int, cause: str, api: JobsApi, capsys: pytest.CaptureFixture[str]
+    told: dict[str, object] | None,
+    state: str,
+    code: int,
+    cause: str,
+    api: JobsApi,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    hand_over_at_once(monkeypatch)
     assert submit() == 0
     (job,) = api.jobs
     if told is None:
@@ -261,6 +275,61 @@ def test_a_run_that_somebody_drives_is_not_submitted(api: JobsApi, capsys: pytes
         assert submit() == ExitCode.CONFLICT
     assert "already running" in capsys.readouterr().err
     assert not api.jobs
+
+
+def test_a_run_that_is_being_handed_over_is_not_submitted(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between a submission and its job, which comes with the packages, the cluster knows nothing of it."""
+    claim(tiny(), replace(a_submission(tiny()), dashboard=api.address, time=time.time()))
+    assert submit() == ExitCode.CONFLICT
+    assert "is about to start" in capsys.readouterr().err
+    assert not api.jobs
+
+
+@pytest.mark.parametrize("moment", ["version", "jobs"])
+def test_a_job_that_begins_while_its_run_is_submitted_again(
+    moment: str, api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whenever the first job takes the run, one driver is left that `status`, `stop` and `resume` know."""
+    assert submit() == 0
+    (job,) = api.jobs
+    answer = api.answer
+    lease: list[Lease] = []
+
+    def begin(method: str, path: str, body: bytes) -> tuple[int, object]:
+        found = answer(method, path, body)
+        if not lease and path in {"version": ["/api/version"], "jobs": ["/api/jobs/", f"/api/jobs/{job}"]}.get(moment, []):
+            lease.append(Lease.acquire(tiny()))
+            tiny().append_event("command_started", attempt=0, verb="run", submission=job)
+            api.jobs[job]["status"] = "RUNNING"
+        return found
+
+    monkeypatch.setattr(api, "answer", begin)
+    assert submit() == ExitCode.CONFLICT
+    assert list(api.jobs) == [job]
+    capsys.readouterr()
+    assert invoke("status", "tiny", "--storage", "storage", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["submission"] == job
+
+
+def test_a_job_that_found_the_run_taken_is_not_its_driver() -> None:
+    run = tiny()
+    first, second = a_submission(run, 1), a_submission(run, 2)
+    claim(run, first)
+    claim(run, second)
+    with Lease.acquire(run):
+        assert driving_submission(run, [{"kind": "command_started", "submission": first.job}]) == first
+
+
+def test_a_driver_elsewhere_that_died_holds_no_submission_up_for_its_clock(
+    api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lease_module, "STALE_AFTER_S", 0.5)
+    with Lease.acquire(tiny()) as lease:
+        pass
+    tiny().lease.write_json(asdict(replace(lease.state, machine="the head", time=time.time() + 3600)))
+    assert submit() == 0
+    assert "looking whether it still is" in capsys.readouterr().out
+    assert len(api.jobs) == 1
 
 
 def test_a_job_that_is_not_taken_is_revoked(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +456,8 @@ def test_a_driver_that_does_not_answer_is_ended_through_its_cluster(
     assert "run tiny interrupted" in capsys.readouterr().out
 
 
-def test_a_submitted_run_is_resumed_where_it_ran(api: JobsApi) -> None:
+def test_a_submitted_run_is_resumed_where_it_ran(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand_over_at_once(monkeypatch)
     assert submit() == 0
     api.jobs.clear()
     assert invoke("resume", "tiny", "--storage", "storage", "--set", "schedule.steps=40") == 0
