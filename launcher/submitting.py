@@ -118,9 +118,7 @@ def _require_not_waiting(run: RunFolder) -> None:
 def _require_not_driven_since(run: RunFolder, submission: Submission) -> None:
     """After the claim, so that nothing comes in between: a job that waited when its cluster was asked may have begun since."""
     if newest_lease(run) != submission.lease:
-        raise ConflictError(
-            f"another command began to drive run {run.root.name} just now", f"Follow it with `maskwright status {run.root.name}`."
-        )
+        raise ConflictError(f"another command began to drive run {run.root.name} just now", f"Follow it with `maskwright status {run.root.name}`.")
 
 
 def _is_alive(submission: Submission) -> bool:

@@ -64,13 +64,13 @@ class RayCluster:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
+        self.temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: Ray puts sockets below it
         self.environment = {**_QUIET, **(self._new_token() if self.token else {"RAY_AUTH_MODE": "disabled"}), **self.environment}
         self.port = free_port("127.0.0.1")
         head = [
             "--head",
             f"--port={self.port}",
-            f"--temp-dir={self._temporary}",
+            f"--temp-dir={self.temporary}",
             *self._dashboard_options(),
             "--disable-usage-stats",
             f"--num-cpus={self.head_cpus}",
@@ -99,11 +99,14 @@ class RayCluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for node in [*self.nodes, self.head]:
             node.kill_everything()
-        subprocess.run(["rm", "-rf", self._temporary], check=True)
+        subprocess.run(["rm", "-rf", self.temporary], check=True)
 
     def add_node(self, num_cpus: int = 1, address: str | None = None, inside: Sequence[str] = ()) -> RayNode:
         """Start a node and wait until it has joined."""
-        node = self._start([f"--address={self.address}:{self.port}", f"--num-cpus={num_cpus}"], address or self.address, inside)
+        joins = [f"--address={self.address}:{self.port}", f"--num-cpus={num_cpus}"]
+        if self.takes_jobs:  # a node unpacks a job's packages anew, over those that others use where they share a folder: machines do not
+            joins.append(f"--temp-dir={self.temporary}/{len(self.nodes)}")
+        node = self._start(joins, address or self.address, inside)
         self.nodes.append(node)
         self._wait_for(1 + len(self.nodes))
         return node

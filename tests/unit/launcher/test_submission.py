@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, job_request, submitting, verbs_stop
+from launcher import cli, job_request, submitting, verbs_stop, verbs_submit
 from launcher import lease as lease_module
 from launcher.clusters.ray_jobs import JobState
 from launcher.config import RayCluster, SharedVenv, dump_yaml, load_run_config
@@ -423,6 +423,7 @@ def test_who_follows_sees_what_is_printed_and_exits_alike(
         return answer(method, path, body)
 
     monkeypatch.setattr(api, "answer", end_when_asked)
+    monkeypatch.setattr(verbs_submit, "_LOOK_S", 0.01)
     assert submit("--follow") == code
     printed = capsys.readouterr()
     assert "a line\na line\na line\n" in printed.out
@@ -497,13 +498,17 @@ def test_the_job_runs_the_command_of_the_submission_where_it_was_submitted(here:
     run = tiny()
     submission = Submission(1, "job-1", "http://head:8265", ["list", "--storage", "elsewhere"], str(here), 0, "laptop", 1.5)
     claim(run, submission)
-    done = subprocess.run([sys.executable, "-m", "launcher.submitted", str(run.root), "1"], cwd="/", capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.submitted", str(run.root), "1"], cwd="/", capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert f"no runs in {here / 'elsewhere'}" in done.stdout
 
 
 def test_storage_that_the_head_does_not_see(here: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "launcher.submitted", str(here / "no"), "1"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher.submitted", str(here / "no"), "1"], capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == ExitCode.STORAGE
     assert len(done.stderr.strip().splitlines()) == 2
     assert "does not see submission 1" in done.stderr
