@@ -10,13 +10,15 @@ from launcher.attempts import last_attempt
 from launcher.lease import LeaseState, holder
 from launcher.options import completed
 from launcher.runs import read_config, reference
-from launcher.submission import driving_submission
+from launcher.submission import Submission, driving_submission, newest_submission
 from trainer.manifest import MANIFEST
 from trainer.runlog import RunFolder
 
 State = Literal["running", "finished", "stopped", "failed", "interrupted", "created", "submitted"]
 """`submitted`: given to a cluster, and nobody drives it yet; what became of the job, the cluster knows (`submitting.asked_status`)."""
 
+_LOOKS = 3
+_LOOK_S = 0.3
 _TERMINAL = {"finished", "failed", "stopped"}
 
 
@@ -70,11 +72,10 @@ class RunStatus:
 
 def read_status(run: RunFolder) -> RunStatus:
     """The status of a run from its lease, events, metrics and checkpoints."""
-    config, lease, events, newest = read_config(run), holder(run), run.read_events(), run.newest_metrics()
-    submission = driving_submission(run, events)
-    state, exit_code, last = _state(lease, events)
-    if lease is None and submission is not None and submission.waits(run):
-        state, exit_code, last = "submitted", ExitCode.RUNNING, {}
+    waiting, lease, events = _read_driver(run)
+    config, newest = read_config(run), run.newest_metrics()
+    submission = waiting or driving_submission(run, events)
+    state, exit_code, last = ("submitted", ExitCode.RUNNING, {}) if waiting else _state(lease, events)
     resumed = [event for event in events if event["kind"] == "resumed"]
     times = [event["time"] for event in events]
     step = int(newest["step"]) + 1 if newest else 0
@@ -108,6 +109,27 @@ def read_status(run: RunFolder) -> RunStatus:
         started_at=min(times, default=None),
         updated_at=max([*times, *([lease.time] if lease else [])], default=None),
     )
+
+
+def _read_driver(run: RunFolder) -> tuple[Submission | None, LeaseState | None, list[dict[str, Any]]]:
+    """The submission that waits to drive a run, or who drives it, and the run's events; a job that begins between two reads is not missed.
+
+    Who waits is asked first. Who has just begun has a lease's number before its lease, and its event last: there it is looked again.
+    """
+    for looks_left in reversed(range(_LOOKS)):
+        submission = newest_submission(run)
+        waiting = submission if submission is not None and submission.waits(run) else None
+        lease, events = holder(run), run.read_events()
+        if lease or waiting or submission is None or not looks_left or _has_begun(submission, events):
+            return None if lease else waiting, lease, events
+        time.sleep(_LOOK_S)
+    raise AssertionError("it returns at the last look")
+
+
+def _has_begun(submission: Submission, events: list[dict[str, Any]]) -> bool:
+    """Whether its job, or another command since, has said in the run's events that it drives it."""
+    begun = [event for event in events if event["kind"] == "command_started"]
+    return any(event.get("submission") == submission.job or event["time"] > submission.time for event in begun)
 
 
 def _state(lease: LeaseState | None, events: list[dict[str, Any]]) -> tuple[State, ExitCode, dict[str, Any]]:

@@ -35,6 +35,7 @@ from launcher.verbs_submit import print_job_log, submit_again
 from trainer.runlog import RunFolder
 
 _READ_BYTES = 8 << 20
+_GOES_ON = {"submitted", "running"}
 
 
 def run(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
@@ -187,7 +188,7 @@ def logs(
     shown = 0
     while True:
         # Asked before the log is read, so that nothing is missed that was written until then.
-        ended = not follow or (holder(folder) is None and status_of(folder).state != "submitted")
+        ended = not follow or (holder(folder) is None and status_of(folder).state not in _GOES_ON)
         newest = last_attempt(folder) if follow and attempt is None else number
         log = folder.rank_log(number, rank)
         if log.exists():

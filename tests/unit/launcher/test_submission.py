@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, job_request, submitting, verbs_stop, verbs_submit
+from launcher import cli, job_request, run_status, submitting, verbs_stop, verbs_submit
 from launcher import lease as lease_module
 from launcher.clusters.ray_jobs import JobState
 from launcher.config import RayCluster, SharedVenv, dump_yaml, load_run_config
 from launcher.job_request import job_request as request_for
 from launcher.job_request import pack_packages, package_name
-from launcher.lease import Lease
+from launcher.lease import Lease, LeaseState, holder
+from launcher.run_status import read_status
 from launcher.submission import (
     Submission,
     claim,
@@ -309,6 +310,27 @@ def test_a_job_that_begins_while_its_run_is_submitted_again(
     capsys.readouterr()
     assert invoke("status", "tiny", "--storage", "storage", "--json") == 0
     assert json.loads(capsys.readouterr().out)["submission"] == job
+
+
+@pytest.mark.parametrize("is_claimed", [True, False])
+def test_the_status_of_a_run_whose_job_begins_while_it_is_read(is_claimed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease is a number first, and a file after that."""
+    run, held = tiny(), list[Lease]()
+    run.config.write_bytes(dump_yaml(load_run_config("run.yaml")))
+    run.append_event("stopped", attempt=1)
+    claim(run, a_submission(run))
+
+    if is_claimed:
+        (run.root / "leases/00000001").claim(b"token")
+
+    def begin_after(asked: RunFolder) -> LeaseState | None:
+        found = holder(asked)
+        if not held:
+            held.append(Lease.acquire(run))
+        return found
+
+    monkeypatch.setattr(run_status, "holder", begin_after)
+    assert read_status(run).state in {"submitted", "running"}
 
 
 def test_a_job_that_found_the_run_taken_is_not_its_driver() -> None:
