@@ -21,6 +21,7 @@ from data_pipeline.storage import Location, storage_errors
 from launcher.lease import Lease, user_of
 from launcher.node_storage import TRIAL
 from launcher.runs import read_config, run_ids
+from launcher.submission import waiting_submission
 from trainer.checkpoint_store import Entry, checkpoints_of
 from trainer.manifest import MANIFEST as CHECKPOINT_MANIFEST
 from trainer.manifest import Manifest, Problem, parse_manifest
@@ -64,6 +65,11 @@ class Found:
     leftovers: list[Leftover]
     passed_over: dict[str, str]
     """Why, by name."""
+
+
+def in_use(run: RunFolder) -> bool:
+    """Whether somebody drives a run, profiles it, or is about to: a job that waits knows by the number of its lease whether it is still wanted."""
+    return user_of(run) is not None or waiting_submission(run) is not None
 
 
 def find_in_run(run: RunFolder) -> list[Leftover]:
@@ -118,10 +124,10 @@ def find_in_storage(storage: Location) -> Found:
     leftovers += _trials(storage)
     runs = [RunFolder(storage / name) for name in run_ids(storage)]
     for run in runs:
-        if user_of(run) is None:
+        if not in_use(run):
             leftovers += find_in_run(run)
         else:
-            passed_over[run.root.name] = "it runs, or is profiled"
+            passed_over[run.root.name] = "it runs, is profiled, or waits on a cluster"
     shared = "corpora and caches"
     if passed_over:
         passed_over[shared] = "a run may use them just now"
@@ -149,7 +155,7 @@ def remove(leftover: Leftover, storage: Location) -> None:
     Raises:
         ConflictError: somebody uses it by now. StorageError: it cannot be removed.
     """
-    if leftover.run is not None and user_of(leftover.run) is not None:
+    if leftover.run is not None and in_use(leftover.run):
         raise ConflictError(f"run {leftover.run.root.name} is in use by now", "Run `maskwright clean` again later.")
     with storage_errors(str(leftover.location)), _held(leftover):
         if leftover.kind == "corpus" and leftover.location.name in _used(storage):

@@ -6,7 +6,6 @@ import typer
 
 from data_pipeline.errors import ConflictError, MaskwrightError
 from data_pipeline.storage import Location
-from launcher.lease import user_of
 from launcher.options import Json, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import find_run, resolve_storage
 
@@ -51,15 +50,15 @@ def clean(
 
 def _find(run: str | None, storage: str | None) -> "tuple[Location, str, Found]":
     """The storage, what was looked through, in words, and what it has."""
-    from launcher.cleaning import Found, find_in_run, find_in_storage
+    from launcher.cleaning import Found, find_in_run, find_in_storage, in_use
 
     if run is None:
         root = resolve_storage(storage)
         return root, str(root), find_in_storage(root)
     folder = find_run(run, storage)
-    if user_of(folder) is not None:
+    if in_use(folder):
         remedy = f"Stop it first: `maskwright stop {run}`; or wait for the end of `maskwright profile`."
-        raise ConflictError(f"run {folder.root.name} runs, or is profiled: nothing of it can be removed", remedy)
+        raise ConflictError(f"run {folder.root.name} runs, is profiled, or waits on a cluster: nothing of it can be removed", remedy)
     return folder.root.parent, f"run {folder.root}", Found(find_in_run(folder), {})
 
 
