@@ -58,6 +58,10 @@ class SharedVenv(Section):
         return f"{self.venv.rstrip('/')}/bin/python"
 
 
+DASHBOARD = r"^https?://([^\s:/@?#]+|\[[0-9a-fA-F:]+\])(:\d+)?/?$"
+"""Addresses without anything that would lead elsewhere, or is secret."""
+
+
 class RayCluster(ClusterConfig):
     """The whole of a cluster YAML of kind `ray`."""
 
@@ -65,7 +69,7 @@ class RayCluster(ClusterConfig):
     """`ray`: a Ray cluster that is there already. `run` drives it from one of its machines, `submit` from anywhere. It is never shut down."""
     address: str = Field(default="auto", pattern=r"^(auto|[^\s:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+)$")
     """`host:port` of the cluster's head, or `auto`: the cluster that runs on the machine of the driver."""
-    dashboard: str | None = Field(default=None, pattern=r"^https?://([^\s:/@?#]+|\[[0-9a-fA-F:]+\])(:\d+)?/?$")
+    dashboard: str | None = Field(default=None, pattern=DASHBOARD)
     """Address of the dashboard, such as `http://head:8265`, through which `submit` hands a run over to the cluster. Null: only `run` works."""
     environment: SharedVenv | None = None
     """Where ranks, and the driver of a submitted run, find their libraries. Null: ranks where Ray does, that driver in the PATH of the head."""

@@ -1,19 +1,25 @@
 """Submissions of a run: each time that it is given to a cluster as a job, numbered, in the run's folder (reads and writes the run folder)."""
 
-import hashlib
 import json
+import os
+import re
+import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
-from data_pipeline.errors import ConflictError, NotFoundError
+from data_pipeline.errors import ConflictError, ExitCode, NotFoundError, UnreachableError
 from data_pipeline.storage import Location
+from launcher.config import DASHBOARD
 from launcher.lease import newest_lease
 from trainer.runlog import RunFolder
 
 SUBMISSION_VARIABLE = "MASKWRIGHT_SUBMISSION"
 """In the environment of a driver that is a job: its id, which the run's events then tell."""
+_CHOSEN = "RAY_API_SERVER_ADDRESS"
+"""Of Ray: where the user's jobs go."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +28,7 @@ class Submission:
 
     number: int
     job: str
-    """Its id at the cluster: from the run's name, its place and `number`, so that it is given once."""
+    """Its id at the cluster, which is given once."""
     dashboard: str
     arguments: list[str]
     """The command that the job runs there."""
@@ -32,6 +38,15 @@ class Submission:
     """The run's newest lease at that time: once there is another, somebody has begun to drive."""
     host: str
     time: float
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(DASHBOARD, self.dashboard):
+            raise ValueError(f"{self.dashboard} is no address of a cluster")
+
+    @property
+    def overrides(self) -> list[str]:
+        """Those of its command, if that is `resume`."""
+        return [value for name, value in pairwise(self.arguments) if name == "--set"]
 
     def waits(self, run: RunFolder) -> bool:
         """Whether nobody has begun to drive the run since it was submitted."""
@@ -43,9 +58,9 @@ def submission_folder(run: RunFolder, number: int) -> Location:
     return run.root / "submissions" / f"{number:04d}"
 
 
-def job_name(run: RunFolder, number: int) -> str:
-    """Id of a job: no two runs, whatever their storage, have the same."""
-    return f"{run.root.name}-{hashlib.sha256(run.root.url.encode()).hexdigest()[:8]}-{number:04d}"
+def new_job_name(run: RunFolder, number: int) -> str:
+    """Id of a job, which no other has: not of another storage, nor of an earlier run of this name, whose jobs the cluster may remember."""
+    return f"{run.root.name}-{uuid.uuid4().hex[:12]}-{number:04d}"
 
 
 def next_number(run: RunFolder) -> int:
@@ -69,16 +84,41 @@ def revoke(run: RunFolder, submission: Submission) -> None:
     _file(run, submission.number).remove()
 
 
+def give_up(run: RunFolder, submission: Submission) -> None:
+    """Take a submission back that a cluster has taken: the run's events tell that it was stopped, and `resume` submits it again."""
+    _given_up(run, submission.number).write_json(asdict(submission))
+    revoke(run, submission)
+    told = {"cause": f"job {submission.job} was stopped before it began", "remedy": "Run `maskwright resume`."}
+    run.append_event("stopped", attempt=0, exit_code=int(ExitCode.INTERRUPTED), submission=submission.job, **told)
+
+
+def require_ours(run: RunFolder, submission: Submission, given: str | None = None) -> None:
+    """Our token goes to no address that another user has written into storage; to `given`, and to that of Ray's environment, it may.
+
+    Who may write into a store is not seen: whoever can has its credentials.
+
+    Raises:
+        UnreachableError: another user wrote it.
+    """
+    if not run.root.is_local or submission.dashboard in {given, os.environ.get(_CHOSEN)}:
+        return
+    for file in (_file(run, submission.number), _given_up(run, submission.number)):
+        with suppress(FileNotFoundError), file.path.open("rb") as opened:  # owner and contents of one and the same file
+            if os.fstat(opened.fileno()).st_uid == os.getuid() and json.load(opened)["dashboard"] == submission.dashboard:
+                return
+    raise UnreachableError(
+        f"another user submitted run {run.root.name}, to {submission.dashboard}: no token of yours is sent there by their word",
+        f"If that is your cluster: {_CHOSEN}={submission.dashboard} in the environment.",
+    )
+
+
 def read_submission(run: RunFolder, number: int) -> Submission:
     """A submission by its number.
 
     Raises:
         NotFoundError: there is none.
     """
-    try:
-        return Submission(**_file(run, number).read_json())
-    except (ValueError, TypeError) as error:
-        raise NotFoundError(f"{_file(run, number)} describes no submission", "Submit the run again.") from error
+    return _read(_file(run, number))
 
 
 def newest_submission(run: RunFolder) -> Submission | None:
@@ -95,20 +135,28 @@ def waiting_submission(run: RunFolder) -> Submission | None:
 def driving_submission(run: RunFolder, events: Iterable[dict[str, Any]]) -> Submission | None:
     """The submission that waits to drive the run, or whose job was the last to, by its `events`; None where another command was.
 
-    It need not be the newest: a job that found the run taken has ended, and drove nothing.
+    It need not be the newest: a job that found the run taken has ended, and drove nothing. One that was given up counts.
     """
     if (waiting := waiting_submission(run)) is not None:
         return waiting
-    begun = [event for event in events if event["kind"] == "command_started"]
-    job = begun[-1].get("submission") if begun else None
-    return next((submission for submission in _submissions(run) if submission.job == job), None) if job else None
+    told = [event for event in events if event["kind"] == "command_started" or (event["kind"] == "stopped" and "submission" in event)]
+    job = told[-1].get("submission") if told else None
+    return next((submission for submission in _submissions(run, given_up=True) if submission.job == job), None) if job else None
 
 
-def _submissions(run: RunFolder) -> Iterator[Submission]:
-    """Those that were made and not revoked, the newest first."""
+def _submissions(run: RunFolder, *, given_up: bool = False) -> Iterator[Submission]:
+    """Those that were made and not revoked, the newest first; also those that were given up, where asked for."""
     for number in sorted(_numbers(run), reverse=True):
-        with suppress(NotFoundError):
-            yield read_submission(run, number)
+        for file in (_file(run, number), *([_given_up(run, number)] if given_up else [])):
+            with suppress(NotFoundError):
+                yield _read(file)
+
+
+def _read(file: Location) -> Submission:
+    try:
+        return Submission(**file.read_json())
+    except (ValueError, TypeError) as error:
+        raise NotFoundError(f"{file} describes no submission", "Submit the run again.") from error
 
 
 def _numbers(run: RunFolder) -> list[int]:
@@ -117,3 +165,7 @@ def _numbers(run: RunFolder) -> list[int]:
 
 def _file(run: RunFolder, number: int) -> Location:
     return submission_folder(run, number) / "submission.json"
+
+
+def _given_up(run: RunFolder, number: int) -> Location:
+    return submission_folder(run, number) / "given-up.json"

@@ -19,11 +19,13 @@ from launcher.jobs import allowed_changes, with_whole_paths
 from launcher.lease import newest_lease, proven_holder, taken
 from launcher.run_status import RunStatus, State, read_status
 from launcher.runs import cluster_file
-from launcher.submission import Submission, claim, job_name, next_number, revoke, submission_folder, waiting_submission
+from launcher.submission import Submission, claim, new_job_name, next_number, require_ours, revoke, submission_folder, waiting_submission
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
 _CODES = {int(code) for code in ExitCode}
+LOOK_ANSWER_S = 5.0
+"""What a cluster has for an answer to who only looks."""
 _HANDOVER_S = 60.0
 """So long after its submission a job may be on its way to the cluster, with its packages."""
 _NO_PYTHON = {126, 127}
@@ -59,7 +61,9 @@ def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overri
     folder = submission_folder(run, number)
     what = [str(folder / "run.yaml")] if verb == "run" else [run.root.url, *(word for override in overrides for word in ("--set", override))]
     arguments = [verb, *what, "--cluster", str(folder / "cluster.yaml")]
-    submission = Submission(number, job_name(run, number), dashboard, arguments, os.getcwd(), newest_lease(run), socket.gethostname(), time.time())
+    submission = Submission(
+        number, new_job_name(run, number), dashboard, arguments, os.getcwd(), newest_lease(run), socket.gethostname(), time.time()
+    )
     package = pack_packages(Path(__file__).parents[1])
     return Prepared(run, config, cluster, submission, job_request(run, submission, cluster, package_name(package)), package)
 
@@ -76,7 +80,7 @@ def submit(prepared: Prepared, say: Callable[[str], None]) -> RayJobs:
     jobs = RayJobs.connect(submission.dashboard)
     if (lease := proven_holder(run, say)) is not None:
         raise taken(run, lease)
-    _require_not_waiting(run)
+    _require_not_waiting(run, given=submission.dashboard)
     claim(run, submission)
     try:
         _require_not_driven_since(run, submission)
@@ -106,9 +110,12 @@ def _dashboard(cluster: Cluster) -> str:
     return cluster.dashboard.rstrip("/")
 
 
-def _require_not_waiting(run: RunFolder) -> None:
+def _require_not_waiting(run: RunFolder, given: str) -> None:
     waiting = waiting_submission(run)
-    if waiting is not None and _is_alive(waiting):
+    if waiting is None:
+        return
+    require_ours(run, waiting, given)
+    if _is_alive(waiting):
         raise ConflictError(
             f"run {run.root.name} was submitted already, as job {waiting.job} of {waiting.dashboard}, and is about to start",
             f"Follow it with `maskwright status {run.root.name}`, or end it with `maskwright stop {run.root.name}`.",
@@ -129,6 +136,16 @@ def _is_alive(submission: Submission) -> bool:
         return False
 
 
+def jobs_of(run: RunFolder, submission: Submission, answer_s: float = LOOK_ANSWER_S) -> RayJobs:
+    """The jobs of the cluster that a submission of a run was for.
+
+    Raises:
+        UnreachableError: it does not answer, or its address is the word of another user.
+    """
+    require_ours(run, submission)
+    return RayJobs.connect(submission.dashboard, answer_s)
+
+
 def job_state(jobs: RayJobs, submission: Submission) -> JobState:
     """What its cluster knows of a submission. One that is being handed over waits, though no cluster knows it yet."""
     state = jobs.look(submission.job)
@@ -142,7 +159,7 @@ def asked_status(status: RunStatus, run: RunFolder) -> RunStatus:
     if submission is None:  # it has begun since
         return read_status(run)
     try:
-        state = job_state(RayJobs.connect(submission.dashboard), submission)
+        state = job_state(jobs_of(run, submission), submission)
     except UnreachableError as error:
         return replace(status, cause=f"whether it still waits is not known: {error.cause}", remedy=error.remedy)
     if state.is_alive:

@@ -3,11 +3,12 @@
 import shlex
 import sys
 import time
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.errors import MaskwrightError, NotFoundError, UsageError
+from data_pipeline.errors import MaskwrightError, NotFoundError, UnreachableError, UsageError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt
 from launcher.config import LocalCluster, load_cluster_config, load_run_config, override_run_config
@@ -30,8 +31,8 @@ from launcher.options import (
 from launcher.progress import clock, human
 from launcher.run_status import RunStatus, read_status
 from launcher.runs import find_run, read_cluster, read_config, reference, resolve_storage, run_ids
-from launcher.submission import driving_submission
-from launcher.verbs_submit import print_job_log, submit_again
+from launcher.submission import driving_submission, waiting_submission
+from launcher.verbs_submit import SILENCE_S, print_job_log, submit_again
 from trainer.runlog import RunFolder
 
 _READ_BYTES = 8 << 20
@@ -63,10 +64,10 @@ def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, clu
     begun = next((event for event in events if event["kind"] == "command_started"), {})
     if begun.get("verb") == "finetune":
         raise UsageError(f"run {folder.root.name} only fine-tunes a model, it has nothing to pretrain", "Give the same `maskwright finetune` again.")
-    config = override_run_config(read_config(folder), overrides or ())
     if cluster is None and (last := driving_submission(folder, events)) is not None:
-        submit_again(folder, last, config, overrides or ())
+        submit_again(folder, last, overrides or ())
         return
+    config = override_run_config(read_config(folder), overrides or ())
     where = load_cluster_config(cluster) if cluster else read_cluster(folder) or LocalCluster()
     _say_finished(run_job(config, where, console(), verb="resume", deliberate=bool(overrides)))
 
@@ -77,7 +78,7 @@ def _say_finished(run: RunFolder) -> None:
 
 
 def list_(storage: Storage = None, as_json: Json = False) -> None:
-    """List the runs in a storage.
+    """List the runs in a storage, as they tell it: no cluster is asked.
 
     Example: maskwright list --storage /data/runs
     """
@@ -85,7 +86,7 @@ def list_(storage: Storage = None, as_json: Json = False) -> None:
     statuses: list[RunStatus] = []
     for name in run_ids(root):
         try:
-            statuses.append(status_of(RunFolder(root / name)))
+            statuses.append(read_status(RunFolder(root / name)))
         except MaskwrightError as error:  # one run that cannot be read must not hide the others
             print(f"{name}: {error.cause}", file=sys.stderr)
     if as_json:
@@ -184,12 +185,12 @@ def logs(
     Example: maskwright logs demo --rank 1 -f
     """
     folder = find_run(run, storage)
-    number = attempt or last_attempt(folder)
-    shown = 0
+    before = last_attempt(folder) if attempt is None and waiting_submission(folder) is not None else 0
+    number = attempt or _newest_attempt(folder, before)
+    shown, endings = 0, _endings(folder)
     while True:
-        # Asked before the log is read, so that nothing is missed that was written until then.
-        ended = not follow or (holder(folder) is None and status_of(folder).state not in _GOES_ON)
-        newest = last_attempt(folder) if follow and attempt is None else number
+        ended = not follow or next(endings)  # asked before the log is read, so that nothing is missed that was written until then
+        newest = _newest_attempt(folder, before) if follow and attempt is None else number
         log = folder.rank_log(number, rank)
         if log.exists():
             shown = _print_log(log, shown, number, rank, as_json=as_json, whole=ended or newest > number)
@@ -203,6 +204,28 @@ def logs(
             return
         else:
             time.sleep(0.5)
+
+
+def _newest_attempt(run: RunFolder, before: int) -> int:
+    """Number of the newest attempt after that of number `before`; 0 when there is none."""
+    newest = last_attempt(run)
+    return newest if newest > before else 0
+
+
+def _endings(run: RunFolder) -> Iterator[bool]:
+    """Whether a run has ended, each time that it is asked.
+
+    Raises:
+        UnreachableError: the cluster that it waits for has not answered for long.
+    """
+    heard_at = time.monotonic()
+    while True:
+        found = None if holder(run) else status_of(run)
+        if found is None or not (found.state == "submitted" and found.cause):
+            heard_at = time.monotonic()
+        elif time.monotonic() - heard_at > SILENCE_S:
+            raise UnreachableError(found.cause, found.remedy)
+        yield found is not None and found.state not in _GOES_ON
 
 
 def _print_log(log: Location, shown: int, attempt: int, rank: int, *, as_json: bool, whole: bool) -> int:

@@ -7,18 +7,19 @@ from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import ConflictError
+from data_pipeline.errors import ConflictError, UnreachableError
 from launcher.control import request_stop
-from launcher.lease import LeaseState, holder, process_start
+from launcher.lease import STALE_AFTER_S, LeaseState, holder, process_start
 from launcher.options import RunArgument, Storage, command, next_command, say
 from launcher.run_status import read_status
 from launcher.runs import find_run
-from launcher.submission import Submission, driving_submission, waiting_submission
+from launcher.submission import Submission, driving_submission, give_up, waiting_submission
 from trainer.runlog import RunFolder
 
 KILL_AFTER_S = 15.0
 """A driver that has not ended so long after its grace is killed."""
 _LOOK_S = 0.25
+_ANSWER_S = 60.0
 
 
 def stop(
@@ -35,12 +36,14 @@ def stop(
     lease = holder(folder)
     if lease is not None:
         _stop_driver(folder, lease, grace, save=not now)
-    elif (waiting := waiting_submission(folder)) is None or not _end_job(waiting):
+    elif (waiting := waiting_submission(folder)) is None or not _end_waiting(folder, waiting, now=now):
         raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
     status = read_status(folder)
     state = "stopped" if lease is None else "interrupted" if _holds(folder, lease) else status.state  # who was ended elsewhere still seems to hold it
     saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
     say(f"run {folder.root.name} {state}; {saved}")
+    if lease is not None and _holds(folder, lease):
+        say(f"its driver was ended on {lease.host}: for {STALE_AFTER_S:.0f} s it still seems to run, which `resume` waits for")
     next_command(command("resume", run, storage=storage))
 
 
@@ -61,7 +64,7 @@ def _holds(run: RunFolder, lease: LeaseState) -> bool:
 def _kill(run: RunFolder, lease: LeaseState) -> None:
     """End a driver that does not answer. Its Ray processes go with it."""
     submission = driving_submission(run, run.read_events())
-    if not lease.is_here() and (submission is None or not _end_job(submission)):
+    if not lease.is_here() and (submission is None or not _end_job(run, submission)):
         raise ConflictError(
             f"the run's process {lease.pid} on {lease.host} does not answer", "End it there; the run is free when its heartbeat is 30 s old."
         )
@@ -71,12 +74,25 @@ def _kill(run: RunFolder, lease: LeaseState) -> None:
             time.sleep(0.05)
 
 
-def _end_job(submission: Submission) -> bool:
-    """End a job through its cluster, which kills what does not end by itself; False where there was none any more."""
-    from launcher.clusters.ray_jobs import RayJobs
-    from launcher.job_request import STOP_WAIT_S
+def _end_waiting(run: RunFolder, waiting: Submission, *, now: bool) -> bool:
+    """End a job that has not begun. With `now` it is given up whatever its cluster says: one that comes of it all the same finds nothing to do."""
+    try:
+        ended = _end_job(run, waiting)
+    except UnreachableError as error:
+        if not now:
+            raise UnreachableError(error.cause, "Where that cluster is gone for good: `maskwright stop --now` gives the submission up.") from error
+        ended = False
+    if (ended or now) and waiting.waits(run):
+        give_up(run, waiting)
+    return ended or now
 
-    jobs = RayJobs.connect(submission.dashboard)
+
+def _end_job(run: RunFolder, submission: Submission) -> bool:
+    """End a job through its cluster, which kills what does not end by itself; False where there was none any more."""
+    from launcher.job_request import STOP_WAIT_S
+    from launcher.submitting import jobs_of
+
+    jobs = jobs_of(run, submission, _ANSWER_S)
     was_alive = jobs.look(submission.job).is_alive
     if was_alive:
         jobs.end(submission.job)

@@ -12,8 +12,7 @@ from data_pipeline.errors import ExitCode, MaskwrightError, UnreachableError
 from launcher.config import load_cluster_config, load_run_config
 from launcher.options import ConfigArgument, Set, Storage, command, next_command, print_json, say
 from launcher.runs import reference
-from launcher.submission import Submission, newest_submission, submission_folder
-from trainer.config import RunConfig
+from launcher.submission import Submission, newest_submission, require_ours, submission_folder
 from trainer.runlog import RunFolder
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _LOOK_S = 1.0
 _BYTES_PER_S = 256 << 10
 """A job's log is fetched as a whole, and the more seldom the longer it is."""
-_SILENCE_S = 60.0
+SILENCE_S = 60.0
 """How long a cluster that is followed may not answer."""
 
 
@@ -54,12 +53,19 @@ def submit(
     _say_what_next(prepared.run)
 
 
-def submit_again(run: RunFolder, last: Submission, config: RunConfig, overrides: Sequence[str]) -> None:
-    """Hand a run over to the cluster that its submission `last` was for, to be resumed there."""
+def submit_again(run: RunFolder, last: Submission, overrides: Sequence[str]) -> None:
+    """Hand a run over to the cluster that its submission `last` was for, to be resumed there; one that nobody has driven since, as it was meant."""
     from launcher.submitting import prepare_submission
 
-    where = load_cluster_config(str(submission_folder(run, last.number) / "cluster.yaml"))
-    _submit(prepare_submission(config, where, verb="resume", overrides=overrides))
+    require_ours(run, last)
+    folder, verb, source = submission_folder(run, last.number), "resume", run.config
+    if last.waits(run):
+        verb, source, overrides = last.arguments[0], folder / "run.yaml", [*last.overrides, *overrides]
+    config = load_run_config(str(source), overrides, storage=run.root.parent.url)
+    where = load_cluster_config(str(folder / "cluster.yaml"))
+    if getattr(where, "dashboard", None) is not None:
+        where = where.model_copy(update={"dashboard": last.dashboard})
+    _submit(prepare_submission(config, where, verb=verb, overrides=overrides))
     _say_what_next(run)
 
 
@@ -87,7 +93,7 @@ def _follow(jobs: "RayJobs", run: RunFolder, submission: Submission) -> int:
         _say_what_next(run)
         return int(ExitCode.CTRL_C)
     end = end_of(submission, state)
-    if state.exit_code is None:  # else its command has said how it ended
+    if state.exit_code not in {int(code) for code in ExitCode}:  # else its command has said how it ended
         print(f"error: {end.cause}\n{end.remedy}", file=sys.stderr)
     next_command(command("status", reference(run)))
     return end.exit_code
@@ -104,7 +110,7 @@ def _print_until_ended(jobs: "RayJobs", submission: Submission) -> "JobState":
         except UnreachableError:  # of a log alone, too: its node may have gone, and the job with it
             if state is not None and not state.is_alive:
                 return state
-            if time.monotonic() - heard_at > _SILENCE_S:
+            if time.monotonic() - heard_at > SILENCE_S:
                 raise
         else:
             sys.stdout.write(text[shown:])
@@ -120,10 +126,10 @@ def print_job_log(run: RunFolder) -> bool:
     submission = newest_submission(run)
     if submission is None:
         return False
-    from launcher.clusters.ray_jobs import RayJobs
+    from launcher.submitting import jobs_of
 
     try:
-        sys.stdout.write(RayJobs.connect(submission.dashboard).log(submission.job))
+        sys.stdout.write(jobs_of(run, submission).log(submission.job))
     except MaskwrightError:
         return False
     return True

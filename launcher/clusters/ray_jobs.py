@@ -16,8 +16,9 @@ from launcher.clusters.local import environment, read_token_again
 from launcher.clusters.tokens import has_token, require_token
 from launcher.job_request import JobRequest
 
-_ANSWER_S = (5.0, 60.0)
-"""To connect, and between two bytes of an answer. Ray's client by itself waits for ever."""
+_CONNECT_S = 5.0
+_ANSWER_S = 60.0
+"""Between two bytes of an answer. Ray's client by itself waits for ever."""
 _HERE = "RAY_API_SERVER_ADDRESS"
 """Ray's client goes to this address, whatever it is told, or else to RAY_ADDRESS."""
 
@@ -57,8 +58,8 @@ class RayJobs:
     _client: Any
 
     @classmethod
-    def connect(cls, dashboard: str) -> "RayJobs":
-        """Make sure of the cluster at an address, and that it takes our token.
+    def connect(cls, dashboard: str, answer_s: float = _ANSWER_S) -> "RayJobs":
+        """Make sure of the cluster at an address, and that it takes our token; it may take `answer_s` seconds for each answer.
 
         Raises:
             UnreachableError: it does not answer, does not accept us, or would be talked to without a token.
@@ -68,7 +69,7 @@ class RayJobs:
         require_token(f"{host}:{address.port or 80}", has_token=has_token())
         token = {"RAY_AUTH_MODE": "token"} if has_token() else {}
         with environment(token), _at(dashboard), _asking(dashboard):
-            return cls(dashboard, _client_of(dashboard))
+            return cls(dashboard, _client_of(dashboard, answer_s))
 
     def post(self, request: JobRequest, package: bytes) -> None:
         """Hand a job over; `package` is what the name of its working_dir stands for. Packages that are there already are not sent again."""
@@ -101,12 +102,12 @@ class RayJobs:
             self._client.stop_job(job)
 
 
-def _client_of(dashboard: str) -> Any:
+def _client_of(dashboard: str, answer_s: float) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
         def _do_request(self, *arguments: Any, **options: Any) -> Any:
-            return super()._do_request(*arguments, **{"timeout": _ANSWER_S, **options})
+            return super()._do_request(*arguments, **{"timeout": (_CONNECT_S, answer_s), **options})
 
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)

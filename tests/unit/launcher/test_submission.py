@@ -13,12 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, job_request, run_status, submitting, verbs_stop, verbs_submit
+from launcher import cli, job_request, run_status, submitting, verbs_run, verbs_stop, verbs_submit
 from launcher import lease as lease_module
 from launcher.clusters.ray_jobs import JobState
 from launcher.config import RayCluster, SharedVenv, dump_yaml, load_run_config
@@ -30,7 +28,7 @@ from launcher.submission import (
     Submission,
     claim,
     driving_submission,
-    job_name,
+    new_job_name,
     newest_submission,
     next_number,
     revoke,
@@ -96,7 +94,7 @@ def status(capsys: pytest.CaptureFixture[str]) -> tuple[str, int, str]:
 def a_submission(run: RunFolder, number: int = 1, lease: int = 0) -> Submission:
     folder = submission_folder(run, number)
     arguments = ["run", str(folder / "run.yaml"), "--cluster", str(folder / "cluster.yaml")]
-    return Submission(number, job_name(run, number), "http://head:8265", arguments, "/home/me/texts", lease, "laptop", 1.5)
+    return Submission(number, f"{run.root.name}-12e7b4af-{number:04d}", "http://head:8265", arguments, "/home/me/texts", lease, "laptop", 1.5)
 
 
 def test_the_request_is_the_golden_one() -> None:
@@ -152,10 +150,11 @@ def test_the_packages_that_travel_are_ours_and_whole(tmp_path: Path) -> None:
     assert (tmp_path / "there/launcher/report_template.html.j2").exists()
 
 
-@given(st.text("ab/:", min_size=1, max_size=6), st.text("ab/:", min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 3))
-def test_jobs_of_other_runs_and_numbers_have_other_names(one: str, other: str, first: int, second: int) -> None:
-    runs = [RunFolder(Location(f"/{place}/tiny")) for place in (one, other)]
-    assert (job_name(runs[0], first) == job_name(runs[1], second)) == (one == other and first == second)
+def test_no_job_has_the_name_of_another() -> None:
+    """A cluster remembers the jobs of runs whose folders are gone."""
+    names = [new_job_name(tiny(), 1) for _ in range(100)]
+    assert len(set(names)) == len(names)
+    assert all(name.startswith("tiny-") and name.endswith("-0001") for name in names)
 
 
 def test_a_submission_waits_until_somebody_drives() -> None:
@@ -214,7 +213,8 @@ def test_packages_that_are_there_are_not_sent_again(api: JobsApi, monkeypatch: p
 def test_a_dry_run_does_nothing(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit("--dry-run") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["dashboard"], shown["submission_id"]) == (api.address, job_name(tiny(), 1))
+    assert shown["dashboard"] == api.address
+    assert shown["submission_id"].endswith("-0001")
     assert not api.jobs
     assert not Path("storage").exists()
 
@@ -267,7 +267,7 @@ def test_a_cluster_that_is_gone_leaves_it_open(api: JobsApi, capsys: pytest.Capt
         assert "whether it still waits is not known" in cause
         write_cluster(other)
         assert submit() == 0, "a cluster that is gone must not hold the run for ever"
-        assert list(other.jobs) == [job_name(tiny(), 2)]
+        assert [job[-5:] for job in other.jobs] == ["-0002"]
         api.__enter__()
 
 
@@ -363,7 +363,7 @@ def test_a_job_that_is_not_taken_is_revoked(api: JobsApi, capsys: pytest.Capture
     assert waiting_submission(tiny()) is None
     api.refuses_jobs = False
     assert submit() == 0
-    assert list(api.jobs) == [job_name(tiny(), 2)]
+    assert [job[-5:] for job in api.jobs] == ["-0002"]
 
 
 def test_a_change_that_makes_another_model_is_refused_here(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -428,6 +428,7 @@ def test_a_local_cluster_is_for_run(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ({"status": "SUCCEEDED", "driver_exit_code": 0}, ExitCode.OK),
         ({"status": "FAILED", "driver_exit_code": 12}, ExitCode.DIVERGED),
+        ({"status": "FAILED", "driver_exit_code": 137}, ExitCode.INTERRUPTED),
         ({"status": "STOPPED"}, ExitCode.INTERRUPTED),
         ({"status": "FAILED", "message": "runtime_env setup failed"}, ExitCode.FAILED),
     ],
@@ -449,7 +450,7 @@ def test_who_follows_sees_what_is_printed_and_exits_alike(
     assert submit("--follow") == code
     printed = capsys.readouterr()
     assert "a line\na line\na line\n" in printed.out
-    assert len(printed.err.splitlines()) == (0 if "driver_exit_code" in told else 2), "the command has told it already"
+    assert len(printed.err.splitlines()) == (0 if code == told.get("driver_exit_code") else 2), "a command that ended by itself has told it already"
 
 
 def test_what_waits_can_be_stopped(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
@@ -476,19 +477,148 @@ def test_a_driver_that_does_not_answer_is_ended_through_its_cluster(
     tiny().append_event("command_started", attempt=0, verb="run", submission=job)
     assert invoke("stop", "tiny", "--storage", "storage", "--now") == 0
     assert api.jobs[job]["status"] == "STOPPED"
-    assert "run tiny interrupted" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "run tiny interrupted" in said
+    assert "which `resume` waits for" in said
+    monkeypatch.setattr(lease_module, "STALE_AFTER_S", 0.5)
+    assert invoke("resume", "tiny", "--storage", "storage") == 0
 
 
-def test_a_submitted_run_is_resumed_where_it_ran(api: JobsApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    hand_over_at_once(monkeypatch)
+def drive(job: str) -> None:
+    """As the job does: take the run, and leave it."""
+    with Lease.acquire(tiny()):
+        tiny().append_event("command_started", attempt=0, verb="run", submission=job)
+        tiny().append_event("stopped", attempt=1)
+
+
+def test_a_submitted_run_is_resumed_where_it_ran(api: JobsApi) -> None:
     assert submit() == 0
-    api.jobs.clear()
+    drive(next(iter(api.jobs)))
     assert invoke("resume", "tiny", "--storage", "storage", "--set", "schedule.steps=40") == 0
-    (submission,) = [newest_submission(tiny())]
+    submission = newest_submission(tiny())
     assert submission is not None
     cluster = str(submission_folder(tiny(), 2) / "cluster.yaml")
     assert submission.arguments == ["resume", str(tiny().root), "--set", "schedule.steps=40", "--cluster", cluster]
-    assert list(api.jobs) == [submission.job]
+    assert list(api.jobs)[1:] == [submission.job]
+
+
+@pytest.mark.parametrize("is_stopped", [True, False])
+def test_what_nobody_drove_is_resumed_as_it_was_meant(is_stopped: bool, api: JobsApi) -> None:
+    """The run's folder has the configuration of the command before."""
+    assert submit() == 0
+    drive(next(iter(api.jobs)))
+    assert submit("--set", "schedule.steps=40") == 0
+    if is_stopped:
+        assert invoke("stop", "tiny", "--storage", "storage") == 0
+    else:
+        api.jobs[list(api.jobs)[1]]["status"] = "FAILED"
+    assert invoke("resume", "tiny", "--storage", "storage", "--set", "schedule.warmup_steps=7") == 0
+    submission = newest_submission(tiny())
+    assert submission is not None
+    folder = submission_folder(tiny(), 3)
+    assert submission.arguments == ["run", str(folder / "run.yaml"), "--cluster", str(folder / "cluster.yaml")]
+    config = load_run_config(str(folder / "run.yaml"))
+    assert (config.schedule.steps, config.schedule.warmup_steps) == (40, 7)
+
+
+def test_a_resume_that_nobody_drove_keeps_what_it_was_to_change(api: JobsApi) -> None:
+    assert submit() == 0
+    drive(next(iter(api.jobs)))
+    assert invoke("resume", "tiny", "--storage", "storage", "--set", "schedule.steps=40") == 0
+    assert invoke("stop", "tiny", "--storage", "storage") == 0
+    assert invoke("resume", "tiny", "--storage", "storage") == 0
+    submission = newest_submission(tiny())
+    assert submission is not None
+    assert submission.arguments[:4] == ["resume", str(tiny().root), "--set", "schedule.steps=40"]
+
+
+def test_a_token_goes_to_no_address_that_another_user_wrote(
+    api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    assert submit() == 0
+    asked, answer = list[str](), api.answer
+
+    def note(method: str, path: str, body: bytes) -> tuple[int, object]:
+        asked.append(path)
+        return answer(method, path, body)
+
+    monkeypatch.setattr(api, "answer", note)
+    monkeypatch.setattr(os, "getuid", lambda: 4711)
+    capsys.readouterr()
+    for verb in (["stop", "tiny"], ["resume", "tiny"]):
+        assert invoke(*verb, "--storage", "storage") == ExitCode.UNREACHABLE
+        assert "another user submitted run tiny" in capsys.readouterr().err
+    assert "another user" in status(capsys)[2]
+    assert not asked
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", api.address)
+    assert status(capsys)[2] == ""
+    assert asked
+
+
+def test_who_lists_asks_no_cluster(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    api.jobs.clear()
+    capsys.readouterr()
+    assert invoke("list", "--storage", "storage", "--json") == 0
+    assert [row["state"] for row in json.loads(capsys.readouterr().out)] == ["submitted"]
+
+
+@pytest.mark.parametrize("dashboard", ["file:///etc/passwd", "http://me@head:8265", "http://head:8265/?to=there", "head"])
+def test_an_address_in_storage_that_is_none_is_no_submission(dashboard: str) -> None:
+    file = submission_folder(tiny(), 1) / "submission.json"
+    file.write_json({**asdict(a_submission(tiny())), "dashboard": dashboard})
+    assert newest_submission(tiny()) is None
+
+
+def test_what_waits_on_a_cluster_that_is_gone_is_given_up_when_asked(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    api.__exit__(None, None, None)
+    assert invoke("stop", "tiny", "--storage", "storage") == ExitCode.UNREACHABLE
+    assert "maskwright stop --now" in capsys.readouterr().err
+    assert invoke("stop", "tiny", "--storage", "storage", "--now") == 0
+    state, code, cause = status(capsys)
+    assert (state, code) == ("stopped", ExitCode.INTERRUPTED)
+    assert "was stopped before it began" in cause
+    with JobsApi() as other:
+        write_cluster(other)
+        assert submit() == 0
+        assert [job[-5:] for job in other.jobs] == ["-0002"]
+    api.__enter__()
+
+
+def test_the_log_of_a_job_is_waited_for_only_while_its_cluster_answers(
+    api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    api.__exit__(None, None, None)
+    monkeypatch.setattr(verbs_run, "SILENCE_S", 0.1)
+    assert invoke("logs", "tiny", "--storage", "storage", "-f") == ExitCode.UNREACHABLE
+    assert "whether it still waits is not known" in capsys.readouterr().err
+    api.__enter__()
+
+
+def test_the_log_is_that_of_what_was_submitted_last(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    drive(next(iter(api.jobs)))
+    tiny().rank_log(1, 0).write_bytes(b"the old attempt\n")
+    assert submit() == 0
+    api.log = "preparing\n"
+    capsys.readouterr()
+    assert invoke("logs", "tiny", "--storage", "storage") == 0
+    assert capsys.readouterr().out == "preparing\n"
+    assert invoke("logs", "tiny", "--storage", "storage", "--attempt", "1") == 0
+    assert capsys.readouterr().out == "the old attempt\n"
+
+
+def test_nothing_of_a_run_that_waits_is_removed(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
+    """To remove, a lease is taken, by whose number a job would know that it is not wanted any more."""
+    assert submit() == 0
+    (tiny().checkpoints / "step-00000005.partial" / "part").write_bytes(b"x")
+    assert invoke("clean", "tiny", "--storage", "storage", "--yes") == ExitCode.CONFLICT
+    assert invoke("clean", "--storage", "storage", "--yes") == 0
+    assert "waits on a cluster" in capsys.readouterr().out
+    assert waiting_submission(tiny()) is not None
 
 
 def test_the_log_of_a_job_that_has_not_trained(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
