@@ -69,7 +69,7 @@ def wait_for(cluster: RayCluster, folder: Path, steps: int, attempts: int = 1) -
     deadline = time.monotonic() + 300
     while (found := status(cluster, folder))["step"] < steps or found["attempt"] < attempts:
         assert time.monotonic() < deadline, found
-        assert found["state"] in {"submitted", "running"}, found
+        assert found["state"] in {"submitted", "running"}, json.dumps(found)  # whole: what the cause is, pytest would leave out
         time.sleep(1)
     return found
 
