@@ -115,7 +115,9 @@ def duration(
         return _stated(total, basis, seconds[-1], work)
     if speed is not None:
         return _as_before(config, work, network, world_size, speed)
-    return Duration(None, "no earlier run of this network and precision on such a device in the storage; state --tokens-per-second, or --gpu and --mfu")
+    return Duration(
+        None, "no earlier run of this network and precision on such a device in the storage; state --tokens-per-second, or --gpu and --mfu"
+    )
 
 
 def cost(hours: float | None, world_size: int, stated: Stated) -> tuple[float | None, str | None]:
