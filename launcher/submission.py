@@ -88,8 +88,14 @@ def give_up(run: RunFolder, submission: Submission) -> None:
     """Take a submission back that a cluster has taken: the run's events tell that it was stopped, and `resume` submits it again."""
     _given_up(run, submission.number).write_json(asdict(submission))
     revoke(run, submission)
-    told = {"cause": f"job {submission.job} was stopped before it began", "remedy": "Run `maskwright resume`."}
-    run.append_event("stopped", attempt=0, exit_code=int(ExitCode.INTERRUPTED), submission=submission.job, **told)
+    run.append_event(
+        "stopped",
+        attempt=0,
+        exit_code=int(ExitCode.INTERRUPTED),
+        submission=submission.job,
+        cause=f"job {submission.job} was stopped before it began",
+        remedy="Run `maskwright resume`.",
+    )
 
 
 def require_ours(run: RunFolder, submission: Submission, given: str | None = None) -> None:
