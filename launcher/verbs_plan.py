@@ -63,7 +63,7 @@ def show(found: "Plan") -> None:
     if found.memory is not None:
         say(f"\nMemory of a rank at most, in GB; * as configured, with a margin of a tenth{' and what CUDA takes' if found.facts.gpu else ''}")
         print_table(_memory_columns(found), _memory_rows(found))
-        say("Gradients of several micro-batches are summed in " + ", ".join(_sums(found)) + ".")
+        say("Gradients of several micro-batches are summed in fp32 at every stage.")
     say("\nRanks: micro-steps of each in a step, and the share of them that is empty")
     print_table(("ranks", "micro-steps", "empty"), _size_rows(found))
     if found.checkpoints is not None:
@@ -114,15 +114,6 @@ def _memory_rows(found: "Plan") -> Iterator[tuple[str, ...]]:
         name = f"{stage.stage}{' *' if stage.stage == found.config.zero.stage else ''}"
         cells = (name, *map(_gb, (*parts, *ways, rank.peak_bytes)), rank.peak_at, _gb(stage.needed_bytes))
         yield (*cells, "yes" if stage.fits else "NO", str(stage.largest_micro_batch)) if found.facts.gpu else cells
-
-
-def _sums(found: "Plan") -> Iterator[str]:
-    """Types in which stages accumulate; those that cannot in fp32 by name."""
-    types = {stage.accumulates_in for stage in found.memory or ()}
-    if types == {"fp32"}:
-        yield "fp32 at every stage"
-        return
-    yield from (f"{stage.accumulates_in} at stage {stage.stage}" for stage in found.memory or ())
 
 
 def _size_rows(found: "Plan") -> Iterator[tuple[str, str, str]]:
