@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
-from launcher.config import RayCluster
+from launcher.cluster_config import RayCluster
 from launcher.redaction import redacted
 from launcher.submission import Submission
 from trainer.runlog import RunFolder

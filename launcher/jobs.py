@@ -10,9 +10,10 @@ from data_pipeline.errors import ExitCode, InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
 from launcher.aside import Aside
 from launcher.attempts import driver_log
+from launcher.cluster_config import Cluster
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
-from launcher.config import Cluster, dump_yaml
+from launcher.config import dump_yaml
 from launcher.continuation import Change, changes, resolve_diff
 from launcher.control import clear_stop, read_stop
 from launcher.elastic import Work

@@ -16,8 +16,8 @@ from data_pipeline.index import MANIFEST, CorpusIndex
 from data_pipeline.mixture import Mixture
 from data_pipeline.sources import source_names
 from data_pipeline.storage import Location
+from launcher.cluster_config import Cluster, LocalCluster
 from launcher.clusters.local import resolve_workers, this_machine
-from launcher.config import Cluster, LocalCluster
 from launcher.plan_speed import Ranks, earlier_speed
 from launcher.plan_time import Speed
 from trainer.config import RunConfig

@@ -7,9 +7,9 @@ from typing import Any
 
 from data_pipeline.errors import ConflictError, InterruptedRunError, UsageError
 from launcher.attempts import claim_attempt
+from launcher.cluster_config import Cluster
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
-from launcher.config import Cluster
 from launcher.control import clear_stop, read_stop
 from launcher.group_watch import GroupWatch
 from launcher.health import Deadlines, beat_interval_s

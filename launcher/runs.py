@@ -7,7 +7,9 @@ from typing import Any, cast
 
 from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.storage import Location
-from launcher.config import STORAGE_VARIABLE, Cluster, parse_yaml, validate, validate_cluster
+from launcher.cluster_config import Cluster
+from launcher.config import STORAGE_VARIABLE, parse_yaml, validate_cluster
+from launcher.config_problems import validate
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 

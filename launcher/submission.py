@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import ConflictError, ExitCode, NotFoundError, UnreachableError
 from data_pipeline.storage import Location
-from launcher.config import DASHBOARD
+from launcher.cluster_config import DASHBOARD
 from launcher.lease import newest_lease
 from trainer.runlog import RunFolder
 

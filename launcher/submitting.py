@@ -10,10 +10,11 @@ from pathlib import Path
 
 from data_pipeline.errors import ConfigError, ConflictError, ExitCode, UnreachableError, UsageError
 from data_pipeline.storage import Location
+from launcher.cluster_config import Cluster, RayCluster
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
 from launcher.clusters.ray_jobs import JobState, RayJobs
-from launcher.config import Cluster, RayCluster, dump_yaml
+from launcher.config import dump_yaml
 from launcher.job_request import JobRequest, job_request, pack_packages, package_name
 from launcher.jobs import allowed_changes, with_whole_paths
 from launcher.lease import newest_lease, proven_holder, taken

@@ -13,9 +13,9 @@ from typing import Any, Generic, TypeVar
 
 from data_pipeline.errors import ExitCode, InterruptedRunError, UnreachableError
 from launcher.aside import Aside
+from launcher.cluster_config import Cluster
 from launcher.clusters.local import Machine, Workers
 from launcher.clusters.opening import OpenCluster, open_cluster
-from launcher.config import Cluster
 from launcher.control import Grace, StopRequest, read_stop, request_stop
 from launcher.elastic import Pace, Work
 from launcher.lease import Lease

@@ -16,7 +16,7 @@ from data_pipeline.errors import (
     UnreachableError,
 )
 from data_pipeline.storage import Location
-from launcher.config import Cluster as ClusterConfig
+from launcher.cluster_config import Cluster as ClusterConfig
 from launcher.config import load_cluster_config
 from launcher.doctor import diagnose, rates_of, share_of_others
 from launcher.findings import Diagnosis

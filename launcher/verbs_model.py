@@ -8,7 +8,8 @@ import typer
 
 from data_pipeline.errors import ConflictError, NotFoundError, UsageError
 from data_pipeline.storage import Location
-from launcher.config import LocalCluster, load_cluster_config, override_run_config
+from launcher.cluster_config import LocalCluster
+from launcher.config import load_cluster_config, override_run_config
 from launcher.lease import holder
 from launcher.options import Cluster, Json, RunArgument, Set, Storage, command, console, next_command, print_json, print_table, say
 from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read_config, resolve_storage

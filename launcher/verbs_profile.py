@@ -4,7 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.config import LocalCluster, load_cluster_config
+from launcher.cluster_config import LocalCluster
+from launcher.config import load_cluster_config
 from launcher.options import Cluster, Json, RunArgument, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import find_run, read_cluster, read_config
 from trainer.runlog import RunFolder

@@ -11,7 +11,8 @@ import typer
 from data_pipeline.errors import MaskwrightError, NotFoundError, UnreachableError, UsageError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt
-from launcher.config import LocalCluster, load_cluster_config, load_run_config, override_run_config
+from launcher.cluster_config import LocalCluster
+from launcher.config import load_cluster_config, load_run_config, override_run_config
 from launcher.lease import holder
 from launcher.options import (
     Cluster,

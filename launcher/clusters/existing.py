@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from data_pipeline.errors import UnreachableError
 from launcher.aside import Aside
+from launcher.cluster_config import RayCluster
 from launcher.clusters.local import (
     RAY_ENVIRONMENT,
     environment,
@@ -19,7 +20,6 @@ from launcher.clusters.local import (
     undisturbed,
 )
 from launcher.clusters.tokens import has_token, require_token
-from launcher.config import RayCluster
 from launcher.elastic import Node
 
 _ANSWER_S = 1.0

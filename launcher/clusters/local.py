@@ -15,7 +15,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from data_pipeline.scratch import Scratch
-from launcher.config import ClusterConfig, LocalCluster
+from launcher.cluster_config import ClusterConfig, LocalCluster
 from launcher.elastic import require_work
 from launcher.health import FIRST_S
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.cluster_config import Cluster, LocalCluster, RayCluster
 from launcher.clusters.local import Machine, Workers, local_cluster, resolve_workers
 from launcher.clusters.sizing import Sizing
-from launcher.config import Cluster, LocalCluster, RayCluster
 from launcher.elastic import Work, require_work
 
 

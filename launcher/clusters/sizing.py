@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from data_pipeline.errors import InterruptedRunError, UnreachableError
+from launcher.cluster_config import RayCluster
 from launcher.clusters.local import Workers
-from launcher.config import RayCluster
 from launcher.elastic import Node, Pace, Work, after_steps, choose_size, count_places, pays, threads_per_worker
 
 _LOOK_S = 0.5

@@ -8,17 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ExitCode, NotFoundError
-from launcher.config import (
-    LocalCluster,
-    RayCluster,
-    dotted_names,
-    dump_yaml,
-    example_configs,
-    json_schema,
-    load_cluster_config,
-    load_run_config,
-    override_run_config,
-)
+from launcher.cluster_config import LocalCluster, RayCluster
+from launcher.config import dump_yaml, example_configs, json_schema, load_cluster_config, load_run_config, override_run_config
+from launcher.config_problems import dotted_names
 from trainer.config import RunConfig
 
 

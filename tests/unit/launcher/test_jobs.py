@@ -11,8 +11,9 @@ from rich.console import Console
 from data_pipeline.errors import ConflictError, ExitCode, InterruptedRunError, MaskwrightError, StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import driver_log, last_attempt
+from launcher.cluster_config import ClusterConfig
 from launcher.clusters.local import Machine, Workers
-from launcher.config import ClusterConfig, dump_yaml
+from launcher.config import dump_yaml
 from launcher.job import Job
 from launcher.jobs import record_end, record_finish
 from launcher.lease import STALE_AFTER_S, Lease

@@ -8,7 +8,8 @@ import pytest
 from data_pipeline.errors import ConflictError, ExitCode, NotFoundError, UsageError
 from data_pipeline.storage import Location
 from launcher import cli
-from launcher.config import LocalCluster, dump_yaml
+from launcher.cluster_config import LocalCluster
+from launcher.config import dump_yaml
 from launcher.lease import PROFILE_FOLDER, Lease
 from launcher.policy import Failure, FailureKind
 from launcher.profiling import PROFILE, RESULT, profile_run, with_own_remedy

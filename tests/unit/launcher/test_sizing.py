@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from data_pipeline.errors import ConfigError, InterruptedRunError, UnreachableError
+from launcher.cluster_config import LocalCluster, RayCluster
 from launcher.clusters import sizing
 from launcher.clusters.existing import live_nodes
 from launcher.clusters.local import RAY_ENVIRONMENT, Machine, Workers
 from launcher.clusters.opening import workers_of
 from launcher.clusters.sizing import Sizing, TooFewWorkersError
-from launcher.config import LocalCluster, RayCluster
 from launcher.elastic import Node, Pace, Work
 from launcher.health import FIRST_S, SILENCE_S
 

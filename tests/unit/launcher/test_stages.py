@@ -10,8 +10,8 @@ from data_pipeline.config import BatchConfig
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from data_pipeline.volume import epochs, tokens
+from launcher.cluster_config import ClusterConfig
 from launcher.clusters.local import Machine, Workers
-from launcher.config import ClusterConfig
 from launcher.job import Job
 from launcher.lease import Lease
 from launcher.progress import RecordsTail, TrainingProgress

@@ -18,8 +18,9 @@ from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatch
 from data_pipeline.storage import Location
 from launcher import cli, job_request, run_status, submitting, verbs_run, verbs_stop, verbs_submit
 from launcher import lease as lease_module
+from launcher.cluster_config import RayCluster, SharedVenv
 from launcher.clusters.ray_jobs import JobState
-from launcher.config import RayCluster, SharedVenv, dump_yaml, load_run_config
+from launcher.config import dump_yaml, load_run_config
 from launcher.job_request import job_request as request_for
 from launcher.job_request import pack_packages, package_name
 from launcher.lease import Lease, LeaseState, holder

@@ -19,8 +19,8 @@ from data_pipeline.config import ObjectiveConfig
 from data_pipeline.errors import ConflictError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
 from launcher import supervision
+from launcher.cluster_config import ClusterConfig
 from launcher.clusters.local import Machine, Workers
-from launcher.config import ClusterConfig
 from launcher.control import Grace, StopRequest, clear_stop, read_stop, request_stop
 from launcher.lease import Lease
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock, human

@@ -20,8 +20,8 @@ from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
 from launcher import rank_log
 from launcher.attempts import attempt_folder, claim_attempt, read_failure
+from launcher.cluster_config import ClusterConfig, LocalCluster
 from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
-from launcher.config import ClusterConfig, LocalCluster
 from launcher.health import Beat
 from launcher.policy import FailureKind
 from launcher.rank_log import keep_logs_of_killed

@@ -1,0 +1,74 @@
+"""The typed models of cluster YAMLs: *where* a run trains (pure)."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from data_pipeline.config import Section
+
+
+class ClusterConfig(Section):
+    """What every kind of cluster has: *where* to train. Machines and budgets only; nothing here changes the model."""
+
+    num_workers: int | Literal["auto"] = Field(default="auto")
+    """Ranks. `auto`: one per GPU; without GPUs two on this machine (one where there is a single CPU), on a cluster one per node."""
+    threads_per_worker: int | Literal["auto"] = Field(default="auto")
+    """CPU threads of a rank. `auto`: CPUs divided by ranks. Part of what must not change for bit-exact resumes."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """Whether ranks get a GPU each. `auto`: when there is one."""
+    max_failures: int = Field(default=3, ge=0)
+    """Infrastructure failures (a worker killed, lost, stopped or hung) in 24 hours that are retried; one more ends the run with exit code 11."""
+    max_preemptions: int = Field(default=50, ge=0)
+    """Nodes taken away as announced (spot instances) in 24 hours that are followed by another attempt; one more ends the run with exit code 75."""
+
+
+class LocalCluster(ClusterConfig):
+    """The whole of a cluster YAML of kind `local`."""
+
+    kind: Literal["local"] = "local"
+    """`local`: Ray started by the command itself, on this machine, for the length of the command."""
+    object_store_bytes: int | None = Field(default=None, ge=80_000_000)
+    """Shared memory for Ray's object store; null means 512 MB, which only `prepare` uses."""
+
+
+class SharedVenv(Section):
+    """Software that lies in a virtual environment, on every node at one path."""
+
+    venv: str = Field(pattern=r"^/[\w./+-]+$")
+    """Its folder. It has the cluster's releases of Python and Ray."""
+
+    @property
+    def python(self) -> str:
+        """Its interpreter."""
+        return f"{self.venv.rstrip('/')}/bin/python"
+
+
+DASHBOARD = r"^https?://([^\s:/@?#]+|\[[0-9a-fA-F:]+\])(:\d+)?/?$"
+"""Addresses without anything that would lead elsewhere, or is secret."""
+
+
+class RayCluster(ClusterConfig):
+    """The whole of a cluster YAML of kind `ray`."""
+
+    kind: Literal["ray"]
+    """`ray`: a Ray cluster that is there already. `run` drives it from one of its machines, `submit` from anywhere. It is never shut down."""
+    address: str = Field(default="auto", pattern=r"^(auto|[^\s:/]+:\d+|\[[0-9a-fA-F:]+\]:\d+)$")
+    """`host:port` of the cluster's head, or `auto`: the cluster that runs on the machine of the driver."""
+    dashboard: str | None = Field(default=None, pattern=DASHBOARD)
+    """Address of the dashboard, such as `http://head:8265`, through which `submit` hands a run over to the cluster. Null: only `run` works."""
+    environment: SharedVenv | None = None
+    """Where ranks, and the driver of a submitted run, find their libraries. Null: ranks where Ray does, that driver in the PATH of the head."""
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic: with fewer than `num_workers` ranks the run goes on, down to so many, and grows again where it pays. Null: it waits for all."""
+    wait_s: float = Field(default=300.0, ge=0.0)
+    """Seconds that an attempt waits for nodes enough before it counts as an infrastructure failure."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.min_workers is not None and self.num_workers != "auto" and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds num_workers {self.num_workers}")
+        return self
+
+
+Cluster = LocalCluster | RayCluster
+CLUSTER_KINDS: dict[str, type[Cluster]] = {"local": LocalCluster, "ray": RayCluster}
