@@ -1,5 +1,6 @@
 """What a rank does around the trainer: its context, its watch, its failure record (runs in worker processes)."""
 
+import gc
 import importlib
 import logging
 import os
@@ -85,7 +86,9 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
         _log.info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:
             _limit_threads(task.threads)
-            resolve(task.entry)(**task.arguments, context=context)
+            entry = resolve(task.entry)
+            gc.freeze()  # what is imported is never garbage, and DeepSpeed looks for garbage six times while it starts
+            entry(**task.arguments, context=context)
         except BaseException as error:
             with suppress(MaskwrightError, OSError):  # storage may be what failed; the exception itself still reaches the driver
                 record_failure(run, task.attempt, rank, error)

@@ -8,7 +8,8 @@ from trainer.gpus import stated_flops
 
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PEAK_SECONDS = 0.2
-_PEAK_SIZE = 1024
+_SMALLEST_SIZE = 128
+_LARGEST_SIZE = {"cuda": 8192, "cpu": 1024}
 
 
 def device_name(device: torch.device) -> str:
@@ -22,14 +23,22 @@ def stated_peak(name: str, dtype: torch.dtype) -> float | None:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a bare square matrix product on this rank, the best of some; takes a fraction of a second."""
-    size = _PEAK_SIZE * (8 if device.type == "cuda" else 1)
-    left = torch.ones(size, size, dtype=dtype, device=device)
-    best, deadline = 0.0, time.monotonic() + _PEAK_SECONDS
+    """FLOP/s of a bare square matrix product on this rank, the best of some; a fraction of a second, also without instructions for `dtype`."""
+    size, best, deadline = _SMALLEST_SIZE, 0.0, time.monotonic() + _PEAK_SECONDS
     while best == 0.0 or time.monotonic() < deadline:
-        started_at = time.perf_counter()
-        torch.mm(left, left)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2.0 * size**3 / (time.perf_counter() - started_at))
+        seconds = _product_seconds(size, device, dtype)
+        best = max(best, 2.0 * size**3 / seconds)
+        if size < _LARGEST_SIZE[device.type] and 8 * seconds < deadline - time.monotonic():
+            size *= 2
     return best
+
+
+def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    left = torch.ones(size, size, dtype=dtype, device=device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started_at = time.perf_counter()
+    torch.mm(left, left)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started_at

@@ -1,5 +1,6 @@
 """Runs a function on several real processes joined by gloo; a test that hangs is killed and every rank's output is shown."""
 
+import gc
 import os
 import pickle
 import sys
@@ -81,6 +82,7 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, args: tuple[An
     import torch
     import torch.distributed as dist
 
+    gc.freeze()  # as a worker does
     torch.set_num_threads(1)
     try:
         dist.init_process_group(

@@ -1,5 +1,7 @@
 """What makers state of their devices."""
 
+import time
+
 import pytest
 import torch
 
@@ -45,6 +47,13 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
     device = torch.device("cpu")
     assert device_name(device) == "cpu"
     assert 1e8 < measured_peak(device, torch.float32) < 1e14
+
+
+def test_measuring_a_peak_takes_no_longer_where_there_are_no_instructions_for_it() -> None:
+    """A product of the full size in bf16 takes seconds on such a CPU; this counts its time alone."""
+    started_at = time.process_time()
+    assert measured_peak(torch.device("cpu"), torch.bfloat16) > 0
+    assert time.process_time() - started_at < 1.0 * torch.get_num_threads()
 
 
 @pytest.mark.parametrize(
