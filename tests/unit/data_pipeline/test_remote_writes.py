@@ -24,7 +24,7 @@ def folder(store: ObjectStore, request: pytest.FixtureRequest) -> Location:
 
 
 PASSING = [
-    pytest.param([Fault("500", 4, method="PUT")], id="500"),
+    pytest.param([Fault("500", 4, method="PUT")], id="500", marks=pytest.mark.full),
     pytest.param([Fault("503", 4, method="PUT")], id="slow-down"),
     pytest.param([Fault("reset", 3, method="PUT")], id="reset"),
     pytest.param([Fault("lost", 2, method="PUT")], id="lost"),

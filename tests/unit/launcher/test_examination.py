@@ -126,7 +126,7 @@ def test_all_is_well_and_everything_was_measured(tmp_path: Path, tiny_corpus: Pr
     assert [node for node, what in probes.asked if what == "multiply"] == [A, B, C], "one after another: they share this machine"
 
 
-@pytest.mark.parametrize("function", [look_around, read_clock, multiply, write_words, exchange])
+@pytest.mark.parametrize("function", [look_around, read_clock, multiply, write_words, pytest.param(exchange, marks=pytest.mark.full)])
 def test_a_node_that_is_lost_in_any_part_is_named_and_not_asked_again(function: Any, tmp_path: Path) -> None:
     found, _ = examined(tmp_path, faults={(B, function): lose})
     diagnosis = diagnose(found)
@@ -185,6 +185,7 @@ def test_a_storage_that_cannot_be_written(tmp_path: Path) -> None:
     assert (diagnosis.excluded, diagnosis.code) == ((), ExitCode.STORAGE)
 
 
+@pytest.mark.full
 def test_a_node_whose_link_is_cut_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.exchanges._LINK_S", 12.0)  # its partners wait for half of it
 

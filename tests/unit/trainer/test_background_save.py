@@ -272,7 +272,7 @@ SURVIVED = 7
 
 
 @pytest.mark.parametrize(
-    ("rank", "replaces"), [(0, True), (1, False), *(pytest.param(*each, marks=pytest.mark.full) for each in ((0, False), (1, True)))]
+    ("rank", "replaces"), [(1, False), *(pytest.param(*each, marks=pytest.mark.full) for each in ((0, True), (0, False), (1, True)))]
 )
 def test_a_kill_at_any_write_of_any_rank_leaves_a_usable_run(tmp_path: Path, rank: int, replaces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 1 is there, step 2 is saved (again, where it `replaces`): afterwards one of them is intact, and the newest is what is resumed from."""
