@@ -72,6 +72,7 @@ def slow_down(pid: int, seconds: float) -> None:
         time.sleep(0.25)
 
 
+@pytest.mark.full
 def test_a_slow_rank_is_left_alone_and_a_stopped_one_is_named(folder: Path, undisturbed: Path) -> None:
     run = folder / "storage/stopped"
     command = Command(["run", "run.yaml", "--cluster", "cluster.yaml", "--set", "name=stopped"], folder).start()

@@ -71,6 +71,7 @@ def values_of(folder: Path) -> dict[str, torch.Tensor]:
     return values | {"step": torch.tensor(state.step)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("world_size", "precision"), [(3, "bf16"), pytest.param(1, "bf16", marks=pytest.mark.full), pytest.param(3, "fp32", marks=pytest.mark.full)]
 )

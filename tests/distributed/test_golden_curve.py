@@ -30,6 +30,8 @@ from trainer.model import build_model
 from trainer.pretrain import pretrain
 from trainer.runlog import RunFolder
 
+pytestmark = pytest.mark.full
+
 GOLDEN = Path(__file__).parent.parent / "golden" / "loss-curve.json"
 STEPS, WARMUP_STEPS, LR, WEIGHT_DECAY, CLIP_NORM = 300, 30, 2e-3, 0.1, 1.0
 RANKS, MICRO_BATCHES, SAMPLES, LENGTH = 2, 4, 4, 64

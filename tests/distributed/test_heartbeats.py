@@ -113,6 +113,7 @@ class RayTrainWorker:
         time.sleep(0 if os.listdir(folder) == [str(os.getpid())] else 600)
 
 
+@pytest.mark.full
 def test_a_process_that_is_stopped_before_it_has_a_rank_is_seen_and_ended(cluster: RayCluster, tmp_path: Path) -> None:
     """Of two, one is there and waits for the other, which is what is told."""
     import ray
@@ -143,6 +144,7 @@ def members_now(group: RayGroup) -> list[Member]:
     return list(group.members.values())
 
 
+@pytest.mark.full
 def test_a_group_of_two_nodes(cluster: RayCluster, tmp_path: Path) -> None:
     import ray
 

@@ -22,12 +22,14 @@ from data_pipeline.prepare import prepare
 from data_pipeline.storage import Location
 from tests.support.ledger import digest
 
+pytestmark = pytest.mark.full
+
 LENGTH = 64
 BATCH = BatchConfig(global_batch_size=96, micro_batch_size=16, sequence_length=LENGTH)
 LANES = 6
 
 
-@pytest.fixture(scope="module", params=[2_500, pytest.param(20_000, marks=[pytest.mark.full, pytest.mark.timeout(400)])])
+@pytest.fixture(scope="module", params=[2_500, pytest.param(20_000, marks=pytest.mark.timeout(400))])
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> CorpusIndex:
     corpus = CorpusConfig(source="python-docs", max_documents=request.param)
     storage = Location.at(tmp_path_factory.mktemp("ledger"))

@@ -60,7 +60,8 @@ def with_and_without(rank: int, world_size: int, tokenizer: str, root: str) -> d
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("world_size", [2, 1])
 def test_where_the_state_lies_changes_nothing(tmp_path: Path, world_size: int) -> None:
     write_tokenizer(str(tmp_path / "tokenizer"))
     ranks = run_distributed(with_and_without, world_size, (str(tmp_path / "tokenizer"), str(tmp_path)), timeout_s=100)

@@ -16,6 +16,8 @@ from trainer.context import LocalContext
 from trainer.pretrain import pretrain
 from trainer.runlog import RunFolder
 
+pytestmark = pytest.mark.full
+
 STEPS = 5
 SLOW_S = 1.0
 SLOW_AT = {2: "agree", 3: "backward"}

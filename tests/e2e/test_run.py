@@ -184,6 +184,7 @@ def test_stop_ends_the_run(flags: list[str], saved: bool, folder: Path) -> None:
     assert maskwright("status", name, "--storage", "storage", "--exit-code", folder=folder)[0] == 75
 
 
+@pytest.mark.full
 def test_pretraining_continues_from_an_export_on_a_mixture_of_corpora_in_packed_rows(finished: tuple[Path, str], folder: Path) -> None:
     """A whole run from the exported model, with its tokenizer: its first loss is near the last one of the run before."""
     export = "storage/tiny/models/final"
