@@ -7,8 +7,8 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-# Unit tests share nothing and use one core each; the others bring their own processes.
-unit_OPTIONS := -n auto --maxprocesses 8
+# Unit tests share nothing, use one core each and wait now and then; the others bring their own processes.
+unit_OPTIONS := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8
 ALONE := tests/distributed tests/e2e tests/chaos
 SAMPLE := -m "not full and not gpu"
 

@@ -26,6 +26,7 @@ SMALL = {
     "schedule.steps": 2,
     "schedule.warmup_steps": 1,
     "finetune.epochs": 1,
+    "finetune.num_seeds": 1,
 }
 """The demo's sizes, made small; nothing else of the README's commands is changed."""
 
