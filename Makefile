@@ -7,9 +7,10 @@ STAMP := $(VENV)/.installed
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-# Unit tests share nothing, use one core each and wait now and then; the others bring their own processes.
+# Unit tests share nothing, use one core each and wait now and then; the others bring their own processes, and wait for them half of the time.
 unit_OPTIONS := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8
 ALONE := tests/distributed tests/e2e tests/chaos
+ALONE_OPTIONS := -n 2 --dist loadfile
 SAMPLE := -m "not full and not gpu"
 
 .DEFAULT_GOAL := help
@@ -49,11 +50,11 @@ chaos: setup  ## Faults into real runs on a real cluster (5 minutes), or FAULTS=
 
 test: check  ## Everything that must hold before a change lands (budget: 15 minutes on 2 cores)
 	@$(PYTEST) tests/unit $(SAMPLE) $(unit_OPTIONS) --durations=5
-	@$(PYTEST) $(ALONE) $(SAMPLE) --durations=15
+	@$(PYTEST) $(ALONE) $(ALONE_OPTIONS) $(SAMPLE) --durations=15
 
 test-full: check  ## The same with every sweep
 	@$(PYTEST) tests/unit $(unit_OPTIONS) --durations=10
-	@$(PYTEST) $(ALONE) --durations=30
+	@$(PYTEST) $(ALONE) $(ALONE_OPTIONS) --durations=30
 
 bench: setup  ## Measure every claim, or BENCH=name; SHORT=1 to try, CORPUS=path, RESULTS=1 to keep the results
 	@$(BIN)/python -m benchmarks $(BENCH) $(if $(SHORT),--short) $(if $(CORPUS),--corpus $(CORPUS)) $(if $(RUNS),--runs $(RUNS)) $(if $(RESULTS),--results)
