@@ -47,7 +47,26 @@ DASHBOARD = r"^https?://([^\s:/@?#]+|\[[0-9a-fA-F:]+\])(:\d+)?/?$"
 """Addresses without anything that would lead elsewhere, or is secret."""
 
 
-class RayCluster(ClusterConfig):
+class ElasticCluster(ClusterConfig):
+    """What clusters of several machines have, too."""
+
+    min_workers: int | None = Field(default=None, ge=1)
+    """Elastic: with fewer than `num_workers` ranks the run goes on, down to so many, and grows again where it pays. Null: it waits for all."""
+    wait_s: float = Field(default=300.0, ge=0.0)
+    """Seconds that an attempt waits for nodes enough before it counts as an infrastructure failure."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.min_workers is not None and self.num_workers != "auto" and self.min_workers > self.num_workers:
+            raise ValueError(f"min_workers {self.min_workers} exceeds num_workers {self.num_workers}")
+        return self
+
+    def inside(self) -> "RayCluster":
+        """The same cluster for the driver of a submitted run, which is on one of its machines."""
+        return RayCluster(kind="ray", **{name: getattr(self, name) for name in ElasticCluster.model_fields})
+
+
+class RayCluster(ElasticCluster):
     """The whole of a cluster YAML of kind `ray`."""
 
     kind: Literal["ray"]
@@ -58,15 +77,9 @@ class RayCluster(ClusterConfig):
     """Address of the dashboard, such as `http://head:8265`, through which `submit` hands a run over to the cluster. Null: only `run` works."""
     environment: SharedVenv | None = None
     """Where ranks, and the driver of a submitted run, find their libraries. Null: ranks where Ray does, that driver in the PATH of the head."""
-    min_workers: int | None = Field(default=None, ge=1)
-    """Elastic: with fewer than `num_workers` ranks the run goes on, down to so many, and grows again where it pays. Null: it waits for all."""
-    wait_s: float = Field(default=300.0, ge=0.0)
-    """Seconds that an attempt waits for nodes enough before it counts as an infrastructure failure."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if self.min_workers is not None and self.num_workers != "auto" and self.min_workers > self.num_workers:
-            raise ValueError(f"min_workers {self.min_workers} exceeds num_workers {self.num_workers}")
+    def inside(self) -> "RayCluster":
+        """It is what it is."""
         return self
 
 

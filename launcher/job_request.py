@@ -4,7 +4,7 @@ import hashlib
 import io
 import shlex
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ class JobRequest:
     entrypoint: str
     runtime_env: dict[str, Any]
     metadata: dict[str, str]
+
+    @property
+    def artefact(self) -> None:
+        """Ray is given no file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object: the arguments of `submit_job`."""
+        return asdict(self)
 
 
 def job_request(run: RunFolder, submission: Submission, cluster: RayCluster, package: str) -> JobRequest:

@@ -30,6 +30,7 @@ class Submission:
     job: str
     """Its id at the cluster, which is given once."""
     dashboard: str
+    """Where it was sent; empty at kinds of clusters that the machine which submits knows by itself."""
     arguments: list[str]
     """The command that the job runs there."""
     home: str
@@ -38,9 +39,11 @@ class Submission:
     """The run's newest lease at that time: once there is another, somebody has begun to drive."""
     host: str
     time: float
+    kind: str = "ray"
+    """Of the cluster."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(DASHBOARD, self.dashboard):
+        if not re.fullmatch(DASHBOARD, self.dashboard) and (self.kind == "ray" or self.dashboard):
             raise ValueError(f"{self.dashboard} is no address of a cluster")
 
     @property
@@ -99,19 +102,22 @@ def give_up(run: RunFolder, submission: Submission) -> None:
 
 
 def require_ours(run: RunFolder, submission: Submission, given: str | None = None) -> None:
-    """Our token goes to no address that another user has written into storage; to `given`, and to that of Ray's environment, it may.
+    """Our token goes to no address that another user has written into storage, nor is a job of ours made of what they wrote; to `given`, and to the
+    address in Ray's environment, a token may go.
 
     Who may write into a store is not seen: whoever can has its credentials.
 
     Raises:
         UnreachableError: another user wrote it.
     """
-    if not run.root.is_local or submission.dashboard in {given, os.environ.get(_CHOSEN)}:
+    if not run.root.is_local or (submission.dashboard and submission.dashboard in {given, os.environ.get(_CHOSEN)}):
         return
     for file in (_file(run, submission.number), _given_up(run, submission.number)):
         with suppress(FileNotFoundError), file.path.open("rb") as opened:  # owner and contents of one and the same file
             if os.fstat(opened.fileno()).st_uid == os.getuid() and json.load(opened)["dashboard"] == submission.dashboard:
                 return
+    if not submission.dashboard:
+        raise UnreachableError(f"another user submitted run {run.root.name}", "Submit it with files of your own: `maskwright submit`.")
     raise UnreachableError(
         f"another user submitted run {run.root.name}, to {submission.dashboard}: no token of yours is sent there by their word",
         f"If that is your cluster: {_CHOSEN}={submission.dashboard} in the environment.",

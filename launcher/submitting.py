@@ -7,26 +7,30 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from data_pipeline.errors import ConfigError, ConflictError, ExitCode, UnreachableError, UsageError
+from data_pipeline.errors import ConflictError, ExitCode, UnreachableError
 from data_pipeline.storage import Location
-from launcher.cluster_config import Cluster, RayCluster
+from launcher.cluster_config import Cluster, ElasticCluster
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
-from launcher.clusters.ray_jobs import JobState, RayJobs
+from launcher.clusters.taking import require_taking, taker_of
 from launcher.config import dump_yaml
-from launcher.job_request import JobRequest, job_request, pack_packages, package_name
+from launcher.job_request import pack_packages, package_name
 from launcher.jobs import allowed_changes, with_whole_paths
 from launcher.lease import newest_lease, proven_holder, taken
 from launcher.run_status import RunStatus, State, read_status
 from launcher.runs import cluster_file
 from launcher.submission import Submission, claim, new_job_name, next_number, require_ours, revoke, submission_folder, waiting_submission
+from launcher.taken_jobs import Jobs, JobState, Request
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
 
 _CODES = {int(code) for code in ExitCode}
 LOOK_ANSWER_S = 5.0
 """What a cluster has for an answer to who only looks."""
+_ANSWER_S = 60.0
+"""And to who submits."""
 _HANDOVER_S = 60.0
 """So long after its submission a job may be on its way to the cluster, with its packages."""
 _NO_PYTHON = {126, 127}
@@ -39,9 +43,9 @@ class Prepared:
 
     run: RunFolder
     config: RunConfig
-    cluster: RayCluster
+    cluster: ElasticCluster
     submission: Submission
-    request: JobRequest
+    request: Request
     package: bytes
 
 
@@ -49,27 +53,26 @@ def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overri
     """The submission of a run that is to be driven on a cluster as by `verb`, `run` or `resume`; `overrides` are those of `resume`.
 
     Raises:
+        UsageError: nothing is submitted to this kind of cluster. EnvironmentMismatchError: the packages are too large.
         ConfigError: the configuration cannot continue this run, or the cluster's file says not how to submit.
-        EnvironmentMismatchError: the packages are too large.
     """
-    config = with_whole_paths(config)
-    dashboard = _dashboard(cluster)
-    assert isinstance(cluster, RayCluster)
-    workers_of(cluster, this_machine(), max(phase.num_micro_batches for phase in config.phases))
+    config, where, taker = with_whole_paths(config), require_taking(cluster), taker_of(cluster.kind)
+    dashboard = taker.dashboard(where)
+    workers_of(where.inside(), this_machine(), max(phase.num_micro_batches for phase in config.phases))
     run = RunFolder(Location.at(config.storage) / config.name)
     allowed_changes(run, config, deliberate=verb == "resume" and bool(overrides))
     number = next_number(run)
     folder = submission_folder(run, number)
     what = [str(folder / "run.yaml")] if verb == "run" else [run.root.url, *(word for override in overrides for word in ("--set", override))]
-    arguments = [verb, *what, "--cluster", str(folder / "cluster.yaml")]
+    arguments = [verb, *what, "--cluster", str(folder / _inside_file(where))]
     submission = Submission(
-        number, new_job_name(run, number), dashboard, arguments, os.getcwd(), newest_lease(run), socket.gethostname(), time.time()
+        number, new_job_name(run, number), dashboard, arguments, os.getcwd(), newest_lease(run), socket.gethostname(), time.time(), cluster.kind
     )
     package = pack_packages(Path(__file__).parents[1])
-    return Prepared(run, config, cluster, submission, job_request(run, submission, cluster, package_name(package)), package)
+    return Prepared(run, config, where, submission, taker.request(run, submission, where, package_name(package)), package)
 
 
-def submit(prepared: Prepared, say: Callable[[str], None]) -> RayJobs:
+def submit(prepared: Prepared, say: Callable[[str], None]) -> Jobs[Any]:
     """Hand a prepared submission over to its cluster; returns the jobs of that. `say` is told when that takes a while.
 
     The run's folder tells of it before the cluster does: whoever looks finds the run, whatever happens here in between.
@@ -78,7 +81,7 @@ def submit(prepared: Prepared, say: Callable[[str], None]) -> RayJobs:
         UnreachableError: the cluster does not answer, or not to us. ConflictError: somebody drives the run, or it waits already.
     """
     run, submission = prepared.run, prepared.submission
-    jobs = RayJobs.connect(submission.dashboard)
+    jobs = taker_of(submission.kind).connect(run, submission, _ANSWER_S)
     if (lease := proven_holder(run, say)) is not None:
         raise taken(run, lease)
     _require_not_waiting(run, given=submission.dashboard)
@@ -97,28 +100,28 @@ def _write_configs(prepared: Prepared) -> None:
     run, submission = prepared.run, prepared.submission
     folder = submission_folder(run, submission.number)
     (folder / "run.yaml").write_bytes(dump_yaml(prepared.config))
+    (folder / _inside_file(prepared.cluster)).write_bytes(dump_yaml(prepared.cluster.inside()))
     (folder / "cluster.yaml").write_bytes(dump_yaml(prepared.cluster))
     if not run.config.exists():
         run.config.write_bytes(dump_yaml(prepared.config))
         cluster_file(run).write_bytes(dump_yaml(prepared.cluster))
 
 
-def _dashboard(cluster: Cluster) -> str:
-    if not isinstance(cluster, RayCluster):
-        raise UsageError(f"nothing is submitted to a cluster of kind {cluster.kind}", "Run it here with `maskwright run`, or give another --cluster.")
-    if cluster.dashboard is None:
-        raise ConfigError("the cluster file has no dashboard: that is where jobs are submitted", "Set dashboard: http://HEAD:8265 in it.")
-    return cluster.dashboard.rstrip("/")
+def _inside_file(cluster: ElasticCluster) -> str:
+    """Name of the file that describes the cluster to the driver, which is on one of its machines."""
+    return "cluster.yaml" if cluster.inside() is cluster else "inside.yaml"
 
 
 def _require_not_waiting(run: RunFolder, given: str) -> None:
     waiting = waiting_submission(run)
     if waiting is None:
         return
-    require_ours(run, waiting, given)
-    if _is_alive(waiting):
+    if waiting.dashboard:
+        require_ours(run, waiting, given)
+    if _is_alive(run, waiting):
+        where = f" of {waiting.dashboard}" if waiting.dashboard else ""
         raise ConflictError(
-            f"run {run.root.name} was submitted already, as job {waiting.job} of {waiting.dashboard}, and is about to start",
+            f"run {run.root.name} was submitted already, as job {waiting.job}{where}, and is about to start",
             f"Follow it with `maskwright status {run.root.name}`, or end it with `maskwright stop {run.root.name}`.",
         )
 
@@ -129,25 +132,26 @@ def _require_not_driven_since(run: RunFolder, submission: Submission) -> None:
         raise ConflictError(f"another command began to drive run {run.root.name} just now", f"Follow it with `maskwright status {run.root.name}`.")
 
 
-def _is_alive(submission: Submission) -> bool:
+def _is_alive(run: RunFolder, submission: Submission) -> bool:
     """Whether its job may still begin. A cluster that does not answer has no say: two drivers of a run there never are, whatever it does later."""
     try:
-        return job_state(RayJobs.connect(submission.dashboard), submission).is_alive
+        return job_state(taker_of(submission.kind).connect(run, submission, _ANSWER_S), submission).is_alive
     except UnreachableError:
         return False
 
 
-def jobs_of(run: RunFolder, submission: Submission, answer_s: float = LOOK_ANSWER_S) -> RayJobs:
+def jobs_of(run: RunFolder, submission: Submission, answer_s: float = LOOK_ANSWER_S) -> Jobs[Any]:
     """The jobs of the cluster that a submission of a run was for.
 
     Raises:
         UnreachableError: it does not answer, or its address is the word of another user.
     """
-    require_ours(run, submission)
-    return RayJobs.connect(submission.dashboard, answer_s)
+    if submission.dashboard:
+        require_ours(run, submission)
+    return taker_of(submission.kind).connect(run, submission, answer_s)
 
 
-def job_state(jobs: RayJobs, submission: Submission) -> JobState:
+def job_state(jobs: Jobs[Any], submission: Submission) -> JobState:
     """What its cluster knows of a submission. One that is being handed over waits, though no cluster knows it yet."""
     state = jobs.look(submission.job)
     is_new = state.state == "unknown" and 0 <= time.time() - submission.time < _HANDOVER_S
@@ -184,17 +188,17 @@ class End:
 def end_of(submission: Submission, job: JobState) -> End:
     """How a submission's job ended: by its command's exit code where that ended by itself, resumable where it was ended."""
     if job.state == "unknown":
-        cause = f"the cluster at {submission.dashboard} does not know job {submission.job} any more: was it started anew?"
+        where = f"the cluster at {submission.dashboard}" if submission.dashboard else "the cluster"
+        cause = f"{where} does not know job {submission.job} any more: was it started anew?"
         return End("interrupted", int(ExitCode.INTERRUPTED), cause)
     if job.was_stopped:
         return End("stopped", int(ExitCode.INTERRUPTED), f"job {submission.job} was stopped")
-    if job.exit_code is None:
-        return End("failed", int(ExitCode.FAILED), *_told(job.message))
-    if job.exit_code in _NO_PYTHON:
-        return End("failed", int(ExitCode.ENVIRONMENT), *_told(job.message))
-    if job.exit_code not in _CODES:
+    if job.was_lost:
+        return End("interrupted", int(ExitCode.INTERRUPTED), f"job {submission.job} was ended by its cluster: {job.message}")
+    if job.exit_code not in {None, *_CODES, *_NO_PYTHON}:
         return End("interrupted", int(ExitCode.INTERRUPTED), f"the command of job {submission.job} was killed (exit code {job.exit_code})")
-    return End("failed" if job.exit_code else "finished", job.exit_code, *_told(job.message))
+    code = ExitCode.FAILED if job.exit_code is None else ExitCode.ENVIRONMENT if job.exit_code in _NO_PYTHON else job.exit_code
+    return End("failed" if code else "finished", int(code), *_told(job.message))
 
 
 def _told(message: str) -> tuple[str, str]:

@@ -99,7 +99,7 @@ def _end_job(run: RunFolder, submission: Submission) -> bool:
     deadline = time.monotonic() + STOP_WAIT_S + KILL_AFTER_S
     while jobs.look(submission.job).is_alive:
         if time.monotonic() > deadline:
-            raise ConflictError(f"job {submission.job} does not end", f"Look at the cluster: {submission.dashboard}")
+            raise ConflictError(f"job {submission.job} does not end", f"Look at the cluster: {jobs.place}")
         time.sleep(_LOOK_S)
     return was_alive
 

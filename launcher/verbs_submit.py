@@ -3,21 +3,20 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_pipeline.errors import ExitCode, MaskwrightError, UnreachableError
 from launcher.config import load_cluster_config, load_run_config
-from launcher.options import ConfigArgument, Set, Storage, command, next_command, print_json, say
+from launcher.options import ConfigArgument, Json, Set, Storage, command, next_command, print_json, say
 from launcher.runs import reference
 from launcher.submission import Submission, newest_submission, require_ours, submission_folder
 from trainer.runlog import RunFolder
 
 if TYPE_CHECKING:
-    from launcher.clusters.ray_jobs import JobState, RayJobs
     from launcher.submitting import Prepared
+    from launcher.taken_jobs import Jobs, JobState
 
 _LOOK_S = 1.0
 _BYTES_PER_S = 256 << 10
@@ -34,9 +33,10 @@ def submit(
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Show what it prints until it ends, and exit as it does; Ctrl-C leaves it alone.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the request and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what the cluster would be given, and do nothing.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Hand a run over to a cluster that is there already: all stages, driven by a job there. Submit it again and it continues.
+    """Hand a run over to a cluster: all stages, driven by a job there. Submit it again and it continues.
 
     Example: maskwright submit my.yaml --cluster ray.yaml --follow
     """
@@ -45,12 +45,23 @@ def submit(
     where = load_cluster_config(cluster)
     prepared = prepare_submission(load_run_config(config, overrides or (), storage), where, verb="run")
     if dry_run:
-        print_json({"dashboard": prepared.submission.dashboard, **asdict(prepared.request), "command": prepared.submission.arguments})
+        _print_request(prepared, as_json=as_json)
         return
-    jobs = _submit(prepared)
+    jobs = _submit(prepared, quiet=as_json)
+    if as_json:
+        print_json({"run": prepared.run.root.name, "folder": prepared.run.root.url, "submission": prepared.submission.job, "cluster": jobs.place})
     if follow:
         raise typer.Exit(_follow(jobs, prepared.run, prepared.submission))
-    _say_what_next(prepared.run)
+    if not as_json:
+        _say_what_next(prepared.run)
+
+
+def _print_request(prepared: "Prepared", *, as_json: bool) -> None:
+    request, submission = prepared.request, prepared.submission
+    if request.artefact is not None and not as_json:
+        sys.stdout.write(request.artefact)
+    else:
+        print_json({"dashboard": submission.dashboard, **request.to_json(), "command": submission.arguments})
 
 
 def submit_again(run: RunFolder, last: Submission, overrides: Sequence[str]) -> None:
@@ -69,12 +80,17 @@ def submit_again(run: RunFolder, last: Submission, overrides: Sequence[str]) -> 
     _say_what_next(run)
 
 
-def _submit(prepared: "Prepared") -> "RayJobs":
+def _submit(prepared: "Prepared", *, quiet: bool = False) -> "Jobs[Any]":
     from launcher.submitting import submit as hand_over
 
-    jobs = hand_over(prepared, say)
-    say(f"run {prepared.run.root.name} submitted to {jobs.dashboard} as job {prepared.submission.job}")
+    jobs = hand_over(prepared, _say_nothing if quiet else say)
+    if not quiet:
+        say(f"run {prepared.run.root.name} submitted to {jobs.place} as job {prepared.submission.job}")
     return jobs
+
+
+def _say_nothing(text: str) -> None:
+    del text
 
 
 def _say_what_next(run: RunFolder) -> None:
@@ -82,14 +98,14 @@ def _say_what_next(run: RunFolder) -> None:
     next_command(command("logs", name, "-f"), command("status", name), command("stop", name))
 
 
-def _follow(jobs: "RayJobs", run: RunFolder, submission: Submission) -> int:
+def _follow(jobs: "Jobs[Any]", run: RunFolder, submission: Submission) -> int:
     """Print what the job prints until it ends; its exit code, or that of Ctrl-C, which does not end it."""
     from launcher.submitting import end_of
 
     try:
         state = _print_until_ended(jobs, submission)
     except KeyboardInterrupt:
-        say(f"detached: run {run.root.name} goes on at {jobs.dashboard}")
+        say(f"detached: run {run.root.name} goes on at {jobs.place}")
         _say_what_next(run)
         return int(ExitCode.CTRL_C)
     end = end_of(submission, state)
@@ -99,7 +115,7 @@ def _follow(jobs: "RayJobs", run: RunFolder, submission: Submission) -> int:
     return end.exit_code
 
 
-def _print_until_ended(jobs: "RayJobs", submission: Submission) -> "JobState":
+def _print_until_ended(jobs: "Jobs[Any]", submission: Submission) -> "JobState":
     shown, heard_at = 0, time.monotonic()
     while True:
         state = None

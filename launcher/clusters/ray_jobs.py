@@ -15,6 +15,7 @@ from data_pipeline.errors import UnreachableError
 from launcher.clusters.local import environment, read_token_again
 from launcher.clusters.tokens import has_token, require_token
 from launcher.job_request import JobRequest
+from launcher.taken_jobs import JobState
 
 _CONNECT_S = 5.0
 _ANSWER_S = 60.0
@@ -35,27 +36,16 @@ _STATES: Mapping[str, Literal["waiting", "running", "ended"]] = {
 
 
 @dataclass(frozen=True)
-class JobState:
-    """What a cluster knows of a job."""
-
-    state: Literal["waiting", "running", "ended", "unknown"]
-    was_stopped: bool = False
-    exit_code: int | None = None
-    """Of its command, if that has ended by itself."""
-    message: str = ""
-
-    @property
-    def is_alive(self) -> bool:
-        """Whether something may still come of it."""
-        return self.state in {"waiting", "running"}
-
-
-@dataclass(frozen=True)
 class RayJobs:
     """The jobs of a cluster that answers. Every method raises UnreachableError when it does not."""
 
     dashboard: str
     _client: Any
+
+    @property
+    def place(self) -> str:
+        """Address of its dashboard."""
+        return self.dashboard
 
     @classmethod
     def connect(cls, dashboard: str, answer_s: float = _ANSWER_S) -> "RayJobs":
@@ -89,7 +79,7 @@ class RayJobs:
                     return JobState("unknown")
                 raise
         status = str(getattr(found.status, "value", found.status))
-        return JobState(_STATES[status], status == "STOPPED", found.driver_exit_code, found.message or "")
+        return JobState(_STATES[status], status == "STOPPED", exit_code=found.driver_exit_code, message=found.message or "")
 
     def log(self, job: str) -> str:
         """Everything that the job's command has printed."""

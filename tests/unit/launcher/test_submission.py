@@ -19,7 +19,6 @@ from data_pipeline.storage import Location
 from launcher import cli, job_request, run_status, submitting, verbs_run, verbs_stop, verbs_submit
 from launcher import lease as lease_module
 from launcher.cluster_config import RayCluster, SharedVenv
-from launcher.clusters.ray_jobs import JobState
 from launcher.config import dump_yaml, load_run_config
 from launcher.job_request import job_request as request_for
 from launcher.job_request import pack_packages, package_name
@@ -37,6 +36,7 @@ from launcher.submission import (
     waiting_submission,
 )
 from launcher.submitting import end_of
+from launcher.taken_jobs import JobState
 from tests.support.jobs_api import JobsApi
 from tests.support.tiny_run import tiny_config
 from trainer.runlog import RunFolder

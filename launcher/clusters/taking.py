@@ -1,0 +1,63 @@
+"""Gives runs to the cluster that a cluster YAML describes: the dictionary of the kinds that take jobs (the cluster is asked by what it returns)."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from data_pipeline.errors import ConfigError, UsageError
+from launcher.cluster_config import Cluster, ElasticCluster, RayCluster
+from launcher.clusters.ray_jobs import RayJobs
+from launcher.job_request import job_request
+from launcher.submission import Submission
+from launcher.taken_jobs import Jobs, Request
+from trainer.runlog import RunFolder
+
+C = TypeVar("C", bound=ElasticCluster)
+R = TypeVar("R", bound=Request)
+
+
+@dataclass(frozen=True)
+class Taker(Generic[C, R]):
+    """How runs are given to the clusters of one kind."""
+
+    dashboard: Callable[[C], str]
+    """The address that jobs are sent to; empty where the machine that submits knows its cluster. Raises ConfigError where the file should say it."""
+    request: Callable[[RunFolder, Submission, C, str], R]
+    """The request for a submission whose packages lie in a file of that name (pure)."""
+    connect: Callable[[RunFolder, Submission, float], Jobs[R]]
+    """The jobs of the cluster that a submission is for, which may take so many seconds for each answer. Raises UnreachableError."""
+    begins_anew: bool = False
+    """Whether the cluster may begin a job again by itself, as when a machine was lost."""
+
+
+def taker_of(kind: str) -> Taker[Any, Any]:
+    """How runs are given to clusters of a kind.
+
+    Raises:
+        UsageError: they take none.
+    """
+    if kind not in TAKERS:
+        raise UsageError(f"nothing is submitted to a cluster of kind {kind}", "Run it here with `maskwright run`, or give another --cluster.")
+    return TAKERS[kind]
+
+
+def require_taking(cluster: Cluster) -> ElasticCluster:
+    """The cluster, if runs are submitted to its kind.
+
+    Raises:
+        UsageError: they are not.
+    """
+    taker_of(cluster.kind)
+    assert isinstance(cluster, ElasticCluster)
+    return cluster
+
+
+def _dashboard(cluster: RayCluster) -> str:
+    if cluster.dashboard is None:
+        raise ConfigError("the cluster file has no dashboard: that is where jobs are submitted", "Set dashboard: http://HEAD:8265 in it.")
+    return cluster.dashboard.rstrip("/")
+
+
+TAKERS: Mapping[str, Taker[Any, Any]] = {
+    "ray": Taker(_dashboard, job_request, lambda _, submission, answer_s: RayJobs.connect(submission.dashboard, answer_s)),
+}
