@@ -1,8 +1,8 @@
 """The typed models of cluster YAMLs: *where* a run trains (pure)."""
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config import Section
 
@@ -83,5 +83,80 @@ class RayCluster(ElasticCluster):
         return self
 
 
-Cluster = LocalCluster | RayCluster
-CLUSTER_KINDS: dict[str, type[Cluster]] = {"local": LocalCluster, "ray": RayCluster}
+WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,+-]*$"
+"""Names of partitions and accounts."""
+DURATION = r"^(\d+-)?\d+(:\d+){0,2}$"
+"""How Slurm writes a length of time: 90 (minutes), 12:00:00, 2-00:00:00."""
+SBATCH_OPTION = r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:/@%+=&|*()\[\]<>-]+)?$"
+"""An option for sbatch, of which neither it nor a shell can make anything else."""
+_OURS = (
+    "account",
+    "array",
+    "chdir",
+    "cpus-per-task",
+    "error",
+    "export",
+    "export-file",
+    "get-user-env",
+    "gpus-per-node",
+    "job-name",
+    "no-kill",
+    "no-requeue",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "partition",
+    "requeue",
+    "signal",
+    "time",
+    "wait",
+    "wrap",
+)
+"""Options that follow from other keys, or on which the job's script relies."""
+
+
+class SlurmCluster(ElasticCluster):
+    """The whole of a cluster YAML of kind `slurm`."""
+
+    kind: Literal["slurm"]
+    """`slurm`: `submit` hands a run over to sbatch. The job starts Ray on its allocation, drives the run, and continues it when it is requeued."""
+    environment: SharedVenv
+    """Where the job finds its libraries. Our own packages travel with it."""
+    nodes: int = Field(default=1, ge=1)
+    """Machines of the allocation; each becomes a node of the job's own Ray."""
+    partition: str | None = Field(default=None, pattern=WORD)
+    """Null: the one that Slurm takes by itself."""
+    account: str | None = Field(default=None, pattern=WORD)
+    """What is charged. Null: what Slurm takes by itself."""
+    time_limit: str | None = Field(default=None, pattern=DURATION)
+    """As Slurm writes it, in quotes: "90" (minutes), "12:00:00", "2-00:00:00". A run that needs longer is requeued. Null: that of the partition."""
+    gpus_per_node: int | None = Field(default=None, ge=1)
+    """GPUs of each machine. Null: none are asked for."""
+    cpus_per_task: int | None = Field(default=None, ge=1)
+    """CPUs of each machine, where one task runs: Ray. Null: what Slurm gives by itself, a single one unless `--exclusive` is among the options."""
+    grace_s: int = Field(default=120, ge=30, le=3600)
+    """Seconds before its time limit at which the job saves a checkpoint and goes back into the queue."""
+    options: tuple[Annotated[str, Field(pattern=SBATCH_OPTION)], ...] = ()
+    """Further options for sbatch, in their long form: --constraint=h100, --exclusive, --mem=0."""
+
+    @field_validator("time_limit", mode="before")
+    @classmethod
+    def _is_quoted(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError('time_limit: put it in quotes, as in "12:00:00": without them YAML reads it as a number')  # noqa: TRY004 - pydantic's
+        return value
+
+    @field_validator("options")
+    @classmethod
+    def _are_free(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            name = option.removeprefix("--").partition("=")[0]
+            if taken := [ours for ours in _OURS if ours.startswith(name)]:  # sbatch takes every beginning of a name for it
+                raise ValueError(f"options: --{name} may not be among them, the job's script sets --{taken[0]}")
+        return value
+
+
+Cluster = LocalCluster | RayCluster | SlurmCluster
+CLUSTER_KINDS: dict[str, type[Cluster]] = {"local": LocalCluster, "ray": RayCluster, "slurm": SlurmCluster}

@@ -150,6 +150,11 @@ def _state(lease: LeaseState | None, events: list[dict[str, Any]]) -> tuple[Stat
     return "interrupted", ExitCode.INTERRUPTED, cause
 
 
+def was_lost(events: list[dict[str, Any]]) -> bool:
+    """Whether whoever drove a run last did not say how it ended; nobody drives it now."""
+    return _state(None, events)[0] == "interrupted"
+
+
 def record_lost_driver(run: RunFolder) -> None:
     """Call when taking over a run: says in its events that the command before was killed, if nobody said how it ended."""
     events = run.read_events()

@@ -6,7 +6,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -99,6 +99,11 @@ def give_up(run: RunFolder, submission: Submission) -> None:
         cause=f"job {submission.job} was stopped before it began",
         remedy="Run `maskwright resume`.",
     )
+
+
+def wait_again(run: RunFolder, submission: Submission) -> None:
+    """Say that a submission's job is to begin anew: until somebody drives the run again, it waits as it did at first."""
+    _file(run, submission.number).write_json(asdict(replace(submission, lease=newest_lease(run))))
 
 
 def require_ours(run: RunFolder, submission: Submission, given: str | None = None) -> None:

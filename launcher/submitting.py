@@ -19,9 +19,19 @@ from launcher.config import dump_yaml
 from launcher.job_request import pack_packages, package_name
 from launcher.jobs import allowed_changes, with_whole_paths
 from launcher.lease import newest_lease, proven_holder, taken
-from launcher.run_status import RunStatus, State, read_status
+from launcher.run_status import RunStatus, State, read_status, was_lost
 from launcher.runs import cluster_file
-from launcher.submission import Submission, claim, new_job_name, next_number, require_ours, revoke, submission_folder, waiting_submission
+from launcher.submission import (
+    Submission,
+    claim,
+    driving_submission,
+    new_job_name,
+    next_number,
+    require_ours,
+    revoke,
+    submission_folder,
+    waiting_submission,
+)
 from launcher.taken_jobs import Jobs, JobState, Request
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
@@ -112,8 +122,17 @@ def _inside_file(cluster: ElasticCluster) -> str:
     return "cluster.yaml" if cluster.inside() is cluster else "inside.yaml"
 
 
+def pending_submission(run: RunFolder) -> Submission | None:
+    """The submission whose job may begin, or by its cluster's doing begin anew: nobody has driven the run yet, or who did went without a word."""
+    if (waiting := waiting_submission(run)) is not None:
+        return waiting
+    events = run.read_events()
+    driving = driving_submission(run, events) if was_lost(events) else None
+    return driving if driving is not None and taker_of(driving.kind).begins_anew else None
+
+
 def _require_not_waiting(run: RunFolder, given: str) -> None:
-    waiting = waiting_submission(run)
+    waiting = pending_submission(run)
     if waiting is None:
         return
     if waiting.dashboard:
@@ -159,17 +178,19 @@ def job_state(jobs: Jobs[Any], submission: Submission) -> JobState:
 
 
 def asked_status(status: RunStatus, run: RunFolder) -> RunStatus:
-    """The status of a run that was submitted and that nobody drives yet, with what its cluster says of it."""
-    submission = waiting_submission(run)
+    """The status of a run that was submitted and that nobody drives yet, or any more, with what its cluster says of it."""
+    submission = pending_submission(run)
     if submission is None:  # it has begun since
         return read_status(run)
     try:
         state = job_state(jobs_of(run, submission), submission)
     except UnreachableError as error:
+        if not submission.waits(run):
+            return status
         return replace(status, cause=f"whether it still waits is not known: {error.cause}", remedy=error.remedy)
     if state.is_alive:
-        return status
-    if waiting_submission(run) != submission:
+        return replace(status, state="submitted", exit_code=int(ExitCode.RUNNING), cause="", remedy="")
+    if not submission.waits(run):
         return read_status(run)
     end = end_of(submission, state)
     return replace(status, state=end.state, exit_code=end.exit_code, cause=end.cause, remedy=end.remedy)
@@ -198,7 +219,8 @@ def end_of(submission: Submission, job: JobState) -> End:
     if job.exit_code not in {None, *_CODES, *_NO_PYTHON}:
         return End("interrupted", int(ExitCode.INTERRUPTED), f"the command of job {submission.job} was killed (exit code {job.exit_code})")
     code = ExitCode.FAILED if job.exit_code is None else ExitCode.ENVIRONMENT if job.exit_code in _NO_PYTHON else job.exit_code
-    return End("failed" if code else "finished", int(code), *_told(job.message))
+    state: State = "stopped" if code == ExitCode.INTERRUPTED else "failed" if code else "finished"
+    return End(state, int(code), *_told(job.message))
 
 
 def _told(message: str) -> tuple[str, str]:

@@ -124,9 +124,9 @@ def status(
 
 
 def status_of(run: RunFolder) -> RunStatus:
-    """The status of a run; where it waits on a cluster, as that has it."""
+    """The status of a run; where it waits on a cluster, for the first time or anew, as that has it."""
     found = read_status(run)
-    if found.state != "submitted":
+    if found.state != "submitted" and not (found.state == "interrupted" and found.submission):
         return found
     from launcher.submitting import asked_status  # which takes Ray
 

@@ -13,7 +13,7 @@ from launcher.lease import STALE_AFTER_S, LeaseState, holder, process_start
 from launcher.options import RunArgument, Storage, command, next_command, say
 from launcher.run_status import read_status
 from launcher.runs import find_run
-from launcher.submission import Submission, driving_submission, give_up, waiting_submission
+from launcher.submission import Submission, driving_submission, give_up, newest_submission
 from trainer.runlog import RunFolder
 
 KILL_AFTER_S = 15.0
@@ -36,7 +36,7 @@ def stop(
     lease = holder(folder)
     if lease is not None:
         _stop_driver(folder, lease, grace, save=not now)
-    elif (waiting := waiting_submission(folder)) is None or not _end_waiting(folder, waiting, now=now):
+    elif (waiting := _pending(folder)) is None or not _end_waiting(folder, waiting, now=now):
         raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
     status = read_status(folder)
     state = "stopped" if lease is None else "interrupted" if _holds(folder, lease) else status.state  # who was ended elsewhere still seems to hold it
@@ -45,6 +45,12 @@ def stop(
     if lease is not None and _holds(folder, lease):
         say(f"its driver was ended on {lease.host}: for {STALE_AFTER_S:.0f} s it still seems to run, which `resume` waits for")
     next_command(command("resume", run, storage=storage))
+
+
+def _pending(run: RunFolder) -> Submission | None:
+    from launcher.submitting import pending_submission
+
+    return pending_submission(run) if newest_submission(run) is not None else None
 
 
 def _stop_driver(run: RunFolder, lease: LeaseState, grace_s: float, *, save: bool) -> None:

@@ -19,7 +19,7 @@ from launcher.cluster_config import ClusterConfig, LocalCluster
 from launcher.elastic import require_work
 from launcher.health import FIRST_S
 
-_OBJECT_STORE_BYTES = 512 * 2**20
+OBJECT_STORE_BYTES = 512 * 2**20
 _LONGEST_SOCKET_FOLDER = 40
 """Ray puts `/session_<date>_<pid>/sockets/plasma_store` below its folder, and Linux cuts socket paths at 107 bytes."""
 
@@ -163,7 +163,7 @@ def start_ray(ray: Any, config: LocalCluster, workers: Workers, machine: Machine
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=False,
-            object_store_memory=config.object_store_bytes or _OBJECT_STORE_BYTES,
+            object_store_memory=config.object_store_bytes or OBJECT_STORE_BYTES,
             _node_ip_address=_LOOPBACK,
             _temp_dir=str(folder),
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import UsageError
 from launcher.cluster_config import Cluster, LocalCluster, RayCluster
 from launcher.clusters.local import Machine, Workers, local_cluster, resolve_workers
 from launcher.clusters.sizing import Sizing
@@ -42,7 +43,10 @@ def workers_of(config: Cluster, machine: Machine, num_micro_batches: int | None 
 
     Raises:
         ConfigError: the cluster file asks for what the machine, or a step of `num_micro_batches`, cannot give.
+        UsageError: nobody drives a run from outside on this kind of cluster.
     """
+    if not isinstance(config, LocalCluster | RayCluster):
+        raise UsageError(f"no command here drives a cluster of kind {config.kind}", "Give the run to it: `maskwright submit CONFIG --cluster …`.")
     if isinstance(config, LocalCluster):
         return resolve_workers(config, machine, num_micro_batches)
     if num_micro_batches is not None:

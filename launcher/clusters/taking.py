@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from data_pipeline.errors import ConfigError, UsageError
-from launcher.cluster_config import Cluster, ElasticCluster, RayCluster
+from launcher.cluster_config import Cluster, ElasticCluster, RayCluster, SlurmCluster
 from launcher.clusters.ray_jobs import RayJobs
+from launcher.clusters.slurm import job_script
+from launcher.clusters.slurm_jobs import SlurmJobs
 from launcher.job_request import job_request
-from launcher.submission import Submission
+from launcher.submission import Submission, submission_folder
 from launcher.taken_jobs import Jobs, Request
 from trainer.runlog import RunFolder
 
@@ -58,6 +60,16 @@ def _dashboard(cluster: RayCluster) -> str:
     return cluster.dashboard.rstrip("/")
 
 
+def _slurm_jobs(run: RunFolder, submission: Submission, answer_s: float) -> SlurmJobs:
+    return SlurmJobs.connect(submission_folder(run, submission.number).path, submission.time, answer_s)
+
+
+def _no_dashboard(cluster: SlurmCluster) -> str:
+    del cluster
+    return ""
+
+
 TAKERS: Mapping[str, Taker[Any, Any]] = {
     "ray": Taker(_dashboard, job_request, lambda _, submission, answer_s: RayJobs.connect(submission.dashboard, answer_s)),
+    "slurm": Taker(_no_dashboard, job_script, _slurm_jobs, begins_anew=True),
 }

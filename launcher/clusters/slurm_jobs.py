@@ -1,0 +1,151 @@
+"""The seam to Slurm: gives a job to sbatch, asks squeue and sacct what became of it, ends it (starts their processes)."""
+
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import ConfigError, UnreachableError
+from launcher.clusters.slurm import LOG, SCRIPT, JobScript
+from launcher.taken_jobs import JobState
+
+_WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
+_RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+_OUT_OF_REACH = ("contact slurm controller", "timed out", "connection refused", "munge", "communication", "configuration source", "slurm.conf")
+"""In what Slurm's commands complain of: nothing is wrong with the job."""
+_TAIL_BYTES = 4096
+ASKED_EVERY_S = 2.0
+"""Everybody's jobs are scheduled by who answers: one process asks it no more often."""
+_answers: dict[str, tuple[float, JobState]] = {}
+
+
+@dataclass(frozen=True)
+class SlurmJobs:
+    """The jobs of this user on the Slurm that this machine belongs to."""
+
+    folder: Path
+    """Of the submission."""
+    submitted_at: float
+    answer_s: float
+
+    @property
+    def place(self) -> str:
+        """There is one."""
+        return "Slurm"
+
+    @classmethod
+    def connect(cls, folder: Path, submitted_at: float, answer_s: float) -> "SlurmJobs":
+        """Make sure of the Slurm that this machine belongs to.
+
+        Raises:
+            UnreachableError: it belongs to none, or that does not answer.
+        """
+        jobs = cls(folder, submitted_at, answer_s)
+        jobs.call("scontrol", "ping")
+        return jobs
+
+    def post(self, request: JobScript, package: bytes) -> None:
+        """Hand a job over.
+
+        Raises:
+            ConfigError: Slurm refuses it.
+        """
+        folder = Path(request.folder)
+        (folder / request.package).write_bytes(package)
+        script = folder / SCRIPT
+        script.write_text(request.script)
+        self.call("sbatch", "--parsable", str(script))
+
+    def look(self, job: str) -> JobState:
+        """What became of a job; an answer may be `ASKED_EVERY_S` seconds old."""
+        asked_at, state = _answers.get(job, (0.0, JobState("unknown")))
+        if time.monotonic() - asked_at > ASKED_EVERY_S or not state.is_alive:
+            state = self._ask(job)
+            _answers[job] = time.monotonic(), state
+        return state
+
+    def log(self, job: str) -> str:
+        """Everything that the job has printed; nothing before it has."""
+        del job
+        try:
+            return (self.folder / LOG).read_text(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    def end(self, job: str) -> None:
+        """Take a job out of the queue, or end it: Slurm gives its command some seconds to save (its `KillWait`)."""
+        _answers.pop(job, None)
+        self.call("scancel", f"--name={job}")
+
+    def _ask(self, job: str) -> JobState:
+        queue = self.call("squeue", "--noheader", "--states=all", f"--name={job}", "--Format=State:.40,exit_code:.40")
+        if queue.strip():
+            name, status = queue.split()[-2:]
+            return self._told(name, _exit_code(int(status)))
+        since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.submitted_at - 60))
+        wanted = ["--noheader", "--parsable2", "--allocations", "--format=State,ExitCode", f"--starttime={since}", f"--name={job}"]
+        try:
+            records = self.call("sacct", *wanted).split("\n")
+        except (UnreachableError, ConfigError):  # many do without accounts
+            return JobState("unknown")
+        last = next((record for record in reversed(records) if record), None)
+        if last is None:
+            return JobState("unknown")
+        name, _, code = last.partition("|")
+        status, _, number = code.partition(":")
+        return self._told(name.split()[0], int(status) or 128 * bool(int(number)) + int(number))
+
+    def _told(self, name: str, exit_code: int) -> JobState:
+        return job_state(name, exit_code, self.log("")[-_TAIL_BYTES:])
+
+    def call(self, program: str, *arguments: str) -> str:
+        """What one of Slurm's commands prints.
+
+        Raises:
+            UnreachableError: there is no Slurm here, or it does not answer. ConfigError: it refuses.
+        """
+        try:
+            done = subprocess.run(
+                [program, *arguments], capture_output=True, text=True, errors="replace", timeout=self.answer_s, check=False, stdin=subprocess.DEVNULL
+            )
+        except FileNotFoundError as error:
+            raise UnreachableError(
+                f"this machine belongs to no Slurm: there is no {program} in PATH",
+                "Submit from a login node of the cluster, or with another --cluster.",
+            ) from error
+        except subprocess.TimeoutExpired as error:
+            raise UnreachableError(f"Slurm does not answer: {program} took over {self.answer_s:g} s", "Try again later (`sinfo`).") from error
+        if done.returncode == 0:
+            return done.stdout
+        raise _complaint(program, (done.stderr or done.stdout).splitlines())
+
+
+def job_state(name: str, exit_code: int, printed: str) -> JobState:
+    """What Slurm's name for the state of a job means (pure); `printed` is the end of what it has printed.
+
+    A number of the command that was killed by signal n is 128 + n, as in a shell.
+    """
+    if name in _WAITING or name in _RUNNING:
+        return JobState("waiting" if name in _WAITING else "running")
+    if name in {"COMPLETED", "FAILED"}:
+        return JobState("ended", exit_code=exit_code, message=printed)
+    if name == "CANCELLED":
+        return JobState("ended", was_stopped=True)
+    return JobState("ended", was_lost=True, message=name)
+
+
+def _exit_code(status: int) -> int:
+    """Of a process whose status `wait` gave."""
+    return status >> 8 if not status & 0x7F else 128 + (status & 0x7F)
+
+
+def _complaint(program: str, lines: Sequence[str]) -> UnreachableError | ConfigError:
+    said = [line.partition(": error: ")[2] or line for line in lines if line.strip()]
+    last = (said or ["no reason given"])[-1][:300]
+    if program != "sbatch" or any(words in line.lower() for line in lines for words in _OUT_OF_REACH):
+        return UnreachableError(f"Slurm does not answer: {program}: {last}", "Look whether this machine belongs to a Slurm that runs (`sinfo`).")
+    return ConfigError(
+        f"Slurm refuses the job: {last.removeprefix('Batch job submission failed: ')}",
+        "Correct the cluster file: `sinfo` shows partitions and their machines, `sacctmgr show assoc` accounts.",
+    )
