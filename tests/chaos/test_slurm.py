@@ -15,7 +15,7 @@ from tests.support.commands import Command, maskwright
 from tests.support.slurm import Slurm
 from tests.support.tiny_run import write_run
 
-STEPS = 200
+STEPS = 100
 SECRET = secrets.token_hex(16)
 PATIENCE_S = 900.0
 
@@ -37,7 +37,7 @@ class Submitter:
         self.token, self.followed = "", ""
         schedule = {"steps": STEPS, "warmup_steps": 5}
         write_run(
-            self.folder, schedule=schedule, checkpoint={"every_steps": 20, "keep_last": 3}, validation={"every_steps": STEPS, "micro_batches": 1}
+            self.folder, schedule=schedule, checkpoint={"every_steps": 10, "keep_last": 3}, validation={"every_steps": STEPS, "micro_batches": 1}
         )
         self.write_cluster()
 
@@ -127,7 +127,7 @@ def test_a_signal_puts_the_job_back_into_the_queue_and_nothing_is_lost(slurm: Sl
     """By the batch step alone, as before its time limit: the run saves first."""
     user = Submitter(slurm, "signalled")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 30)
+    user.wait_for("step", lambda: user.step() >= 15)
     slurm.call("scancel", "--batch", "--signal=TERM", slurm.job(job))
     user.wait_for("requeue", lambda: slurm.restarts(job) == 1)
     assert user.status()["state"] in {"submitted", "running"}
@@ -144,7 +144,7 @@ def test_a_signal_to_the_steps_puts_the_job_back_into_the_queue(slurm: Slurm, un
     """`scancel --signal=TERM` without `--batch`, and preemption, take Ray from the other machine: what was saved before is what it continues from."""
     user = Submitter(slurm, "preempted")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 30)
+    user.wait_for("step", lambda: user.step() >= 15)
     slurm.call("scancel", "--signal=TERM", slurm.job(job))
     user.wait_for("requeue", lambda: slurm.restarts(job) == 1)
     user.wait_for("end", lambda: slurm.state(job) == "COMPLETED")
@@ -155,7 +155,7 @@ def test_a_lost_machine_puts_the_job_back_into_the_queue(slurm: Slurm, undisturb
     """The one that drives: nobody is left to say anything, and Slurm acts by itself."""
     user = Submitter(slurm, "lost")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 30)
+    user.wait_for("step", lambda: user.step() >= 15)
     slurm.kill_node("n1")
     user.wait_for("requeue", lambda: slurm.restarts(job) == 1)
     user.wait_for("a status that says so", lambda: user.status()["state"] == "submitted")
@@ -167,7 +167,7 @@ def test_a_lost_machine_puts_the_job_back_into_the_queue(slurm: Slurm, undisturb
 def test_a_run_is_stopped_and_resumed(slurm: Slurm, undisturbed: Submitter) -> None:
     user = Submitter(slurm, "stopped")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 30)
+    user.wait_for("step", lambda: user.step() >= 15)
     assert "run tiny stopped; newest checkpoint" in user.call("stop", "tiny")
     found = user.status()
     assert (found["state"], found["exit_code"]) == ("stopped", 75)

@@ -1,0 +1,404 @@
+"""What Slurm is asked for with a run, what becomes of the job, and when it goes back into the queue. Slurm's commands are programs of our own."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError, ExitCode
+from data_pipeline.storage import Location
+from launcher import cli
+from launcher.cluster_config import ElasticCluster, SlurmCluster
+from launcher.clusters import allocation, slurm_jobs
+from launcher.clusters.ray_node import free_ports, resources
+from launcher.clusters.slurm import JobScript, job_script, quoted
+from launcher.clusters.slurm_jobs import job_state
+from launcher.config import load_cluster_config, validate_cluster
+from launcher.lease import Lease
+from launcher.submission import Submission, newest_submission, read_submission, submission_folder, wait_again, waiting_submission
+from launcher.taken_jobs import JobState
+from tests.support.slurm_commands import SlurmCommands
+from tests.support.tiny_run import tiny_config
+from trainer.runlog import RunFolder
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "slurm-job.sh"
+SECRET = "planted-secret-5e3f"
+SMALLEST = {"kind": "slurm", "environment": {"venv": "/opt/venv"}}
+WHOLE = {
+    **SMALLEST,
+    "nodes": 4,
+    "partition": "gpu",
+    "account": "my-project",
+    "time_limit": "12:00:00",
+    "gpus_per_node": 8,
+    "cpus_per_task": 64,
+    "options": ["--constraint=h100&nvlink", "--exclusive"],
+    "min_workers": 8,
+    "grace_s": 300,
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmCommands:
+    """A folder with a run that is not there yet, and a user with a secret, on a machine that belongs to a Slurm."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(slurm_jobs, "ASKED_EVERY_S", -1.0)
+    for name in [name for name in os.environ if name.startswith(("RAY_", "MASKWRIGHT_", "SLURM_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    Path("run.yaml").write_text(yaml.safe_dump(tiny_config()))
+    Path("slurm.yaml").write_text(yaml.safe_dump(SMALLEST))
+    found = SlurmCommands(tmp_path / "bin", monkeypatch)
+    found.answer("sbatch", "17\n")
+    found.queue("PENDING")
+    return found
+
+
+def invoke(*arguments: str) -> int:
+    return cli.run(list(arguments), debug=False)
+
+
+def submit(*arguments: str) -> int:
+    return invoke("submit", "run.yaml", "--cluster", "slurm.yaml", *arguments)
+
+
+def status(capsys: pytest.CaptureFixture[str]) -> tuple[str, int, str]:
+    capsys.readouterr()
+    invoke("status", "tiny", "--storage", "storage", "--json")
+    found = json.loads(capsys.readouterr().out)
+    return found["state"], found["exit_code"], found["cause"]
+
+
+def tiny() -> RunFolder:
+    return RunFolder(Location.at("storage/tiny"))
+
+
+def newest() -> Submission:
+    found = newest_submission(tiny())
+    assert found is not None
+    return found
+
+
+def script_of(settings: dict[str, object], root: str = "/shared/my runs/tiny") -> JobScript:
+    run = RunFolder(Location(root))
+    submission = Submission(1, "tiny-12e7b4af-0001", "", ["run"], "/home/me", 0, "login", 1.5, "slurm")
+    cluster = validate_cluster(settings, "slurm.yaml")
+    assert isinstance(cluster, SlurmCluster)
+    return job_script(run, submission, cluster, "maskwright-0.zip")
+
+
+def test_the_scripts_are_the_golden_ones() -> None:
+    assert "".join(script_of(settings).script for settings in (SMALLEST, WHOLE)) == GOLDEN.read_text()
+
+
+@given(st.text(min_size=1).filter(lambda name: name.isprintable() and "/" not in name and name.strip(".")))
+def test_a_folder_of_any_name_is_one_word_of_the_script(name: str) -> None:
+    root = f"/shared/{name}/tiny"
+    *_, path, command = script_of(SMALLEST, root).script.splitlines()
+    assert shlex.split(path) == ["export", f"PYTHONPATH={root}/submissions/0001/maskwright-0.zip"]
+    assert shlex.split(command) == ["exec", "/opt/venv/bin/python", "-P", "-m", "launcher.clusters.allocation", root, "1"]
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "\x1b[0m"])
+def test_folders_that_no_script_can_hold_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError):
+        script_of(SMALLEST, f"/shared/{name}/tiny")
+    with pytest.raises(ConfigError, match="is no folder"):
+        script_of(SMALLEST, "s3://bucket/tiny")
+
+
+def test_paths_are_quoted_as_sbatch_reads_them() -> None:
+    """As seen with Slurm 22.05."""
+    assert quoted("""/odd dir/100%/#1/'q"b\\c""") == '''"/odd dir/100%%/#1/'q\\"b\\\\c"'''
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"options": ["--comment=a b"]},
+        {"options": ["--mem=0\n#SBATCH --uid=0"]},
+        {"options": ["--mem=0 # rm"]},
+        {"options": ["--comment='x'"]},
+        {"options": ["mem=0"]},
+        {"options": ["-p gpu"]},
+        {"options": ["--output=/dev/null"]},
+        {"options": ["--out=/dev/null"]},
+        {"options": ["--export=ALL"]},
+        {"options": ["--no-requeue"]},
+        {"partition": "gpu --uid=0"},
+        {"partition": "gpu\n"},
+        {"account": "-x"},
+        {"time_limit": "1h"},
+        {"time_limit": 43200},
+        {"nodes": 0},
+        {"environment": {"venv": "venv"}},
+        {"environment": {"venv": "/x; rm -rf"}},
+        {"environment": None},
+        {"min_workers": 3, "num_workers": 2},
+    ],
+)
+def test_cluster_files_that_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        script_of({**SMALLEST, **settings})
+
+
+def test_lengths_of_time_want_quotes() -> None:
+    with pytest.raises(ConfigError, match='put it in quotes, as in "12:00:00"'):
+        script_of({**SMALLEST, "time_limit": yaml.safe_load("12:00:00")})
+
+
+def test_the_driver_sees_the_cluster_from_inside() -> None:
+    cluster = load_cluster_config("slurm")
+    assert isinstance(cluster, ElasticCluster)
+    inside = cluster.inside()
+    assert (inside.kind, inside.address, inside.environment, inside.num_workers) == ("ray", "auto", None, "auto")
+
+
+def test_a_dry_run_prints_the_script_and_does_nothing(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("#!/bin/bash\n#SBATCH --job-name=tiny-")
+    assert SECRET not in printed
+    assert submit("--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["script"].startswith("#!/bin/bash\n")
+    assert not slurm.calls("sbatch")
+    assert not Path("storage").exists()
+
+
+def test_submitting_leaves_the_run_where_everybody_finds_it(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit("--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["run"], told["submission"], told["cluster"]) == ("tiny", newest().job, "Slurm")
+    folder = submission_folder(tiny(), 1)
+    assert slurm.calls("sbatch") == [f"--parsable {folder / 'job.sh'}"]
+    assert newest().arguments == ["run", str(folder / "run.yaml"), "--cluster", str(folder / "inside.yaml")]
+    assert load_cluster_config(str(folder / "inside.yaml")).kind == "ray"
+    assert load_cluster_config(str(folder / "cluster.yaml")).kind == "slurm"
+    written = b"".join(path.read_bytes() for path in Path("storage").rglob("*") if path.is_file())
+    assert SECRET.encode() not in written
+    assert status(capsys) == ("submitted", ExitCode.RUNNING, "")
+    assert submit() == ExitCode.CONFLICT
+
+
+def test_the_packages_run_from_their_zip(slurm: SlurmCommands) -> None:
+    """Before they are unpacked on a machine."""
+    assert submit() == 0
+    (package,) = submission_folder(tiny(), 1).path.glob("maskwright-*.zip")
+    code = "from launcher.clusters import allocation; print(allocation.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env={**os.environ, "PYTHONPATH": str(package)}, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip() == f"{package}/launcher/clusters/allocation.py", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            "sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition name specified\n",
+            ExitCode.CONFIG,
+            "Slurm refuses the job: Invalid partition name specified",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)\n",
+            ExitCode.UNREACHABLE,
+            "does not answer",
+        ),
+    ],
+)
+def test_a_job_that_is_not_taken_is_revoked(error: str, code: ExitCode, said: str, slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm.answer("sbatch", error=error)
+    assert submit() == code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert said in lines[0]
+    assert waiting_submission(tiny()) is None
+
+
+def test_a_machine_without_slurm(slurm: SlurmCommands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert submit() == ExitCode.UNREACHABLE
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert "belongs to no Slurm" in lines[0]
+    assert not Path("storage").exists()
+
+
+@pytest.mark.parametrize("verb", [["run", "run.yaml"], ["doctor"]])
+def test_nobody_drives_such_a_cluster_from_outside(verb: list[str], slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    del slurm
+    assert invoke(*verb, "--cluster", "slurm.yaml") == ExitCode.USAGE
+    assert "maskwright submit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "printed", "state", "code", "cause"),
+    [
+        ("PENDING", 0, "", "submitted", ExitCode.RUNNING, ""),
+        ("RUNNING", 0, "", "submitted", ExitCode.RUNNING, ""),
+        ("CANCELLED", 0, "", "stopped", ExitCode.INTERRUPTED, "was stopped"),
+        ("FAILED", 7 << 8, "error: n1 does not see it\nShare it.\n", "failed", ExitCode.STORAGE, "n1 does not see it"),
+        ("FAILED", 127 << 8, "slurm_script: line 9: /opt/venv/bin/python: No such file or directory\n", "failed", ExitCode.ENVIRONMENT, "No such"),
+        ("FAILED", 9, "", "interrupted", ExitCode.INTERRUPTED, "was killed (exit code 137)"),
+        ("TIMEOUT", 0, "", "interrupted", ExitCode.INTERRUPTED, "ended by its cluster: TIMEOUT"),
+        ("NODE_FAIL", 1, "", "interrupted", ExitCode.INTERRUPTED, "ended by its cluster: NODE_FAIL"),
+    ],
+)
+def test_what_became_of_a_job_that_never_drove(
+    name: str, status: int, printed: str, state: str, code: int, cause: str, slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    slurm.queue(name, status)
+    (submission_folder(tiny(), 1).path / "job.log").write_text(printed)
+    found = globals()["status"](capsys)
+    assert found[:2] == (state, code)
+    assert cause in found[2]
+
+
+def test_what_the_queue_has_forgotten_the_accounts_know(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    slurm.queue("")
+    slurm.answer("sacct", "CANCELLED by 1000|0:15\n")
+    assert status(capsys)[0] == "stopped"
+    slurm.answer("sacct", "FAILED|0:9\n")
+    assert "exit code 137" in status(capsys)[2]
+    slurm.answer("sacct", error="Slurm accounting storage is disabled\n")
+    assert status(capsys)[0] == "submitted", "for a minute, a job may be on its way"
+    assert f"--name={newest().job}" in slurm.calls("sacct")[-1]
+
+
+def test_a_slurm_that_is_down_leaves_it_open(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    slurm.answer("squeue", error="slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n")
+    state, code, cause = status(capsys)
+    assert (state, code) == ("submitted", ExitCode.RUNNING)
+    assert "whether it still waits is not known" in cause
+
+
+def test_what_waits_is_taken_out_of_the_queue(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    job = newest().job
+    (slurm.folder / "scancel").write_text(
+        f"#!/bin/bash\nprintf '%40s%40s\\n' CANCELLED 0 > {slurm.folder}/squeue.out; echo scancel $* >> {slurm.folder}/calls\n"
+    )
+    assert invoke("stop", "tiny", "--storage", "storage") == 0
+    assert slurm.calls("scancel") == [f"--name={job}"]
+    assert status(capsys)[0] == "stopped"
+
+
+def drive(ends: bool = True) -> None:
+    """As the job does: take the run, and leave it."""
+    with Lease.acquire(tiny()):
+        tiny().append_event("command_started", attempt=0, verb="run", submission=newest().job)
+        if ends:
+            tiny().append_event("stopped", attempt=1, exit_code=75)
+
+
+def test_a_job_that_goes_back_into_the_queue_waits_again(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    drive()
+    slurm.queue("RUNNING")
+    assert status(capsys)[0] == "stopped", "a run that was stopped, whose job is about to end"
+    wait_again(tiny(), newest())
+    slurm.queue("PENDING")
+    assert status(capsys) == ("submitted", ExitCode.RUNNING, "")
+    assert submit() == ExitCode.CONFLICT
+    assert invoke("resume", "tiny", "--storage", "storage") == ExitCode.CONFLICT
+    drive()
+    assert status(capsys)[0] == "stopped"
+    assert invoke("resume", "tiny", "--storage", "storage") == 0
+    assert newest().number == 2
+
+
+def test_a_job_whose_machine_was_lost_waits_again_by_slurms_doing(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody was left to say so in the run's folder."""
+    assert submit() == 0
+    drive(ends=False)
+    assert status(capsys)[0] == "submitted"
+    assert submit() == ExitCode.CONFLICT
+    slurm.queue("COMPLETED")
+    assert status(capsys)[0] == "interrupted"
+    assert submit() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "expected"),
+    [
+        ("CONFIGURING", 0, JobState("waiting")),
+        ("REQUEUE_HOLD", 0, JobState("waiting")),
+        ("COMPLETING", 0, JobState("running")),
+        ("SUSPENDED", 0, JobState("running")),
+        ("COMPLETED", 0, JobState("ended", exit_code=0, message="said")),
+        ("FAILED", 12, JobState("ended", exit_code=12, message="said")),
+        ("CANCELLED", 0, JobState("ended", was_stopped=True)),
+        ("OUT_OF_MEMORY", 0, JobState("ended", was_lost=True, message="OUT_OF_MEMORY")),
+        ("SOMETHING_NEW", 0, JobState("ended", was_lost=True, message="SOMETHING_NEW")),
+    ],
+)
+def test_slurms_names_for_states(name: str, code: int, expected: JobState) -> None:
+    assert job_state(name, code, "said") == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "is_told", "cause", "state", "restarts", "goes_back", "expected"),
+    [
+        (75, True, "Slurm ends the job", "RUNNING", 9, True, 75),
+        (-15, True, "Slurm ends the job", "RUNNING", 0, True, 75),
+        (75, True, "Slurm ends the job", "COMPLETING", 0, False, 75),  # cancelled
+        (75, False, "", "RUNNING", 0, False, 75),  # maskwright stop
+        (0, True, "Slurm ends the job", "RUNNING", 0, False, 0),
+        (12, True, "Slurm ends the job", "RUNNING", 0, False, 12),
+        (75, False, "Ray's head has ended", "RUNNING", 2, True, 75),
+        (6, False, "Ray did not start", "RUNNING", 3, False, 6),
+        (0, False, "Ray's head has ended", "RUNNING", 0, False, 0),
+        (-9, False, "", "RUNNING", 0, False, 137),
+    ],
+)
+def test_when_a_job_goes_back_into_the_queue(
+    code: int,
+    is_told: bool,
+    cause: str,
+    state: str,
+    restarts: int,
+    goes_back: bool,
+    expected: int,
+    slurm: SlurmCommands,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert submit() == 0
+    drive()
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    slurm.answer("squeue", f"{state}\n")
+    told = threading.Event()
+    if is_told:
+        told.set()
+    assert allocation.ended(tiny(), 1, code, told, cause) == expected
+    assert slurm.calls("scontrol")[1:] == (["requeue 17"] if goes_back else [])
+    assert read_submission(tiny(), 1).waits(tiny()) == goes_back
+
+
+def test_jobs_of_one_machine_take_different_ports() -> None:
+    first = free_ports("127.0.0.1", 40_017)
+    assert free_ports("127.0.0.1", 40_018) != first
+    with socket.create_server(("127.0.0.1", first + 1)):
+        assert free_ports("127.0.0.1", 40_017) == first + 2
+    assert all(20_000 <= free_ports("127.0.0.1", job) < 32_000 for job in (1, 5_999, 6_000, 10**9))
+
+
+def test_ray_takes_what_the_job_has_of_the_machines() -> None:
+    environment = {"SLURMD_NODENAME": "n1", "SLURM_CPUS_PER_TASK": "16", "SLURM_JOB_NUM_NODES": "4"}
+    command = allocation.node_command("10.0.0.1:20034", environment)
+    assert {"--nodes=3", "--ntasks=3", "--exclude=n1", "--cpus-per-task=16"} <= set(command)
+    assert command[-2:] == ["--node", "10.0.0.1:20034"]
+    assert resources({"SLURM_CPUS_ON_NODE": "16"}) == ["--num-cpus=16"]
+    assert resources({"SLURM_CPUS_ON_NODE": "16", "SLURM_GPUS_ON_NODE": "4"}) == ["--num-cpus=16", "--num-gpus=4"]
