@@ -10,7 +10,7 @@ from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig
 
 FREE = (
-    *("storage", "data", "zero", "batch.split", "batch.loader_workers", "checkpoint", "validation", "numerics", "finetune"),
+    *("storage", "data", "zero", "batch.split", "batch.loader_workers", "checkpoint", "validation", "numerics", "finetune", "tracking"),
     *("model.activation_checkpointing", "model.attention", "model.compile"),
 )
 """Change what a run costs or keeps, never what it computes (beyond summation order, and but for steps in numeric trouble)."""

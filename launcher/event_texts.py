@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from launcher.redaction import redacted
+from trainer.redaction import redacted
 
 Event = Mapping[str, Any]
 
@@ -20,6 +20,7 @@ FROM_RANKS = {
     "numeric_trouble",
     "batch_skipped",
     "data_skipped",
+    "tracker_failed",
 }
 """What ranks record, and who watches should read at once."""
 _DEVICES = {"cpu": "processor", "cuda": "GPU"}
@@ -146,5 +147,6 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
         f"{event.get('precision')} takes {event.get('factor')} times as long as {event.get('faster')} in a matrix product on this processor; "
         "precision: auto takes the faster"
     ),
+    "tracker_failed": lambda event: f"tracker {event.get('tracker')}: {event.get('cause')}; training goes on without it",
     "config_changed": lambda event: f"{event.get('path')}: {event.get('before')} -> {event.get('after')}",
 }

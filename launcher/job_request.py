@@ -10,8 +10,8 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from launcher.cluster_config import RayCluster
-from launcher.redaction import redacted
 from launcher.submission import Submission
+from trainer.redaction import redacted
 from trainer.runlog import RunFolder
 from trainer.software import PACKAGES, package_files
 

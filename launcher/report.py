@@ -16,11 +16,11 @@ from launcher.goodput import Goodput, goodput
 from launcher.history import Attempt, Events, History, attempts_of, read_history
 from launcher.lease import holder
 from launcher.proof import Proof, prove
-from launcher.redaction import redacted, redacted_values
 from launcher.report_figures import Curve, attempt_starts, line_figure, sentence_figure, token_figure
 from launcher.scores import SYSTEMS, TOKEN_LOSS, validation_verdict, verdict
 from launcher.step_phases import StepPhases
 from trainer.config import RunConfig
+from trainer.redaction import redacted, redacted_values
 from trainer.runlog import RunFolder
 
 _TEMPLATE = "report_template.html.j2"

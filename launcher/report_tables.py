@@ -13,9 +13,9 @@ from data_pipeline.mixture import MIXTURE
 from data_pipeline.storage import Location
 from launcher.goodput import Goodput, lost_parts
 from launcher.history import Attempt, Events, History
-from launcher.redaction import redacted
 from launcher.scores import SYSTEMS, spread
 from launcher.step_phases import StepPhases
+from trainer.redaction import redacted
 from trainer.runlog import RunFolder
 
 Rows = list[tuple[str, str]]

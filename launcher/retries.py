@@ -15,8 +15,8 @@ from launcher.group_watch import GroupWatch, SaveReason
 from launcher.health import Deadlines, beat_interval_s
 from launcher.job import Job
 from launcher.policy import Budgets, Failure, FailureKind, History, Retry, blame_newcomers, decide
-from launcher.redaction import redacted
 from launcher.run_status import committed_steps
+from trainer.redaction import redacted
 from trainer.runlog import event_line
 
 

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from data_pipeline.config import BatchConfig, CorpusConfig, DataConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
 from trainer.finetune_config import FinetuneConfig
 from trainer.known_architectures import why_unknown
+from trainer.tracking_config import TrackingConfig
 from trainer.zero_config import ZeroConfig
 
 _WITH_PAIR_HEAD = ("bert",)
@@ -200,6 +201,8 @@ class RunConfig(Section):
     """Losses and gradients that are not finite, and spikes."""
     finetune: FinetuneConfig = FinetuneConfig()
     """Fine-tuning and baselines."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where the numbers of pretraining are shown."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -1,4 +1,4 @@
-"""What each optimizer step is measured by, and rank 0's records of it: metrics.jsonl and TensorBoard."""
+"""What each optimizer step is measured by, and rank 0's records of it: metrics.jsonl, and what trackers are told."""
 
 import logging
 import math
@@ -20,6 +20,7 @@ from trainer.runlog import MetricsWriter, RunFolder
 from trainer.state import TrainState
 from trainer.timeline import Timeline
 from trainer.totals import StepCounts, StepLosses
+from trainer.trackers import Trackers
 
 SAY_EVERY_S = 10.0
 _SAID = ("loss", "mlm_loss", "nsp_loss", "grad_norm", "lr", "tokens_per_s", "data_wait_s", "checkpoint_stall_s")
@@ -77,20 +78,20 @@ class StepRecord:
 class StepLog:
     """An attempt's records. Rank 0 writes, other ranks only keep the same time."""
 
-    def __init__(self, run: RunFolder, engine: Engine, timeline: Timeline, attempt: int, *, first_step: int) -> None:
+    def __init__(self, run: RunFolder, engine: Engine, timeline: Timeline, trackers: Trackers) -> None:
         self._run = run
         self._flops = StepFlops.of(engine.model)
         self._device = engine.device
-        self._attempt = attempt
+        self._attempt = trackers.attempt
         self._timeline = timeline
         self._reduces_apart = engine.reduces_apart
         self._writes = timeline.rank == 0
-        self._first_step = first_step
+        self._first_step = trackers.first_step
         self._peak_flops = measured_peak(engine.device, engine.dtype) * timeline.world_size if self._writes else 0.0
         stated = stated_peak(device_name(engine.device), engine.dtype)
         self._stated_flops = None if stated is None else stated * timeline.world_size
         self._records = MetricsWriter(run)
-        self._tensorboard: Any = None
+        self._trackers = trackers
         self._started_at = time.monotonic()
         self._said_at = -math.inf
 
@@ -134,7 +135,7 @@ class StepLog:
             self._continued(state, values["loss"])
         self._records.add(values)
         self._say(values)
-        self._draw("train", state.step, values)
+        self._trackers.log("train", values, state.step)
 
     def _continued(self, state: TrainState, loss: float | None) -> None:
         """Record how the first loss after a resume goes on from what was there before."""
@@ -147,7 +148,7 @@ class StepLog:
         if self._writes:
             values = finite(asdict(losses) | {"unigram_entropy": unigram_entropy})
             self._run.append_event("validation", attempt=self._attempt, step=state.step, **values)
-            self._draw("validation", state.step, values)
+            self._trackers.log("validation", values, state.step)
 
     def skipped(self, state: TrainState, blocks: Sequence[SkippedBlock]) -> None:
         """Record damaged blocks that the run goes on without."""
@@ -165,13 +166,12 @@ class StepLog:
         self._records.flush()
 
     def close(self) -> None:
-        """Write what is held back, of an attempt that fails, too; and TensorBoard's file."""
+        """Write what is held back, of an attempt that fails, too; and let the trackers finish."""
         try:
             self.flush()
         except MaskwrightError as error:  # of steps that no checkpoint holds; why the attempt ends is the news
             _log.warning("the records of the last steps are lost: %s", error)
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._trackers.close()
 
     def _say(self, values: dict[str, Any]) -> None:
         """A line in the log now and then: who reads it sees that the run moves."""
@@ -179,15 +179,6 @@ class StepLog:
             self._said_at = time.monotonic()
             shown = {name: "-" if values[name] is None else f"{values[name]:.4g}" for name in _SAID}
             _log.info("step %d: %s", values["step"], ", ".join(f"{name} {value}" for name, value in shown.items()))
-
-    def _draw(self, group: str, step: int, values: dict[str, Any]) -> None:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step)
-        for name, value in values.items():
-            if isinstance(value, float) and name != "time":
-                self._tensorboard.add_scalar(f"{group}/{name}", value, step)
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:

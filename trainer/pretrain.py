@@ -32,6 +32,7 @@ from trainer.soundness import Soundness
 from trainer.state import TrainState
 from trainer.timeline import Timeline
 from trainer.totals import StepCounts, StepLosses, raise_together
+from trainer.trackers import Trackers
 
 MAX_SKIPPED_STEPS = 1000
 """Newest skipped steps that a checkpoint remembers."""
@@ -64,7 +65,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     soundness = Soundness.open(folder, config, saver, attempt)
     fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
     state = saver.resume(engine, fresh, before_step=soundness.resume_before)
-    with closing(saver), closing(StepLog(folder, engine, context, attempt, first_step=state.step)) as log:
+    with closing(saver), closing(StepLog(folder, engine, context, Trackers(folder, config, attempt, state.step))) as log:
         train(config, corpora, engine, saver, soundness, log, context, state)
 
 

@@ -1,0 +1,133 @@
+"""Trackers are told what rank 0 records, and whatever becomes of them is no concern of the run."""
+
+import json
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.storage import Location
+from tests.support import trackio_package
+from tests.support.batches import small_config
+from trainer import trackers
+from trainer.runlog import RunFolder
+from trainer.trackers import Feed, Trackers, require_installed, settings_of
+from trainer.tracking_config import Tracker, TrackingConfig
+
+VALUES = {"loss": 2.5, "nsp_loss": None, "time": 17e8, "batch_digest": "ab", "memory_bytes": 7, "lr": 0.1}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    return RunFolder(Location.at(tmp_path / "storage/a run"))
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package `trackio` is installed; the file in which it writes down what it is told."""
+    record = tmp_path / "trackio.jsonl"
+    monkeypatch.setenv("TRACKIO_STAND_IN", str(record))
+    (tmp_path / "packages").mkdir()
+    shutil.copyfile(trackio_package.__file__, tmp_path / "packages/trackio.py")
+    monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.delitem(sys.modules, "trackio", raising=False)
+    return record
+
+
+def feed(run: RunFolder, *names: str, steps: int = 3, first_step: int = 0) -> None:
+    all_of_them = Trackers(run, small_config(tracking={"trackers": names}), attempt=1, first_step=first_step)
+    for step in range(first_step, first_step + steps):
+        all_of_them.log("train", VALUES, step)
+    all_of_them.close()
+
+
+def failures(run: RunFolder) -> list[tuple[str, str]]:
+    return [(event["tracker"], event["cause"]) for event in run.read_events() if event["kind"] == "tracker_failed"]
+
+
+def test_tensorboard_is_the_default_and_a_resume_takes_back_what_it_repeats(run: RunFolder) -> None:
+    assert TrackingConfig().trackers == ("tensorboard",)
+    feed(run, "tensorboard", steps=5)
+    feed(run, "tensorboard", steps=2, first_step=3)
+    found = EventAccumulator(str(run.tensorboard)).Reload()
+    assert set(found.Tags()["scalars"]) == {"train/loss", "train/lr"}
+    assert [event.step for event in found.Scalars("train/loss")] == [0, 1, 2, 3, 4]
+    assert failures(run) == []
+
+
+def test_a_tracker_of_accelerate_is_told_settings_and_numbers(run: RunFolder, told: Path) -> None:
+    feed(run, "trackio")
+    (_, init), (_, settings), *logged, last = [json.loads(line) for line in told.read_text().splitlines()]
+    assert init["project"] == "maskwright"
+    assert init["name"].startswith("a run-")
+    assert settings["optimizer.lr"] == small_config().optimizer.lr
+    assert logged == [["log", [step, {"train/loss": 2.5, "train/lr": 0.1}]] for step in range(3)]
+    assert (last[0], failures(run)) == ("finish", [])
+
+
+def test_trackers_are_told_no_addresses() -> None:
+    config = small_config(storage="s3://user:hunter2@bucket/runs", model={"init_from": "s3://user:hunter2@bucket/bert"})
+    assert "hunter2" not in str(settings_of(config))
+
+
+def test_a_tracker_that_fails_leaves_an_event_without_secrets(run: RunFolder, told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_FAILS_AT", "1")
+    feed(run, "trackio", "tensorboard", steps=50)
+    assert failures(run) == [("trackio", "ConnectionError: http://(redacted)@trackio.example refused")]
+    assert len(EventAccumulator(str(run.tensorboard)).Reload().Scalars("train/loss")) == 50, "the other one goes on"
+
+
+def test_a_tracker_that_hangs_holds_up_nobody() -> None:
+    release, causes = threading.Event(), list[str]()
+
+    def hang() -> Any:
+        release.wait(30)
+        raise ConnectionError("at last")
+
+    hung = Feed("wandb", hang, lambda _, cause: causes.append(cause))
+    for step in range(trackers.MOST_WAITING + 10):
+        hung.put({"train/loss": 1.0}, step)
+    hung.end()
+    hung.wait(0.0)
+    assert causes == [f"does not keep up: {trackers.MOST_WAITING} records wait, others are left out"], "and what follows is not told"
+    release.set()
+
+
+def test_one_that_does_not_finish_is_named() -> None:
+    release, causes = threading.Event(), list[str]()
+
+    def hang() -> Any:
+        release.wait(30)
+        raise ConnectionError
+
+    hung = Feed("wandb", hang, lambda name, cause: causes.append(f"{name} {cause}"))
+    hung.end()
+    hung.wait(0.0)
+    assert causes == ["wandb did not finish in time: its last records are lost"]
+    release.set()
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("wandb", "mlflow"):
+        monkeypatch.setitem(sys.modules, name, None)
+    require_installed(TrackingConfig())
+    with pytest.raises(ConfigError, match=r"tracking.trackers: wandb, mlflow not installed here") as caught:
+        require_installed(TrackingConfig(trackers=("tensorboard", "wandb", "mlflow")))
+    assert "pip install wandb mlflow" in caught.value.remedy
+
+
+def test_trackers_are_those_of_accelerate() -> None:
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert set(get_args(Tracker)) <= set(LOGGER_TYPE_TO_CLASS)
+    assert set(get_args(Tracker)) - {"tensorboard"} == set(trackers._ARGUMENTS)
+
+
+def test_a_tracker_is_named_once() -> None:
+    with pytest.raises(ValueError, match="trackers must be unique"):
+        TrackingConfig(trackers=("tensorboard", "tensorboard"))

@@ -1,0 +1,210 @@
+"""The seam to accelerate's trackers: rank 0's records on TensorBoard, Weights & Biases and others (a thread each: none holds up or ends a run)."""
+
+import hashlib
+import importlib.util
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, Full, Queue
+from typing import Any, Protocol, cast
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.storage import Location
+from trainer.config import RunConfig
+from trainer.redaction import redacted
+from trainer.runlog import RunFolder
+from trainer.tracking_config import TrackingConfig
+
+MOST_WAITING = 1000
+"""Records that wait for a tracker; one that takes them more slowly than they come misses some."""
+FINISH_S = 10.0
+"""How long the end of an attempt waits for all trackers together: it may be a failed one, and the next is to begin."""
+_SETTINGS = ("seed", "objective", "model", "batch", "optimizer", "schedule", "precision", "zero")
+"""What trackers are told of the configuration: what the curves depend on, and no addresses of anything."""
+_log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """A tracker that has begun: the part of accelerate's `GeneralTracker` that is used."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Show numbers of a step."""
+        ...
+
+    def finish(self) -> None:
+        """Pass on what is held back."""
+        ...
+
+
+def require_installed(tracking: TrackingConfig) -> None:
+    """Refuse trackers whose packages this machine lacks (imports none of them).
+
+    Raises:
+        ConfigError: names them, and what to install.
+    """
+    missing = [name for name in tracking.trackers if importlib.util.find_spec(name) is None]
+    if missing:
+        remedy = f"Install what is missing (`pip install {' '.join(missing)}`), or leave it out of tracking.trackers."
+        raise ConfigError(f"tracking.trackers: {', '.join(missing)} not installed here", remedy)
+
+
+@dataclass
+class Trackers:
+    """The trackers of an attempt, which rank 0 has. They begin with the first record."""
+
+    run: RunFolder
+    config: RunConfig
+    attempt: int
+    first_step: int
+    _feeds: list["Feed"] | None = None
+
+    def log(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        """Show the numbers among `values`, below `group`. Never waits, never raises."""
+        if self._feeds is None:
+            self._feeds = [Feed(name, self._opener(name), self._record_failure) for name in self.config.tracking.trackers]
+        numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, float) and name != "time"}
+        for feed in self._feeds:
+            feed.put(numbers, step)
+
+    def close(self) -> None:
+        """Let all of them finish, within `FINISH_S` seconds."""
+        feeds, deadline = self._feeds or [], time.monotonic() + FINISH_S
+        for feed in feeds:
+            feed.end()
+        for feed in feeds:
+            feed.wait(deadline)
+
+    def _opener(self, name: str) -> Callable[[], Tracker]:
+        if name == "tensorboard":
+            return lambda: _TensorBoard(self.run.tensorboard, self.first_step)
+        return lambda: open_tracker(name, self.run, self.config)
+
+    def _record_failure(self, name: str, cause: str) -> None:
+        cause = redacted(cause)  # it may hold the address of a server, and that a password
+        _log.warning("tracker %s: %s", name, cause)
+        with suppress(Exception):  # storage may have failed, too, which the run itself will find
+            self.run.append_event("tracker_failed", attempt=self.attempt, tracker=name, cause=cause)
+
+
+class Feed:
+    """What one tracker is told, on a thread of its own. Whether it takes that, fails or hangs, who tells it goes on; a failure is told once."""
+
+    def __init__(self, name: str, open_tracker: Callable[[], Tracker], failed: Callable[[str, str], None]) -> None:
+        self._name, self._open, self._failed = name, open_tracker, failed
+        self._told = False
+        self._records: Queue[tuple[dict[str, float], int] | None] = Queue(MOST_WAITING)
+        self._thread = threading.Thread(target=self._pass_on, daemon=True, name=f"tracker-{name}")
+        self._thread.start()
+
+    def put(self, values: dict[str, float], step: int) -> None:
+        """Have numbers shown, some time."""
+        try:
+            self._records.put_nowait((values, step))
+        except Full:
+            self._tell(f"does not keep up: {MOST_WAITING} records wait, others are left out")
+
+    def end(self) -> None:
+        """Nothing more will come."""
+        while True:
+            with suppress(Full):
+                self._records.put_nowait(None)
+                break
+            with suppress(Empty):
+                self._records.get_nowait()
+
+    def wait(self, deadline: float) -> None:
+        """Wait until it has finished, or an instant of the monotonic clock."""
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._tell("did not finish in time: its last records are lost")
+
+    def _pass_on(self) -> None:
+        try:
+            tracker = self._open()
+            while (record := self._records.get()) is not None:
+                tracker.log(*record)
+            tracker.finish()
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever becomes of a tracker, the run goes on
+            first = next(iter(str(error).splitlines()), "")
+            self._tell(f"{type(error).__name__}: {first}")
+
+    def _tell(self, cause: str) -> None:
+        if not self._told:
+            self._told = True
+            self._failed(self._name, cause)
+
+
+@dataclass
+class _TensorBoard:
+    """TensorBoard's event files. Not by accelerate, whose tracker cannot take back the steps that a resume repeats where they lie."""
+
+    folder: Location
+    first_step: int
+    _writer: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+def open_tracker(name: str, run: RunFolder, config: RunConfig) -> Tracker:
+    """Begin a tracker of accelerate, and tell it the settings of the run.
+
+    Raises whatever the tracker's own library raises.
+    """
+    import torch
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else the next line would change them, and with them results
+    PartialState(cpu=True)  # accelerate's trackers ask it who they are
+    kind: Any = LOGGER_TYPE_TO_CLASS[name]
+    tracker = kind(config.tracking.project, **_ARGUMENTS[name](run))
+    tracker.start()
+    tracker.store_init_configuration(settings_of(config))
+    return tracker
+
+
+def _wandb(run: RunFolder) -> dict[str, Any]:
+    """The same W&B run for all attempts; what it writes down here lies in the run's folder, where that is a folder."""
+    folder = {"dir": str(run.root.path)} if run.root.is_local else {}
+    return {"name": run.root.name, "id": f"{run.root.name}-{_digest(run)}", "resume": "allow", **folder}
+
+
+def _digest(run: RunFolder) -> str:
+    """Tells runs of one name in several storages apart."""
+    return hashlib.sha256(run.root.url.encode()).hexdigest()[:8]
+
+
+_ARGUMENTS: dict[str, Callable[[RunFolder], dict[str, Any]]] = {
+    "wandb": _wandb,
+    "mlflow": lambda run: {"run_name": run.root.name},
+    "trackio": lambda run: {"name": f"{run.root.name}-{_digest(run)}", "resume": "allow"},
+}
+"""What each tracker is begun with, besides the project."""
+
+
+def settings_of(config: RunConfig) -> dict[str, bool | str | float | int]:
+    """Settings by dotted name, as trackers take them."""
+    dumped = config.model_dump(mode="json")
+    return dict(_leaves({name: dumped[name] for name in _SETTINGS}))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | str | float | int]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(cast(dict[str, Any], value), f"{prefix}{name}.")
+        else:
+            yield prefix + name, value if isinstance(value, bool | int | float) else redacted(str(value))
