@@ -21,14 +21,16 @@ from launcher.job import Job, Stage
 from launcher.lease import Lease
 from launcher.options import completed
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock
-from launcher.redaction import redacted
+from launcher.ray_metrics import RayMetrics
 from launcher.run_status import committed_steps, has_trained, record_lost_driver
 from launcher.runs import cluster_file, read_config, reference
 from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
 from launcher.submission import SUBMISSION_VARIABLE
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.config import RunConfig
+from trainer.redaction import redacted
 from trainer.runlog import RunFolder
+from trainer.trackers import require_installed
 
 _RECORD_S = 15.0
 """How long the end of a command waits for what it says about it."""
@@ -54,6 +56,8 @@ def run_job(
     config = with_whole_paths(config)
     run = RunFolder(Location.at(config.storage) / config.name)
     _require_buildable(config, run)
+    if stages is STAGES:
+        require_installed(config.tracking)
     machine = this_machine()
     workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with Lease.acquire(run, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as lease:
@@ -70,10 +74,12 @@ def run_job(
         )
         notices = Notices(console, RecordsTail(run.events).skip_old())
         trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
+        metrics = RayMetrics(run, lambda: ray.is_open, job.say)
 
         def show() -> None:
             (trials if job.stage == "finetune" else progress).update()
             notices.update()
+            metrics.update()
 
         supervisor = Supervisor(run, lease, job.ray, job.say, show, saves_on_stop=lambda: job.stage in {"pretrain", "finetune"})
         try:

@@ -89,6 +89,11 @@ class RayOnDemand:
         if (sizing := self._open().sizing) is not None:
             sizing.keep_to(node_ids)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether Ray is there."""
+        return self._cluster is not None and self._error is None
+
     def _open(self) -> OpenCluster:
         self._wanted.set()
         self._answered.wait()
