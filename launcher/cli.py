@@ -31,7 +31,6 @@ app = typer.Typer(
     help="Pretrain text encoders on your own text: from a folder of text to a fine-tuned model, on a laptop or a cluster.",
     epilog="Start with: maskwright init, then maskwright run cluster_configs/runs/demo.yaml",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

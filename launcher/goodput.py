@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from launcher.history import Attempt, Events, History
+
+if TYPE_CHECKING:
+    from launcher.answers.runs import GoodputAnswer
 
 USEFUL = "useful"
 CAUSES = {
@@ -44,7 +47,7 @@ class Goodput:
         """Useful time as a share of all; 0 before there is any."""
         return self.seconds[USEFUL] / self.wall_s if self.wall_s else 0.0
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> "GoodputAnswer":
         """JSON object."""
         lost = {cause: round(seconds, 3) for cause, seconds in self.seconds.items() if cause != USEFUL}
         return {

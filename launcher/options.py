@@ -7,17 +7,22 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from launcher import completing
+
 _NEEDS_RUN = {"status", "logs", "stop", "resume", "export", "report", "profile"}
 _COMMAND = re.compile(rf"`maskwright ({'|'.join(sorted(_NEEDS_RUN))}|list|submit|finetune|evaluate|clean|run|prepare|inspect)\b((?: [^`]*)?)`")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="Path of a run YAML.")]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run id (looked for in the storage), or the run's folder or URL.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", help="Run id (looked for in the storage), or the run's folder or URL.", autocompletion=completing.runs)
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. schedule.steps=1000; the value is YAML. Repeatable.")
 ]
@@ -25,9 +30,16 @@ Storage = Annotated[
     str | None,
     typer.Option("--storage", metavar="PATH|URL", help="Where corpora and runs lie. Else as CONFIG says, else $MASKWRIGHT_STORAGE, else ./runs."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout (`maskwright schema --answers` says which), and no text for people.")]
 Cluster = Annotated[
-    str | None, typer.Option("--cluster", metavar="PATH|NAME", help="Cluster YAML, or the name of a built-in one.", show_default="local")
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="PATH|NAME",
+        help="Cluster YAML, or the name of a built-in one.",
+        show_default="local",
+        autocompletion=completing.clusters,
+    ),
 ]
 
 
@@ -59,6 +71,11 @@ _LONG_CELL = 60
 def console() -> Console:
     """Where human output goes. Paths must not be broken when nobody looks at a screen."""
     return _Console() if sys.stdout.isatty() else _Console(width=160, soft_wrap=True)
+
+
+def human_output(*, as_json: bool) -> AbstractContextManager[Any]:
+    """Around work that tells people what it does: with --json they read it on stderr, and stdout is left to the answer."""
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def print_json(value: Any) -> None:

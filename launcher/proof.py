@@ -53,7 +53,7 @@ class Proof:
         return not (self.repeated or self.skipped or self.different or self.unchecked) and self.checked > 0
 
     def to_json(self) -> dict[str, Any]:
-        """JSON object."""
+        """JSON object: `answers.runs.ProofAnswer`."""
         return {"holds": self.holds, **asdict(self)}
 
     def verdict(self) -> str:

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from pydantic import with_config
+
 from data_pipeline.errors import ExitCode
+from launcher.answers.shape import SHAPE
 from launcher.attempts import last_attempt
 from launcher.lease import LeaseState, holder
 from launcher.options import completed
@@ -22,6 +25,7 @@ _LOOK_S = 0.3
 _TERMINAL = {"finished", "failed", "stopped"}
 
 
+@with_config(SHAPE)
 @dataclass(frozen=True)
 class RunStatus:
     """A run at one moment; `--json` prints it as it is."""

@@ -6,15 +6,20 @@ import typer
 
 from data_pipeline.errors import ConflictError, MaskwrightError
 from data_pipeline.storage import Location
+from launcher import completing
 from launcher.options import Json, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import find_run, resolve_storage
 
 if TYPE_CHECKING:
+    from launcher.answers.runs import Cleaned, LeftoverAnswer
     from launcher.cleaning import Found
 
 
 def clean(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="Only this run's; else the whole storage's.", show_default=False)] = None,
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", help="Only this run's; else the whole storage's.", show_default=False, autocompletion=completing.runs),
+    ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Remove what is listed; without it nothing is.")] = False,
     storage: Storage = None,
     as_json: Json = False,
@@ -29,11 +34,12 @@ def clean(
     kept = _remove(found, root) if yes else {}
     total = sum(leftover.bytes for leftover in found.leftovers if leftover.location.url not in kept)
     if as_json:
-        rows = [
+        rows: list[LeftoverAnswer] = [
             {"path": each.location.url, "kind": each.kind, "bytes": each.bytes, "removed": yes and each.location.url not in kept}
             for each in found.leftovers
         ]
-        print_json({"leftovers": rows, "bytes": total, "removed": yes, "passed_over": found.passed_over | kept})
+        answer: Cleaned = {"leftovers": rows, "bytes": total, "removed": yes, "passed_over": found.passed_over | kept}
+        print_json(answer)
     else:
         _show(found)
         if yes:

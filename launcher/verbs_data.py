@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def init(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Where to copy the example configurations.")] = "cluster_configs",
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that are there.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Copy the example configurations.
 
@@ -38,7 +39,11 @@ def init(
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
-        say(str(copy))
+    copies = [str(target / path.relative_to(source)) for path in files]
+    if as_json:
+        print_json({"files": copies})
+        return
+    say("\n".join(copies))
     runs = sorted((target / "runs").glob("*.yaml"), key=lambda path: path.stem != "demo")
     next_command(command("run", runs[0]) if runs else "maskwright schema")
 
@@ -47,18 +52,30 @@ def schema(
     write: Annotated[
         str | None, typer.Option("--write", metavar="DIR", help="Write run.schema.json and cluster.schema.json for editors instead.")
     ] = None,
+    answers: Annotated[bool, typer.Option("--answers", help="Instead those of what each verb answers with --json.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Print the JSON schemas of run YAMLs and cluster YAMLs.
+    """Print the JSON schemas of run YAMLs and cluster YAMLs, or of what verbs answer with --json.
 
     Example: maskwright schema --write cluster_configs/schema
     """
+    if answers:
+        from launcher.answers.table import answers_schema
+
+        found = {"answers": answers_schema()}
+    else:
+        found = json_schema()
     if write is None:
-        print(json.dumps(json_schema(), indent=2))
+        content = found["answers"] if answers else found
+        print_json(content) if as_json else print(json.dumps(content, indent=2))
         return
-    for name, content in json_schema().items():
-        file = Location.at(write) / f"{name}.schema.json"
+    files = {Location.at(write) / f"{name}.schema.json": content for name, content in found.items()}
+    for file, content in files.items():
         file.write_bytes((json.dumps(content, indent=2) + "\n").encode())
-        say(str(file))
+    if as_json:
+        print_json({"files": [str(file) for file in files]})
+    else:
+        say("\n".join(map(str, files)))
 
 
 def prepare(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None, as_json: Json = False) -> None:

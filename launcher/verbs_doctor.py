@@ -2,7 +2,7 @@
 
 import shlex
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,6 +24,9 @@ from launcher.links import between_machines
 from launcher.measurements import Measurements, NodeMeasurements, best_rates, machines_of
 from launcher.options import Cluster, Json, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import resolve_storage
+
+if TYPE_CHECKING:
+    from launcher.answers.machines import DoctorAnswer, FindingAnswer, NodeAnswer
 
 _ERRORS: dict[ExitCode, type[MaskwrightError]] = {
     ExitCode.STORAGE: StorageError,
@@ -154,10 +157,10 @@ def _remedy(found: Measurements, diagnosis: Diagnosis, again: str) -> str:
     return f"{diagnosis.faults[0].remedy} A node is left out with `{shlex.join(drain)}`. Then: {again}"
 
 
-def as_record(kind: str, found: Measurements, diagnosis: Diagnosis) -> dict[str, Any]:
+def as_record(kind: str, found: Measurements, diagnosis: Diagnosis) -> "DoctorAnswer":
     """What `--json` prints."""
     links = best_rates(between_machines(found.links, machines_of(found.nodes)))
-    findings = [
+    findings: list[FindingAnswer] = [
         {"node": it.node, "what": it.what, "remedy": it.remedy, "severity": "fault" if it.is_fault else "warning"} for it in diagnosis.findings
     ]
     together, corpus = found.all_reduce, found.corpus
@@ -175,7 +178,7 @@ def as_record(kind: str, found: Measurements, diagnosis: Diagnosis) -> dict[str,
     }
 
 
-def _node_record(each: NodeMeasurements, found: Measurements, bytes_per_s: float | None, diagnosis: Diagnosis) -> dict[str, Any]:
+def _node_record(each: NodeMeasurements, found: Measurements, bytes_per_s: float | None, diagnosis: Diagnosis) -> "NodeAnswer":
     return {
         "id": each.node.id,
         "address": each.node.address,

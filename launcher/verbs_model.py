@@ -8,16 +8,33 @@ import typer
 
 from data_pipeline.errors import ConflictError, NotFoundError, UsageError
 from data_pipeline.storage import Location
+from launcher import completing
 from launcher.cluster_config import LocalCluster
 from launcher.config import load_cluster_config, override_run_config
 from launcher.lease import holder
-from launcher.options import Cluster, Json, RunArgument, Set, Storage, command, console, next_command, print_json, print_table, say
+from launcher.options import (
+    Cluster,
+    Json,
+    RunArgument,
+    Set,
+    Storage,
+    command,
+    console,
+    human_output,
+    next_command,
+    print_json,
+    print_table,
+    say,
+)
+from launcher.run_status import read_status
 from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read_config, resolve_storage
 from trainer.config import RunConfig
 from trainer.finetune_config import TaskConfig
 from trainer.runlog import RunFolder
 
-RunOrModel = Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run id, run folder or URL; or the folder of an exported model.")]
+RunOrModel = Annotated[
+    str, typer.Argument(metavar="RUN|MODEL", help="Run id, run folder or URL; or the folder of an exported model.", autocompletion=completing.runs)
+]
 
 
 _A_TASK = "finetune.tasks=[{name: mytask, path: DIR}]"
@@ -28,6 +45,7 @@ def export(
     step: Annotated[int | None, typer.Option("--step", min=0, help="Of which checkpoint.", show_default="the newest")] = None,
     name: Annotated[str | None, typer.Option("--name", help="Folder below models/.", show_default="final, or step-N with --step")] = None,
     storage: Storage = None,
+    as_json: Json = False,
 ) -> None:
     """Write a Hugging Face model folder from a checkpoint, and check that it gives the same logits.
 
@@ -44,11 +62,14 @@ def export(
         raise ConflictError(f"run {folder.root.name} is exporting just now", f"See `maskwright status {run}`, and try again when it is done.")
     target = name or (MODEL_NAME if step is None else f"step-{step:08d}")
     model = export_model(folder, read_config(folder), require_corpus(folder), step=step, name=target)
+    if as_json:
+        print_json({"model": model.url, "step": (model / "lineage.json").read_json()["step"]})
+        return
     say(str(model))
     next_command(command("finetune", model, overrides=[_A_TASK]))
 
 
-def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
+def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, cluster: Cluster = None, as_json: Json = False) -> None:
     """Fine-tune a run's model, or any model folder, on labelled tasks: pretrained, from scratch, and TF-IDF beside them.
 
     Example: maskwright finetune demo --set 'finetune.tasks=[{name: sst2, path: data/sst2}]'
@@ -67,10 +88,12 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
         raise UsageError("there is no task to fine-tune on", "Add one: --set 'finetune.tasks=[{name: sst2, path: data/sst2}]'")
     if not (folder / "config.json").exists():
         raise NotFoundError(f"there is no model in {folder}", f"Run `maskwright export {model}` first.")
-    run = run_job(
-        config, load_cluster_config(cluster) if cluster else where or LocalCluster(), console(), verb="finetune", stages=stages, model=folder
-    )
-    next_command(command("evaluate", run.root))
+    where = load_cluster_config(cluster) if cluster else where or LocalCluster()
+    with human_output(as_json=as_json):
+        run = run_job(config, where, console(), verb="finetune", stages=stages, model=folder)
+        next_command(command("evaluate", run.root))
+    if as_json:
+        print_json(read_status(run).to_json())
 
 
 def run_name_for(model: Location) -> str:
@@ -153,7 +176,12 @@ def _fill_mask(target: RunFolder | Model, text: str, *, as_json: bool) -> None:
 
 
 def report(
-    run: Annotated[str, typer.Argument(metavar="RUN|CORPUS", help="Run id, or folder or URL of a run; name, folder or URL of a corpus.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|CORPUS", help="Run id, or folder or URL of a run; name, folder or URL of a corpus.", autocompletion=completing.runs
+        ),
+    ],
     output: Annotated[
         str | None, typer.Option("--output", metavar="FILE", help="Where to write the page.", show_default="report.html in its folder")
     ] = None,

@@ -23,6 +23,7 @@ from launcher.options import (
     Storage,
     command,
     console,
+    human_output,
     next_command,
     print_fields,
     print_json,
@@ -40,27 +41,37 @@ _READ_BYTES = 8 << 20
 _GOES_ON = {"submitted", "running"}
 
 
-def run(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
+def run(config: ConfigArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None, as_json: Json = False) -> None:
     """Run all stages from this machine: prepare, pretrain, export, finetune, report. Run it again and it continues.
 
     Example: maskwright run my.yaml --set schedule.steps=2000
     """
     from launcher.jobs import run_job
 
-    finished = run_job(load_run_config(config, overrides or (), storage), load_cluster_config(cluster or "local"), console(), verb="run")
-    _say_finished(finished)
+    with human_output(as_json=as_json):
+        finished = run_job(load_run_config(config, overrides or (), storage), load_cluster_config(cluster or "local"), console(), verb="run")
+        _say_finished(finished)
+    if as_json:
+        print_json(read_status(finished).to_json())
 
 
-def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None) -> None:
+def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, cluster: Cluster = None, as_json: Json = False) -> None:
     """Continue a run from its newest checkpoint; with --set also with another learning rate, schedule or number of steps.
 
     One that was submitted is submitted again to its cluster; with --cluster this command drives it.
 
     Example: maskwright resume demo --set schedule.steps=5000
     """
+    folder = find_run(run, storage)
+    with human_output(as_json=as_json):
+        _resume(folder, overrides, cluster)
+    if as_json:
+        print_json(read_status(folder).to_json())
+
+
+def _resume(folder: RunFolder, overrides: list[str] | None, cluster: str | None) -> None:
     from launcher.jobs import run_job
 
-    folder = find_run(run, storage)
     events = folder.read_events()
     begun = next((event for event in events if event["kind"] == "command_started"), {})
     if begun.get("verb") == "finetune":

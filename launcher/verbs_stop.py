@@ -10,7 +10,7 @@ import typer
 from data_pipeline.errors import ConflictError, UnreachableError
 from launcher.control import request_stop
 from launcher.lease import STALE_AFTER_S, LeaseState, holder, process_start
-from launcher.options import RunArgument, Storage, command, next_command, say
+from launcher.options import Json, RunArgument, Storage, command, next_command, print_json, say
 from launcher.run_status import read_status
 from launcher.runs import find_run
 from launcher.submission import Submission, driving_submission, give_up, newest_submission
@@ -27,6 +27,7 @@ def stop(
     grace: Annotated[float, typer.Option("--grace", min=0.0, help="Seconds to save a checkpoint in; then everything ends.")] = 60.0,
     now: Annotated[bool, typer.Option("--now", help="End without saving.")] = False,
     storage: Storage = None,
+    as_json: Json = False,
 ) -> None:
     """Save a checkpoint and end a run; `resume` continues it.
 
@@ -39,6 +40,9 @@ def stop(
     elif (waiting := _pending(folder)) is None or not _end_waiting(folder, waiting, now=now):
         raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
     status = read_status(folder)
+    if as_json:
+        print_json(status.to_json())
+        return
     state = "stopped" if lease is None else "interrupted" if _holds(folder, lease) else status.state  # who was ended elsewhere still seems to hold it
     saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
     say(f"run {folder.root.name} {state}; {saved}")

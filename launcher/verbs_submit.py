@@ -9,7 +9,7 @@ import typer
 
 from data_pipeline.errors import ExitCode, MaskwrightError, UnreachableError
 from launcher.config import load_cluster_config, load_run_config
-from launcher.options import ConfigArgument, Json, Set, Storage, command, next_command, print_json, say
+from launcher.options import ConfigArgument, Json, Set, Storage, command, human_output, next_command, print_json, say
 from launcher.runs import reference
 from launcher.submission import Submission, newest_submission, require_ours, submission_folder
 from trainer.runlog import RunFolder
@@ -47,7 +47,8 @@ def submit(
     if dry_run:
         _print_request(prepared, as_json=as_json)
         return
-    jobs = _submit(prepared, quiet=as_json)
+    with human_output(as_json=as_json):
+        jobs = _submit(prepared)
     if as_json:
         print_json({"run": prepared.run.root.name, "folder": prepared.run.root.url, "submission": prepared.submission.job, "cluster": jobs.place})
     if follow:
@@ -80,17 +81,12 @@ def submit_again(run: RunFolder, last: Submission, overrides: Sequence[str]) -> 
     _say_what_next(run)
 
 
-def _submit(prepared: "Prepared", *, quiet: bool = False) -> "Jobs[Any]":
+def _submit(prepared: "Prepared") -> "Jobs[Any]":
     from launcher.submitting import submit as hand_over
 
-    jobs = hand_over(prepared, _say_nothing if quiet else say)
-    if not quiet:
-        say(f"run {prepared.run.root.name} submitted to {jobs.place} as job {prepared.submission.job}")
+    jobs = hand_over(prepared, say)
+    say(f"run {prepared.run.root.name} submitted to {jobs.place} as job {prepared.submission.job}")
     return jobs
-
-
-def _say_nothing(text: str) -> None:
-    del text
 
 
 def _say_what_next(run: RunFolder) -> None:

@@ -73,12 +73,6 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
     assert f"Example: maskwright {verb}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("verb", ["status", "list", "logs", "inspect", "plan", "prepare", "verify", "evaluate", "report", "profile", "clean"])
-def test_read_verbs_have_json(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    invoke(verb, "--help")
-    assert "--json" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
