@@ -17,6 +17,7 @@ from launcher import (
     verbs_plan,
     verbs_profile,
     verbs_run,
+    verbs_status,
     verbs_stop,
     verbs_submit,
     verbs_verify,
@@ -34,7 +35,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_MODULES = (verbs_data, verbs_plan, verbs_run, verbs_submit, verbs_stop, verbs_model, verbs_profile, verbs_verify, verbs_clean, verbs_doctor)
+_MODULES = (
+    verbs_data,
+    verbs_plan,
+    verbs_run,
+    verbs_submit,
+    verbs_status,
+    verbs_stop,
+    verbs_model,
+    verbs_profile,
+    verbs_verify,
+    verbs_clean,
+    verbs_doctor,
+)
 for _module in _MODULES:
     for _verb in _module.VERBS:
         app.command(_verb.__name__.rstrip("_"))(_verb)

@@ -148,5 +148,8 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
         "precision: auto takes the faster"
     ),
     "tracker_failed": lambda event: f"tracker {event.get('tracker')}: {event.get('cause')}; training goes on without it",
+    "submitted": lambda event: f"job {event.get('submission')} handed over in {event.get('upload_s', 0.0):.1f} s",
+    "group_started": lambda event: f"the ranks have started, their imports took {event.get('imports_s', 0.0):.1f} s",
+    "first_step": lambda event: f"the first step of the attempt took {event.get('step_s', 0.0):.1f} s",
     "config_changed": lambda event: f"{event.get('path')}: {event.get('before')} -> {event.get('after')}",
 }

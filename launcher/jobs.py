@@ -18,7 +18,7 @@ from launcher.continuation import Change, changes, resolve_diff
 from launcher.control import clear_stop, read_stop
 from launcher.elastic import Work
 from launcher.job import Job, Stage
-from launcher.lease import Lease
+from launcher.lease import Lease, process_age_s
 from launcher.options import completed
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock
 from launcher.ray_metrics import RayMetrics
@@ -70,9 +70,15 @@ def run_job(
         ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(run) is not None)
         job = Job(config, run, lease, ray, console, progress, model, resumed=as_recorded)
         run.append_event(
-            "command_started", attempt=0, verb=verb, pid=os.getpid(), host=lease.state.host, submission=os.environ.get(SUBMISSION_VARIABLE)
+            "command_started",
+            attempt=0,
+            verb=verb,
+            pid=os.getpid(),
+            host=lease.state.host,
+            submission=os.environ.get(SUBMISSION_VARIABLE),
+            process_s=round(process_age_s(), 3),
         )
-        notices = Notices(console, RecordsTail(run.events).skip_old())
+        notices = Notices(console, run).skip_old()
         trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
         metrics = RayMetrics(run, lambda: ray.is_open, job.say)
 

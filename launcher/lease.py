@@ -67,6 +67,12 @@ def process_start(pid: int) -> str:
     return "" if state in "ZX" else fields[18]  # a killed process whose parent has not asked for it yet
 
 
+def process_age_s() -> float:
+    """How long this process has been running."""
+    now_s, ticks_per_s = time.clock_gettime(time.CLOCK_BOOTTIME), os.sysconf("SC_CLK_TCK")
+    return now_s - int(process_start(os.getpid())) / ticks_per_s
+
+
 def newest_lease(run: RunFolder) -> int:
     """Number of the newest lease that anybody has taken, given up or not; 0 when nobody ever has."""
     return max((int(name) for name in (run.root / "leases").children() if name.isdigit()), default=0)

@@ -126,10 +126,15 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     console().print(table, soft_wrap=False)
 
 
-def print_fields(fields: Mapping[str, Any]) -> None:
+def fields_table(fields: Mapping[str, Any]) -> Table:
     """Names and values, those that have one."""
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value in fields.items():
         if value not in (None, ""):
             table.add_row(name, str(value))
-    console().print(table)
+    return table
+
+
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """Print names and values, those that have one."""
+    console().print(fields_table(fields))

@@ -15,6 +15,8 @@ from data_pipeline.config import ObjectiveConfig
 from data_pipeline.lines import LineReader
 from data_pipeline.storage import Location
 from launcher.event_texts import FROM_RANKS, tell
+from launcher.start_up import start_up, tell_start_up
+from trainer.runlog import RunFolder
 
 _REMOTE_POLL_S = 10.0
 _TRIALS_POLL_S = 2.0
@@ -106,16 +108,31 @@ class TrainingProgress:
 
 @dataclass
 class Notices:
-    """Follows what ranks record and who watches should know: recoveries, damaged data, numeric trouble. Call `update` often."""
+    """Follows what ranks record and who watches should know: recoveries, damaged data, numeric trouble, the first step. Call `update` often."""
 
     console: Console
-    tail: RecordsTail
+    run: RunFolder
+    _has_started: bool = False
+
+    def __post_init__(self) -> None:
+        self._tail = RecordsTail(self.run.events)
+
+    def skip_old(self) -> Self:
+        """Begin at the present end."""
+        self._tail.skip_old()
+        return self
 
     def update(self) -> None:
         """Show what is new."""
-        for event in self.tail.read():
+        for event in self._tail.read():
             if event.get("kind") in FROM_RANKS:
-                self.console.print(f"  {tell(event)}", highlight=False, markup=False, soft_wrap=True)
+                self._say(tell(event))
+            elif event.get("kind") == "first_step" and not self._has_started:
+                self._has_started = True  # what later attempts take is told with what ended those before
+                self._say(tell_start_up(start_up(self.run.read_events())))
+
+    def _say(self, text: str) -> None:
+        self.console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass

@@ -95,16 +95,18 @@ def _append_event(job: Job, kind: str, **details: Any) -> None:
 def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure | None, set[str]]:
     """How an attempt ended, and Ray's ids of the nodes that its ranks were on."""
     job.say(_what_is_awaited(job.ray.workers))
+    asked_at = time.monotonic()
     scratch = job.ray.scratch()
     from launcher.ray_worker import run_attempt
     from launcher.worker_process import WorkerTask
 
     workers = job.ray.workers_now()
+    cluster_s = time.monotonic() - asked_at
     through_outages(job.lease.require_held)  # a newer attempt ends the workers of an older one: never those of a driver that has taken over
     _record_size(job, workers)
     job.attempt = through_outages(lambda: claim_attempt(job.run))
     through_outages(lambda: job.lease.beat(attempt=job.attempt))
-    _record_start(job, workers)
+    _record_start(job, workers, cluster_s)
     task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
     watch = _watch(job, workers)
     return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
@@ -117,7 +119,7 @@ def _what_is_awaited(workers: Workers | None) -> str:
     return f"  starting {workers.num_workers} worker{'s' if workers.num_workers > 1 else ''} ..."
 
 
-def _record_start(job: Job, workers: Workers) -> None:
+def _record_start(job: Job, workers: Workers, cluster_s: float) -> None:
     _append_event(
         job,
         "attempt_started",
@@ -126,6 +128,7 @@ def _record_start(job: Job, workers: Workers) -> None:
         zero_stage=job.config.zero.stage if job.stage == "pretrain" else None,
         threads_per_worker=workers.threads_per_worker,
         device="cuda" if workers.use_gpu else "cpu",
+        cluster_s=round(cluster_s, 3),
     )
 
 

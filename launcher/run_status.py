@@ -13,6 +13,7 @@ from launcher.attempts import last_attempt
 from launcher.lease import LeaseState, holder
 from launcher.options import completed
 from launcher.runs import read_config, reference
+from launcher.start_up import start_up
 from launcher.submission import Submission, driving_submission, newest_submission
 from trainer.manifest import MANIFEST
 from trainer.runlog import RunFolder
@@ -66,6 +67,8 @@ class RunStatus:
     host: str
     submission: str
     """The job that drives or drove the run on a cluster; empty where a command does."""
+    start_up: dict[str, float]
+    """Seconds between the newest command, or its submission, and its first step, by part (`start_up.PARTS`); empty until then."""
     started_at: float | None
     updated_at: float | None
 
@@ -110,6 +113,7 @@ def read_status(run: RunFolder) -> RunStatus:
         pid=lease.pid if lease else None,
         host=lease.host if lease else "",
         submission=submission.job if submission else "",
+        start_up=start_up(events),
         started_at=min(times, default=None),
         updated_at=max([*times, *([lease.time] if lease else [])], default=None),
     )

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from data_pipeline.errors import ConflictError, ExitCode, NotFoundError, UnreachableError
+from data_pipeline.errors import ConflictError, ExitCode, MaskwrightError, NotFoundError, UnreachableError
 from data_pipeline.storage import Location
 from launcher.cluster_config import DASHBOARD
-from launcher.lease import newest_lease
+from launcher.lease import newest_lease, process_age_s
 from trainer.runlog import RunFolder
 
 SUBMISSION_VARIABLE = "MASKWRIGHT_SUBMISSION"
@@ -85,6 +85,14 @@ def claim(run: RunFolder, submission: Submission) -> None:
 def revoke(run: RunFolder, submission: Submission) -> None:
     """Take a submission back that no cluster has taken: a job that comes of it all the same finds nothing to do, and ends. Its number stays taken."""
     _file(run, submission.number).remove()
+
+
+def record_posted(run: RunFolder, submission: Submission, *, packing_s: float, upload_s: float) -> None:
+    """Say in the run's events that a cluster has just taken a submission, and what that took. What cannot be written is not said: the job goes on."""
+    command_s = process_age_s() - packing_s - upload_s
+    seconds = {"command_s": command_s, "packing_s": packing_s, "upload_s": upload_s}
+    with suppress(MaskwrightError, OSError):
+        run.append_event("submitted", attempt=0, submission=submission.job, **{name: round(value, 3) for name, value in seconds.items()})
 
 
 def give_up(run: RunFolder, submission: Submission) -> None:

@@ -27,6 +27,7 @@ from launcher.submission import (
     driving_submission,
     new_job_name,
     next_number,
+    record_posted,
     require_ours,
     revoke,
     submission_folder,
@@ -57,6 +58,7 @@ class Prepared:
     submission: Submission
     request: Request
     package: bytes
+    packing_s: float
 
 
 def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overrides: Sequence[str] = ()) -> Prepared:
@@ -78,8 +80,10 @@ def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overri
     submission = Submission(
         number, new_job_name(run, number), dashboard, arguments, os.getcwd(), newest_lease(run), socket.gethostname(), time.time(), cluster.kind
     )
+    started_at = time.monotonic()
     package = pack_packages(Path(__file__).parents[1])
-    return Prepared(run, config, where, submission, taker.request(run, submission, where, package_name(package)), package)
+    packing_s = time.monotonic() - started_at
+    return Prepared(run, config, where, submission, taker.request(run, submission, where, package_name(package)), package, packing_s)
 
 
 def submit(prepared: Prepared, say: Callable[[str], None]) -> Jobs[Any]:
@@ -99,10 +103,12 @@ def submit(prepared: Prepared, say: Callable[[str], None]) -> Jobs[Any]:
     try:
         _require_not_driven_since(run, submission)
         _write_configs(prepared)
+        started_at = time.monotonic()
         jobs.post(prepared.request, prepared.package)
     except BaseException:
         revoke(run, submission)
         raise
+    record_posted(run, submission, packing_s=prepared.packing_s, upload_s=time.monotonic() - started_at)
     return jobs
 
 

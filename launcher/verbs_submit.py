@@ -12,6 +12,7 @@ from launcher.config import load_cluster_config, load_run_config
 from launcher.options import ConfigArgument, Json, Set, Storage, command, human_output, next_command, print_json, say
 from launcher.runs import reference
 from launcher.submission import Submission, newest_submission, require_ours, submission_folder
+from launcher.watching import SILENCE_S
 from trainer.runlog import RunFolder
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 _LOOK_S = 1.0
 _BYTES_PER_S = 256 << 10
 """A job's log is fetched as a whole, and the more seldom the longer it is."""
-SILENCE_S = 60.0
-"""How long a cluster that is followed may not answer."""
 
 
 def submit(

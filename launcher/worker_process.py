@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
         _log.info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:
             _limit_threads(task.threads)
-            entry = resolve(task.entry)
+            entry = _imported(task, run if rank == 0 else None)
             gc.freeze()  # what is imported is never garbage, and DeepSpeed looks for garbage six times while it starts
             entry(**task.arguments, context=context)
         except BaseException as error:
@@ -97,6 +98,15 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
                 return
             _log.exception("rank %d failed", rank)
             raise
+
+
+def _imported(task: WorkerTask, run: RunFolder | None) -> Callable[..., Any]:
+    """The task's entry; with `run` its events tell that the group has come so far."""
+    started_at = time.monotonic()
+    entry = resolve(task.entry)
+    if run is not None:
+        run.append_event("group_started", attempt=task.attempt, imports_s=round(time.monotonic() - started_at, 3))
+    return entry
 
 
 def _limit_threads(threads: int) -> None:

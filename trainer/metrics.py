@@ -131,6 +131,8 @@ class StepLog:
             validation_s=seconds.get("validation", 0.0),
         )
         values = finite(asdict(record))
+        if state.step == self._first_step:
+            self._run.append_event("first_step", attempt=self._attempt, step=state.step, step_s=round(elapsed_s, 3))
         if state.step == self._first_step > 0:
             self._continued(state, values["loss"])
         self._records.add(values)

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from launcher.start_up import PARTS
 from tests.support.commands import Command, maskwright
 from tests.support.ray_nodes import RayCluster
 from tests.support.tiny_run import STEPS, write_run
 
 LONG = 100_000
 """More steps than are made: the run is stopped when enough was seen."""
-SECRET = secrets.token_hex(16)
+SECRET, NODES_SECRET = secrets.token_hex(16), secrets.token_hex(16)
+"""Of who submits, and of the machines; each in a variable of the environment."""
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -29,7 +31,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     for package in ("launcher", "trainer", "data_pipeline"):
         (folder / "old" / package).mkdir(parents=True)
         (folder / "old" / package / "__init__.py").write_text("raise RuntimeError('an old release of ours')\n")
-    with RayCluster(folder / "nodes", {"PYTHONPATH": str(folder / "old")}, takes_jobs=True) as cluster:
+    environment = {"PYTHONPATH": str(folder / "old"), "AWS_SECRET_ACCESS_KEY": NODES_SECRET}
+    with RayCluster(folder / "nodes", environment, takes_jobs=True) as cluster:
         for _ in range(2):
             cluster.add_node()
         yield cluster
@@ -74,32 +77,47 @@ def wait_for(cluster: RayCluster, folder: Path, steps: int, attempts: int = 1) -
     return found
 
 
-def everything_listed(cluster: RayCluster) -> str:
-    """What the Jobs API tells everybody who has the token."""
+def everything_told(cluster: RayCluster, job: str) -> str:
+    """What the cluster's API answers to everybody who has the token, about jobs and what they run in."""
     token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-    request = urllib.request.Request(f"{cluster.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        return answer.read().decode()
+    told: list[str] = []
+    for path in (
+        "jobs/",
+        f"jobs/{job}",
+        f"jobs/{job}/logs",
+        "v0/actors?detail=1",
+        "v0/workers?detail=1",
+        "v0/runtime_envs?detail=1",
+        "v0/jobs?detail=1",
+    ):
+        request = urllib.request.Request(f"{cluster.dashboard}/api/{path}", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            told.append(answer.read().decode())
+    return "\n".join(told)
 
 
-def test_a_submitted_run_is_followed_to_its_end(folder: Path, cluster: RayCluster) -> None:
+def test_a_submitted_run_is_followed_to_its_end_and_tells_no_secret(folder: Path, cluster: RayCluster) -> None:
+    """Neither in what it, Ray or its verbs write and print, nor in what the cluster answers: not the token, not what is in the environment."""
     command = submitting(folder, cluster, "--follow").start()
     assert command.wait(600) == 0, command.text()
-    for word in ("submitted to", "prepare", f"step {STEPS}/{STEPS}", "export", "report"):
+    for word in ("submitted to", "prepare", "s to the first step: command", f"step {STEPS}/{STEPS}", "export", "report"):
         assert word in command.text()
     found = status(cluster, folder)
     assert (found["state"], found["exit_code"], found["step"]) == ("finished", 0, STEPS)
     assert found["submission"] in command.text()
-    listed = everything_listed(cluster)
-    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-    assert found["submission"] in listed
-    written = b"".join(
-        path.read_bytes() for place in (folder / "storage", cluster.folder, Path(cluster.temporary)) for path in place.rglob("*") if is_told(path)
-    )
-    for word in (SECRET, token):
-        assert word not in listed
-        assert word.encode() not in written
-        assert word not in command.text()
+    assert list(found["start_up"]) == list(PARTS)
+    assert found["start_up"]["workers"] > 0
+    told = everything_told(cluster, found["submission"])
+    assert told.count(found["submission"]) > 2
+    code, log = call(cluster, folder, "logs")
+    assert (code, "process" in log) == (0, True)
+    places = (folder / "storage", cluster.folder, Path(cluster.temporary))
+    written = {path: path.read_bytes() for place in places for path in place.rglob("*") if is_told(path)}
+    assert any("session_" in str(path) and path.name.startswith("job-driver") for path in written)
+    for word in (SECRET, NODES_SECRET, Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text()):
+        assert not [str(path) for path, data in written.items() if word.encode() in data]
+        for text in (told, log, command.text(), json.dumps(found)):
+            assert word not in text
 
 
 def is_told(path: Path) -> bool:
@@ -164,3 +182,23 @@ def test_a_job_that_dies_before_it_drives_is_found_with_its_cause(folder: Path, 
     found = status(cluster, folder)
     assert (found["state"], found["exit_code"]) == ("failed", 6)
     assert "/nowhere/bin/python" in found["cause"]
+
+
+@pytest.mark.full
+def test_a_node_with_other_software_ends_the_run_before_its_first_step(tmp_path: Path) -> None:
+    other = tmp_path / "other" / "transformers-99.0.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 99.0\n")
+    write_run(tmp_path)
+    with RayCluster(tmp_path / "nodes", takes_jobs=True) as cluster:
+        cluster.add_node()
+        cluster.add_node(environment={"PYTHONPATH": str(other.parent)})
+        cluster.write_config(tmp_path / "ray.yaml", num_workers=2)
+        command = submitting(tmp_path, cluster, "--follow").start()
+        assert command.wait(600) == 6, command.text()
+        error, remedy = command.text().partition("error: ")[2].splitlines()[:2]
+        assert ("transformers 99.0" in error, "Install the same packages" in remedy) == (True, True)
+        assert "Traceback" not in command.text()
+        found = status(cluster, tmp_path)
+        assert (found["state"], found["exit_code"], found["step"], found["attempt"]) == ("failed", 6, 0, 1)
+        assert "transformers 99.0" in found["cause"]

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,12 +101,14 @@ class RayCluster:
             node.kill_everything()
         subprocess.run(["rm", "-rf", self.temporary], check=True)
 
-    def add_node(self, num_cpus: int = 1, address: str | None = None, inside: Sequence[str] = ()) -> RayNode:
-        """Start a node and wait until it has joined."""
+    def add_node(
+        self, num_cpus: int = 1, address: str | None = None, inside: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> RayNode:
+        """Start a node, with more in its environment than the others have, and wait until it has joined."""
         joins = [f"--address={self.address}:{self.port}", f"--num-cpus={num_cpus}"]
         if self.takes_jobs:  # a node unpacks a job's packages anew, over those that others use where they share a folder: machines do not
             joins.append(f"--temp-dir={self.temporary}/{len(self.nodes)}")
-        node = self._start(joins, address or self.address, inside)
+        node = self._start(joins, address or self.address, inside, environment)
         self.nodes.append(node)
         self._wait_for(1 + len(self.nodes))
         return node
@@ -141,11 +143,10 @@ class RayCluster:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def _start(self, arguments: Sequence[str], address: str, inside: Sequence[str]) -> RayNode:
+    def _start(self, arguments: Sequence[str], address: str, inside: Sequence[str], environment: Mapping[str, str] | None = None) -> RayNode:
         own = ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
-        return RayNode(
-            ["start", "--block", *arguments, f"--node-ip-address={address}", *own], self.folder, self.environment, inside=inside or self.inside
-        ).start()
+        words = ["start", "--block", *arguments, f"--node-ip-address={address}", *own]
+        return RayNode(words, self.folder, {**self.environment, **(environment or {})}, inside=inside or self.inside).start()
 
     def _wait_for(self, count: int) -> None:
         node = (self.nodes or [self.head])[-1]

@@ -16,8 +16,9 @@ import yaml
 
 from data_pipeline.errors import ConfigError, ConflictError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
-from launcher import cli, job_request, run_status, submitting, verbs_run, verbs_stop, verbs_submit
+from launcher import cli, job_request, run_status, submitting, verbs_stop, verbs_submit, watching
 from launcher import lease as lease_module
+from launcher.attempts import claim_attempt
 from launcher.cluster_config import RayCluster, SharedVenv
 from launcher.config import dump_yaml, load_run_config
 from launcher.job_request import job_request as request_for
@@ -593,7 +594,7 @@ def test_the_log_of_a_job_is_waited_for_only_while_its_cluster_answers(
 ) -> None:
     assert submit() == 0
     api.__exit__(None, None, None)
-    monkeypatch.setattr(verbs_run, "SILENCE_S", 0.1)
+    monkeypatch.setattr(watching, "SILENCE_S", 0.1)
     assert invoke("logs", "tiny", "--storage", "storage", "-f") == ExitCode.UNREACHABLE
     assert "whether it still waits is not known" in capsys.readouterr().err
     api.__enter__()
@@ -645,6 +646,68 @@ def test_the_log_of_a_job_is_waited_for(api: JobsApi, monkeypatch: pytest.Monkey
     assert invoke("logs", "tiny", "--storage", "storage", "-f") == 0
     assert capsys.readouterr().out.endswith("killed\n")
     assert len(looks) == 3
+
+
+def test_a_submitted_run_is_watched_from_its_wait_to_its_end(
+    api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    capsys.readouterr()
+    monkeypatch.setattr("launcher.verbs_status.time.sleep", lambda _: drive(next(iter(api.jobs))))
+    assert invoke("status", "tiny", "--storage", "storage", "--watch", "--exit-code") == ExitCode.INTERRUPTED
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:2]] == ["submitted", "stopped"]
+
+
+def test_a_cluster_that_is_gone_is_not_watched_for_ever(api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    api.__exit__(None, None, None)
+    monkeypatch.setattr(watching, "SILENCE_S", 0.0)
+    assert invoke("status", "tiny", "--storage", "storage", "--watch") == ExitCode.UNREACHABLE
+    assert len(capsys.readouterr().err.splitlines()) == 2
+    api.__enter__()
+
+
+def test_the_log_of_any_rank_is_followed_from_before_its_run_begins(
+    api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit() == 0
+    (job,) = api.jobs
+    capsys.readouterr()
+
+    def begin_and_end() -> None:
+        with Lease.acquire(tiny()):
+            tiny().append_event("command_started", attempt=0, verb="run", submission=job)
+            claim_attempt(tiny())
+            for rank in range(2):
+                tiny().rank_log(1, rank).write_bytes(f"rank {rank} begins\nrank {rank} ends\n".encode())
+            tiny().append_event("finished", attempt=1)
+
+    pauses = iter([lambda: None, begin_and_end])
+    monkeypatch.setattr("launcher.verbs_run.time.sleep", lambda _: next(pauses)())
+    assert invoke("logs", "tiny", "--storage", "storage", "--rank", "1", "-f") == 0
+    assert capsys.readouterr().out == "rank 1 begins\nrank 1 ends\n"
+
+
+def test_packages_that_are_too_large_are_not_sent(api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(job_request, "MOST_BYTES", 1000)
+    assert submit() == ExitCode.ENVIRONMENT
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "more than the 1,000 that may travel with a job" in lines[0]
+    assert not api.jobs
+    assert not Path("storage").exists()
+
+
+def test_what_a_submission_took_is_in_the_events(api: JobsApi) -> None:
+    assert submit() == 0
+    (event,) = tiny().read_events()
+    assert (event["kind"], [event["submission"]]) == ("submitted", list(api.jobs))
+    assert min(event[key] for key in ("command_s", "packing_s", "upload_s")) >= 0
+    assert read_status(tiny()).start_up == {}
+    drive(event["submission"])
+    tiny().append_event("attempt_started", attempt=1, stage="pretrain")
+    tiny().append_event("first_step", attempt=1, step_s=0.0)
+    assert {"command", "packing", "upload", "job", "driver"} <= set(read_status(tiny()).start_up)
 
 
 def test_the_job_runs_the_command_of_the_submission_where_it_was_submitted(here: Path) -> None:

@@ -302,7 +302,7 @@ def test_a_slow_run_says_something_every_thirty_seconds(run: RunFolder, monkeypa
 def test_what_ranks_record_is_said_once(run: RunFolder) -> None:
     out = io.StringIO()
     run.append_event("resumed", attempt=1, step=1)
-    notices = Notices(Console(file=out, width=40), RecordsTail(run.events).skip_old())
+    notices = Notices(Console(file=out, width=40), run).skip_old()
     run.append_event("data_skipped", attempt=1, step=4, corpus="docs-0123", shard="train-000001.tar", block=7, samples=93, cause="its digest differs")
     run.append_event("checkpoint_committed", attempt=1, step=5)
     for _ in range(2):

@@ -1,0 +1,50 @@
+"""Looks at a run again and again until it has ended: for `status --watch` and `logs -f` (reads storage, asks the cluster that the run waits for)."""
+
+import math
+import time
+from collections.abc import Iterator
+
+from data_pipeline.errors import ExitCode, UnreachableError
+from launcher.lease import holder
+from launcher.run_status import RunStatus, read_status
+from trainer.runlog import RunFolder
+
+SILENCE_S = 60.0
+"""How long a cluster that is followed may not answer."""
+
+
+def status_of(run: RunFolder) -> RunStatus:
+    """The status of a run; where it waits on a cluster, for the first time or anew, as that has it."""
+    found = read_status(run)
+    if found.state != "submitted" and not (found.state == "interrupted" and found.submission):
+        return found
+    from launcher.submitting import asked_status  # which takes Ray
+
+    return asked_status(found, run)
+
+
+def statuses(run: RunFolder) -> Iterator[RunStatus]:
+    """The status of a run, each time that it is asked.
+
+    Raises:
+        UnreachableError: the cluster that it waits for has not answered for long.
+    """
+    silent_since = math.inf
+    while True:
+        found, now = status_of(run), time.monotonic()
+        is_silent = found.state == "submitted" and found.cause
+        silent_since = min(silent_since, now) if is_silent else math.inf
+        if now - silent_since > SILENCE_S:
+            raise UnreachableError(found.cause, found.remedy)
+        yield found
+
+
+def endings(run: RunFolder) -> Iterator[bool]:
+    """Whether a run has ended, each time that it is asked: cheap while somebody drives it.
+
+    Raises:
+        UnreachableError: as `statuses`.
+    """
+    looks = statuses(run)
+    while True:
+        yield not holder(run) and next(looks).exit_code != ExitCode.RUNNING
