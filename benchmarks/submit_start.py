@@ -1,7 +1,7 @@
 """From the command to the first optimizer step on two ranks: `maskwright submit` to a warm cluster, beside `torchrun` of a plain DeepSpeed script.
 
-By the wall clock, on one machine. Warm: the cluster has run such a job before, the corpus is prepared, the page cache full. Both train the same network
-in the same batches; what torchrun starts has its tokens made up and neither log, watch nor checkpoints.
+By the wall clock, on one machine. Warm: the cluster has run such a job before, the corpus is prepared, the page cache full. Both train the same
+network in batches of one size; what torchrun starts has its tokens made up and neither log, watch nor checkpoints.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Plain DeepSpeed under torchrun, as its documentation has it: a small BERT, one optimizer step (`python -m benchmarks.contestants.torchrun_deepspeed JSON`)."""
+"""Plain DeepSpeed under torchrun, as its documentation has it: a small BERT, one optimizer step. Every rank is a process of this module."""
 
 import importlib
 import json
