@@ -74,16 +74,16 @@ def claim_of(ours: Sequence[Start], peer: Sequence[float], environment: Mapping[
 def submitted(folder: Path, cluster: RayCluster, name: str) -> Start:
     """Submit a run, wait for its first step and stop it, which saves a checkpoint."""
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(run_config(name)))
-    token = {"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]}
+    token = cluster.environment["RAY_AUTH_TOKEN_PATH"]
     run, begun = folder / "storage" / name, time.time()
-    command = Command(["submit", f"{name}.yaml", "--cluster", "ray.yaml"], folder, token).start()
+    command = Command(["submit", f"{name}.yaml", "--cluster", "ray.yaml"], folder, {"RAY_AUTH_TOKEN_PATH": token}).start()
     try:
         record = json.loads(_first_line(run / "metrics.jsonl", command))
         events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
         return {**start_up(events), "seconds": record["time"] - begun}
     finally:
         command.kill_everything()
-        maskwright("stop", name, "--storage", "storage", folder=folder, **token)
+        maskwright("stop", name, "--storage", "storage", folder=folder, RAY_AUTH_TOKEN_PATH=token)
         time.sleep(_SETTLE_S)
 
 

@@ -90,9 +90,15 @@ def revoke(run: RunFolder, submission: Submission) -> None:
 def record_posted(run: RunFolder, submission: Submission, *, packing_s: float, upload_s: float) -> None:
     """Say in the run's events that a cluster has just taken a submission, and what that took. What cannot be written is not said: the job goes on."""
     command_s = process_age_s() - packing_s - upload_s
-    seconds = {"command_s": command_s, "packing_s": packing_s, "upload_s": upload_s}
     with suppress(MaskwrightError, OSError):
-        run.append_event("submitted", attempt=0, submission=submission.job, **{name: round(value, 3) for name, value in seconds.items()})
+        run.append_event(
+            "submitted",
+            attempt=0,
+            submission=submission.job,
+            command_s=round(command_s, 3),
+            packing_s=round(packing_s, 3),
+            upload_s=round(upload_s, 3),
+        )
 
 
 def give_up(run: RunFolder, submission: Submission) -> None:
