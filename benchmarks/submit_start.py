@@ -79,7 +79,7 @@ def submitted(folder: Path, cluster: RayCluster, name: str) -> Start:
     command = Command(["submit", f"{name}.yaml", "--cluster", "ray.yaml"], folder, {"RAY_AUTH_TOKEN_PATH": token}).start()
     try:
         record = json.loads(_first_line(run / "metrics.jsonl", command))
-        events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+        events = [json.loads(line) for line in (run / "events.jsonl").read_text().rpartition("\n")[0].splitlines()]
         return {**start_up(events), "seconds": record["time"] - begun}
     finally:
         command.kill_everything()
