@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from data_pipeline.errors import ExitCode
+from data_pipeline.errors import ExitCode, NotFoundError
 from data_pipeline.storage import Location
 from launcher.clusters.ray_node import LOOK_S, LOOPBACK, address_towards, ending, free_ports, own_address, place
 from launcher.submission import read_submission, submission_folder, wait_again
@@ -95,9 +95,10 @@ def ended(run: RunFolder, number: int, code: int, told: threading.Event, cause: 
     was_lost = bool(cause) and not told.is_set() and code in {*_LOST, -signal.SIGTERM} and _restarts() < _MOST_LOST
     job = os.environ["SLURM_JOB_ID"]
     if ((told.is_set() and was_told) or was_lost) and _is_wanted(job):
-        wait_again(run, read_submission(run, number))
-        if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
-            print(f"job {job} goes back into the queue", flush=True)
+        with suppress(NotFoundError):  # of a submission that was given up meanwhile
+            wait_again(run, read_submission(run, number))
+            if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
+                print(f"job {job} goes back into the queue", flush=True)
     return int(ExitCode.INTERRUPTED) if was_told else code if code >= 0 else 128 - code
 
 

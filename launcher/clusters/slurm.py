@@ -14,6 +14,8 @@ LOG = "job.log"
 SCRIPT = "job.sh"
 """In the submission's folder."""
 
+_MEANINGFUL = "\\:"
+"""To Slurm, which then replaces nothing in a path, and to Python, which takes two paths for one."""
 _WHAT_IT_DOES = """\
 # Ray starts on the allocation, its head here and a node on every other machine (srun), and drives the run. On SIGTERM, which comes before the
 # time limit and with `scancel --batch --signal=TERM`, the run saves a checkpoint and the job goes back into the queue, to continue from there.
@@ -52,8 +54,8 @@ def job_script(run: RunFolder, submission: Submission, cluster: SlurmCluster, pa
     if not run.root.is_local:
         raise ConfigError(f"storage {run.root.parent} is no folder", "Jobs on Slurm need a storage that all of its machines see at one path.")
     folder = submission_folder(run, submission.number)
-    if not str(folder).isprintable():
-        raise ConfigError(f"storage {run.root.parent!s:.200} has characters in its name that cannot be printed", "Give the folder another name.")
+    if not str(folder).isprintable() or set(_MEANINGFUL) & set(str(folder)):
+        raise ConfigError(f"storage {str(run.root.parent)!r:.200} has characters in its name that no job can hold", "Give the folder another name.")
     lines = [f"#SBATCH {option}" for option in _options(submission, cluster, f"{folder}/{LOG}")]
     program = [cluster.environment.python, "-P", "-m", "launcher.clusters.allocation", run.root.url, str(submission.number)]
     start = f"export PYTHONPATH={shlex.quote(f'{folder}/{package}')}\nexec {shlex.join(program)}\n"
@@ -84,5 +86,5 @@ def _options(submission: Submission, cluster: SlurmCluster, log: str) -> Iterato
 
 
 def quoted(path: str) -> str:
-    """A path as sbatch reads it in a script: in double quotes, `%` twice, because it stands for something."""
-    return '"' + path.replace("%", "%%").replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """A path without backslashes as sbatch reads it in a script: in double quotes, `%` twice, because it stands for something."""
+    return '"' + path.replace("%", "%%").replace('"', '\\"') + '"'

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.errors import ConfigError, UnreachableError
+from data_pipeline.errors import ConfigError, ExitCode, UnreachableError
 from launcher.clusters.slurm import LOG, SCRIPT, JobScript
 from launcher.taken_jobs import JobState
 
@@ -14,6 +14,12 @@ _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD",
 _RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
 _OUT_OF_REACH = ("contact slurm controller", "timed out", "connection refused", "munge", "communication", "configuration source", "slurm.conf")
 """In what Slurm's commands complain of: nothing is wrong with the job."""
+_NO_OUTPUT = 128 + 53
+"""Slurm's own number for a job whose output could not be opened."""
+_NOT_SHARED = (
+    "error: the machine that was to drive the run could not write the output of its job into the run's folder\n"
+    "Use storage that all machines of the cluster and the one that submits share."
+)
 _TAIL_BYTES = 4096
 ASKED_EVERY_S = 2.0
 """Everybody's jobs are scheduled by who answers: one process asks it no more often."""
@@ -118,7 +124,7 @@ class SlurmJobs:
             raise UnreachableError(f"Slurm does not answer: {program} took over {self.answer_s:g} s", "Try again later (`sinfo`).") from error
         if done.returncode == 0:
             return done.stdout
-        raise _complaint(program, (done.stderr or done.stdout).splitlines())
+        raise _complaint(program, done.stderr.splitlines() or done.stdout.splitlines()[:1])
 
 
 def job_state(name: str, exit_code: int, printed: str) -> JobState:
@@ -128,6 +134,8 @@ def job_state(name: str, exit_code: int, printed: str) -> JobState:
     """
     if name in _WAITING or name in _RUNNING:
         return JobState("waiting" if name in _WAITING else "running")
+    if name == "FAILED" and exit_code == _NO_OUTPUT:
+        return JobState("ended", exit_code=int(ExitCode.STORAGE), message=_NOT_SHARED)
     if name in {"COMPLETED", "FAILED"}:
         return JobState("ended", exit_code=exit_code, message=printed)
     if name == "CANCELLED":

@@ -19,7 +19,7 @@ STEPS = 100
 SECRET = secrets.token_hex(16)
 PATIENCE_S = 900.0
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(2400)]
+pytestmark = pytest.mark.timeout(2400)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,7 @@ def undisturbed(slurm: Slurm) -> Submitter:
     return user
 
 
+@pytest.mark.full
 def test_a_submitted_run_is_followed_to_its_end(slurm: Slurm, undisturbed: Submitter) -> None:
     for word in ("submitted to Slurm as job tiny-", "prepare", f"step {STEPS}/{STEPS}", "export", "report"):
         assert word in undisturbed.followed
@@ -114,6 +115,7 @@ def test_a_submitted_run_is_followed_to_its_end(slurm: Slurm, undisturbed: Submi
     assert len(hosts) == 2, "a rank on each machine"
 
 
+@pytest.mark.full
 def test_what_is_secret_is_told_nobody(slurm: Slurm, undisturbed: Submitter) -> None:
     told = slurm.call("scontrol", "show", "job", slurm.job(undisturbed.status()["submission"]))
     script = (undisturbed.run / "submissions/0001/job.sh").read_text()
@@ -123,6 +125,7 @@ def test_what_is_secret_is_told_nobody(slurm: Slurm, undisturbed: Submitter) -> 
         assert not any(word.encode() in data for data in written)
 
 
+@pytest.mark.full
 def test_a_signal_puts_the_job_back_into_the_queue_and_nothing_is_lost(slurm: Slurm, undisturbed: Submitter) -> None:
     """By the batch step alone, as before its time limit: the run saves first."""
     user = Submitter(slurm, "signalled")
@@ -140,6 +143,7 @@ def test_a_signal_puts_the_job_back_into_the_queue_and_nothing_is_lost(slurm: Sl
     assert (found["state"], found["submission"], found["attempt"]) == ("finished", job, 2)
 
 
+@pytest.mark.full
 def test_a_signal_to_the_steps_puts_the_job_back_into_the_queue(slurm: Slurm, undisturbed: Submitter) -> None:
     """`scancel --signal=TERM` without `--batch`, and preemption, take Ray from the other machine: what was saved before is what it continues from."""
     user = Submitter(slurm, "preempted")
@@ -151,6 +155,7 @@ def test_a_signal_to_the_steps_puts_the_job_back_into_the_queue(slurm: Slurm, un
     assert user.losses() == undisturbed.losses()
 
 
+@pytest.mark.full
 def test_a_lost_machine_puts_the_job_back_into_the_queue(slurm: Slurm, undisturbed: Submitter) -> None:
     """The one that drives: nobody is left to say anything, and Slurm acts by itself."""
     user = Submitter(slurm, "lost")
@@ -164,6 +169,7 @@ def test_a_lost_machine_puts_the_job_back_into_the_queue(slurm: Slurm, undisturb
     assert user.losses() == undisturbed.losses()
 
 
+@pytest.mark.full
 def test_a_run_is_stopped_and_resumed(slurm: Slurm, undisturbed: Submitter) -> None:
     user = Submitter(slurm, "stopped")
     job = user.submit()
@@ -189,6 +195,7 @@ def test_what_waits_in_the_queue_can_be_stopped(slurm: Slurm) -> None:
     assert user.status()["state"] == "stopped"
 
 
+@pytest.mark.full
 def test_what_slurm_refuses_is_told_in_two_lines(slurm: Slurm) -> None:
     user = Submitter(slurm, "refused")
     user.write_cluster(partition="nowhere")
@@ -196,3 +203,15 @@ def test_what_slurm_refuses_is_told_in_two_lines(slurm: Slurm) -> None:
     assert len(said) == 2
     assert "Invalid partition name specified" in said[0]
     assert not list(user.run.glob("submissions/*/submission.json"))
+
+
+@pytest.mark.full
+def test_a_job_that_dies_before_it_drives_is_found_with_its_cause(slurm: Slurm) -> None:
+    """In a folder whose name means something to shells and to sbatch."""
+    user = Submitter(slurm, """odd 100% #1 it's "$(false)\"""")
+    user.write_cluster(environment={"venv": "/nowhere"})
+    job = user.submit()
+    user.wait_for("end", lambda: slurm.state(job) == "FAILED")
+    found = user.status()
+    assert (found["state"], found["exit_code"]) == ("failed", 6)
+    assert "/nowhere/bin/python" in found["cause"]

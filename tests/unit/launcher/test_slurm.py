@@ -100,7 +100,7 @@ def test_the_scripts_are_the_golden_ones() -> None:
     assert "".join(script_of(settings).script for settings in (SMALLEST, WHOLE)) == GOLDEN.read_text()
 
 
-@given(st.text(min_size=1).filter(lambda name: name.isprintable() and "/" not in name and name.strip(".")))
+@given(st.text(min_size=1).filter(lambda name: name.isprintable() and not set("/\\:") & set(name) and name.strip(".")))
 def test_a_folder_of_any_name_is_one_word_of_the_script(name: str) -> None:
     root = f"/shared/{name}/tiny"
     *_, path, command = script_of(SMALLEST, root).script.splitlines()
@@ -108,7 +108,7 @@ def test_a_folder_of_any_name_is_one_word_of_the_script(name: str) -> None:
     assert shlex.split(command) == ["exec", "/opt/venv/bin/python", "-P", "-m", "launcher.clusters.allocation", root, "1"]
 
 
-@pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "\x1b[0m"])
+@pytest.mark.parametrize("name", ["two\nlines", "a\ttab", "\x1b[0m", "back\\slash", "a:b"])
 def test_folders_that_no_script_can_hold_are_refused(name: str) -> None:
     with pytest.raises(ConfigError):
         script_of(SMALLEST, f"/shared/{name}/tiny")
@@ -118,7 +118,7 @@ def test_folders_that_no_script_can_hold_are_refused(name: str) -> None:
 
 def test_paths_are_quoted_as_sbatch_reads_them() -> None:
     """As seen with Slurm 22.05."""
-    assert quoted("""/odd dir/100%/#1/'q"b\\c""") == '''"/odd dir/100%%/#1/'q\\"b\\\\c"'''
+    assert quoted("""/odd dir/100%/#1/'q"b""") == '''"/odd dir/100%%/#1/'q\\"b"'''
 
 
 @pytest.mark.parametrize(
@@ -248,6 +248,7 @@ def test_nobody_drives_such_a_cluster_from_outside(verb: list[str], slurm: Slurm
         ("CANCELLED", 0, "", "stopped", ExitCode.INTERRUPTED, "was stopped"),
         ("FAILED", 7 << 8, "error: n1 does not see it\nShare it.\n", "failed", ExitCode.STORAGE, "n1 does not see it"),
         ("FAILED", 127 << 8, "slurm_script: line 9: /opt/venv/bin/python: No such file or directory\n", "failed", ExitCode.ENVIRONMENT, "No such"),
+        ("FAILED", 53, "", "failed", ExitCode.STORAGE, "could not write the output"),
         ("FAILED", 9, "", "interrupted", ExitCode.INTERRUPTED, "was killed (exit code 137)"),
         ("TIMEOUT", 0, "", "interrupted", ExitCode.INTERRUPTED, "ended by its cluster: TIMEOUT"),
         ("NODE_FAIL", 1, "", "interrupted", ExitCode.INTERRUPTED, "ended by its cluster: NODE_FAIL"),
@@ -282,6 +283,14 @@ def test_a_slurm_that_is_down_leaves_it_open(slurm: SlurmCommands, capsys: pytes
     state, code, cause = status(capsys)
     assert (state, code) == ("submitted", ExitCode.RUNNING)
     assert "whether it still waits is not known" in cause
+
+
+def test_a_slurm_that_is_down_is_said_before_anything_is_written(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ping says so on stdout, and then asks for help between stars."""
+    slurm.answer("scontrol", "Slurmctld(primary) at head is DOWN\n*****\n** RESTORE SLURMCTLD DAEMON TO SERVICE **\n", error="")
+    assert submit() == ExitCode.UNREACHABLE
+    assert "at head is DOWN" in capsys.readouterr().err
+    assert not Path("storage").exists()
 
 
 def test_what_waits_is_taken_out_of_the_queue(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
