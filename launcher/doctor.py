@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median, median_low
 
 from data_pipeline.errors import ExitCode
-from launcher.findings import Diagnosis, Finding
 from launcher.links import judge_links
-from launcher.measurements import Clock, Measurements, Rate
+from launcher.measurements import Clock, Diagnosis, Finding, Measurements, Rate
 from launcher.sharing import judge_storage
 
 SLOW_RATE = 0.7

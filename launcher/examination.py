@@ -8,10 +8,10 @@ from functools import partial
 
 from data_pipeline.storage import Location
 from launcher import node_facts, node_storage
+from launcher.assignments import doubtful_first, others_in_ring, second_looker, shard_parts, turns
 from launcher.doctor import slow_nodes
 from launcher.exchanges import exchange_data
 from launcher.measurements import Clock, CorpusLook, KnownNode, Measurements, ShardLook
-from launcher.probe_plan import doubtful_first, others_in_ring, second_looker, shard_parts, turns
 from launcher.roster import Call, Probes, Roster
 
 Say = Callable[[str], None]
@@ -73,7 +73,7 @@ def _look_around(roster: Roster) -> None:
 
 def _compare_clocks(roster: Roster) -> None:
     """One node after another, so that no answer waits behind another's."""
-    for node in roster.answering():
+    for node in roster.usable():
         tries: list[Clock] = []
         while len(tries) < _CLOCK_TRIES:
             asked_at, started_at = time.time(), time.perf_counter()
@@ -88,7 +88,7 @@ def _compare_clocks(roster: Roster) -> None:
 
 def _multiply(roster: Roster) -> None:
     """Something may have passed through a machine just then: who seems slow is measured once more, and its better rate counts."""
-    _multiply_on(roster, [node for node in roster.answering(training=True) if not node.is_in_use])
+    _multiply_on(roster, [node for node in roster.usable(training=True) if not node.is_in_use])
     rates = {each.node.id: each.rate for each in roster.all() if each.rate is not None}
     _multiply_on(roster, [roster[node].node for node in slow_nodes(rates)])
 
@@ -107,9 +107,9 @@ def _multiply_on(roster: Roster, nodes: Iterable[KnownNode]) -> None:
 
 def _try_storage(roster: Roster, storage: Location) -> None:
     folder = (storage / f"{node_storage.TRIAL}{uuid.uuid4().hex[:8]}").url
-    first = sorted(roster.answering(), key=lambda node: not node.is_here)[:1]
+    first = sorted(roster.usable(), key=lambda node: not node.is_here)[:1]
     roster.ask_all({node.id: partial(node_storage.make_root, storage.url) for node in first}, _STORAGE_S)
-    words = {node.id: uuid.uuid4().hex for node in roster.answering()}
+    words = {node.id: uuid.uuid4().hex for node in roster.usable()}
     try:
         written = roster.ask("write", {node: partial(node_storage.write_words, folder, node, word) for node, word in words.items()}, _STORAGE_S)
         roster.keep("written", written)
@@ -118,18 +118,18 @@ def _try_storage(roster: Roster, storage: Location) -> None:
         roster.keep("read", roster.ask("read", reads, _SHARED_S + _STORAGE_S))
     finally:
         for remove in (node_storage.remove_words, node_storage.assert_removed):  # at the same time, so that some fail; then it must be gone
-            roster.ask("remove", {node.id: partial(remove, folder) for node in roster.answering()}, _REMOVE_S)
+            roster.ask("remove", {node.id: partial(remove, folder) for node in roster.usable()}, _REMOVE_S)
 
 
 def _look_at_corpus(roster: Roster, corpus: Location, shards: Sequence[tuple[str, int]]) -> CorpusLook:
     """Each shard is looked at by one node; what that one finds wrong, by another, of which this machine has at least read the manifest."""
-    nodes = [node.id for node in roster.answering()]
+    nodes = [node.id for node in roster.usable()]
     parts = dict(zip(nodes, shard_parts(len(shards), len(nodes), _SHARDS), strict=False))
     looks = _look(roster, corpus, {node: [shards[nth] for nth in part] for node, part in parts.items()})
     roster.keep("shards", looks)
     sizes, again = dict(shards), dict[str, list[tuple[str, int]]]()
     for node, name in doubtful_first(looks, _DOUBTFUL):
-        again.setdefault(second_looker(node, roster.answering()), []).append((name, sizes[name]))
+        again.setdefault(second_looker(node, roster.usable()), []).append((name, sizes[name]))
     second = _look(roster, corpus, again)
     damaged = {name: cause for found in second.values() for name, cause in found.failed.items()}
     sure = {name for node in second for name, _ in again[node]}

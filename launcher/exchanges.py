@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from launcher.assignments import pairings
 from launcher.links import between_machines, slow_to_all, without_cuts
 from launcher.measurements import AllReduce, KnownNode, Link, machines_of
-from launcher.probe_plan import pairings
 from launcher.roster import Answer, Call, Roster
 
 _LINK_S = 30.0
@@ -33,7 +33,7 @@ def exchange_data(roster: Roster) -> tuple[tuple[Link, ...], AllReduce | None]:
 
 def _able(roster: Roster) -> list[KnownNode]:
     """Those that train. What cannot even multiply fails here for no reason of the network, and what is in use is left alone."""
-    return [node for node in roster.answering(training=True) if "matmul" not in roster[node.id].failed and not node.is_in_use]
+    return [node for node in roster.usable(training=True) if "matmul" not in roster[node.id].failed and not node.is_in_use]
 
 
 def _all_together(roster: Roster, meeting_point: "_MeetingPoint", nodes: Sequence[str]) -> AllReduce | None:

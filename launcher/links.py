@@ -4,8 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import median
 
 from data_pipeline.errors import ExitCode
-from launcher.findings import Finding
-from launcher.measurements import Link, Measurements, best_rates, machines_of
+from launcher.measurements import Finding, Link, Measurements, best_rates, machines_of
 
 SLOW_LINK = 0.5
 """Of the median of the others. Less strict than the rate of a node: neighbours on one switch are faster than nodes further apart."""

@@ -1,7 +1,9 @@
-"""What `maskwright doctor` has measured: plain values, as nodes have given them (pure)."""
+"""What `maskwright doctor` has measured, as nodes have given it, and what it finds wrong by that: plain values (pure)."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+
+from data_pipeline.errors import ExitCode
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,40 @@ class Measurements:
     def answering(self) -> list[NodeMeasurements]:
         """The nodes that answer."""
         return [each for each in self.nodes if each.answers]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or (a warning) that will cost something."""
+
+    what: str
+    """Said of the node, where there is one: `answers nothing`."""
+    remedy: str
+    node: str | None = None
+    """Id of the node because of which it is; None where it is not one node's."""
+    code: ExitCode = ExitCode.ENVIRONMENT
+    """What the command ends with because of it; OK makes it a warning."""
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether a run must not begin like this."""
+        return self.code is not ExitCode.OK
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdict."""
+
+    findings: tuple[Finding, ...]
+    """Faults first."""
+    excluded: tuple[str, ...]
+    """Ids of the nodes to leave out: those that a fault names."""
+    code: ExitCode
+
+    @property
+    def faults(self) -> tuple[Finding, ...]:
+        """Without the warnings."""
+        return tuple(finding for finding in self.findings if finding.is_fault)
 
 
 def machines_of(nodes: Iterable[NodeMeasurements]) -> dict[str, str]:

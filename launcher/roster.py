@@ -48,7 +48,7 @@ class Roster:
         """In the order they were given."""
         return tuple(self._found.values())
 
-    def answering(self, *, training: bool = False) -> list[KnownNode]:
+    def usable(self, *, training: bool = False) -> list[KnownNode]:
         """Nodes that can be asked more; `training`: those that ranks may be placed on."""
         return [each.node for each in self._found.values() if each.answers and each.facts and (each.node.trains or not training)]
 

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 from data_pipeline.errors import ExitCode
-from launcher.findings import Finding
-from launcher.measurements import Measurements, NodeMeasurements, Read
+from launcher.measurements import Finding, Measurements, NodeMeasurements, Read
 
 SLOW_WRITE_S = 1.0
 """Of a small file until it is durable. A checkpoint is committed by some dozens of such writes, one after another."""

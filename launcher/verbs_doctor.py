@@ -19,9 +19,8 @@ from data_pipeline.storage import Location
 from launcher.cluster_config import Cluster as ClusterConfig
 from launcher.config import load_cluster_config
 from launcher.doctor import diagnose, rates_of, share_of_others
-from launcher.findings import Diagnosis
 from launcher.links import between_machines
-from launcher.measurements import Measurements, NodeMeasurements, best_rates, machines_of
+from launcher.measurements import Diagnosis, Measurements, NodeMeasurements, best_rates, machines_of
 from launcher.options import Cluster, Json, Storage, command, next_command, print_json, print_table, say
 from launcher.runs import resolve_storage
 

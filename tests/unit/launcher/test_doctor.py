@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import ExitCode
 from launcher.doctor import SKEW_FAULT_S, SKEW_S, SLOW_RATE, diagnose, slow_nodes
-from launcher.findings import Diagnosis
 from launcher.lease import STALE_AFTER_S
 from launcher.links import SLOW_LINK, slow_to_all, without_cuts
 from launcher.measurements import (
     AllReduce,
     Clock,
     CorpusLook,
+    Diagnosis,
     Facts,
     KnownNode,
     Link,

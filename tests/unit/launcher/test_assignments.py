@@ -3,8 +3,8 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.assignments import doubtful_first, others_in_ring, pairings, second_looker, shard_parts, turns
 from launcher.measurements import KnownNode, ShardLook
-from launcher.probe_plan import doubtful_first, others_in_ring, pairings, second_looker, shard_parts, turns
 
 names = st.lists(st.text("abcdefgh", min_size=1), unique=True, max_size=12)
 
