@@ -7,7 +7,7 @@ from data_pipeline import volume
 from data_pipeline.mixture import Mixture
 from data_pipeline.order import blocks_per_window, micro_steps
 from launcher.plan_checkpoints import CheckpointPlan, checkpoint_plan
-from launcher.plan_memory import MARGIN, Shape, StageMemory, stages_memory
+from launcher.plan_memory import MARGIN, ON_A_CPU, ON_A_GPU, Shape, StageMemory, process_bytes, stages_memory
 from launcher.plan_problems import Problem, data_problems, device_problems, memory_problems, network_problems, storage_problems
 from launcher.plan_time import Duration, Stated, cost, duration
 from launcher.plan_work import PhaseWork, WorldSize, mean_sample, total_tokens, world_sizes
@@ -51,19 +51,26 @@ class Plan:
         """That the model sees."""
         return total_tokens(self.work)
 
+    @property
+    def memory_basis(self) -> str:
+        """What the peaks were compared with."""
+        return ON_A_GPU if self.facts.gpu else ON_A_CPU
+
     def to_json(self) -> dict[str, Any]:
-        """JSON object. What is null has a reason beside it; `basis` says of each number where it comes from."""
+        """JSON object. What is null has its reason beside it or in the basis of what it follows from: `parameters`, `checkpoints` and
+        `snapshot_bytes` in `basis.network`, `step_s` in `hours_basis`, `resume_bytes` in `epochs_reason` or a problem."""
         facts = self.facts
         return {
             "steps": self.config.schedule.steps,
             "epochs": None if self.epochs is None else max(self.epochs),
-            "epochs_by_corpus": None if self.epochs is None else dict(zip(facts.corpus.value.split(" + "), self.epochs, strict=True)),
-            "epochs_reason": None if self.epochs is not None else facts.corpus.basis,
+            "epochs_by_corpus": None if self.epochs is None else dict(zip(facts.corpora, self.epochs, strict=True)),
+            "epochs_reason": None if self.epochs is not None else facts.corpora_basis,
             "tokens": self.tokens,
             "tokens_are_upper_bound": self.tokens_are_bound,
             "parameters": None if facts.network is None else facts.network.parameters,
             "memory": None if self.memory is None else [stage.to_json() for stage in self.memory],
             "memory_reason": self.memory_reason,
+            "memory_basis": None if self.memory is None else self.memory_basis,
             "world_size": facts.world_size.value,
             "world_sizes": [size.to_json() for size in self.world_sizes],
             "snapshot_bytes": self.snapshot_bytes,
@@ -82,12 +89,14 @@ class Plan:
     def basis(self) -> dict[str, dict[str, Any]]:
         """What the plan rests on: each value, and whether it was stated, measured, read or assumed."""
         facts = self.facts
-        known = {"corpus": facts.corpus, "vocabulary": facts.vocabulary, "precision": facts.precision, "attention": facts.attention}
-        known["world_size"] = facts.world_size
-        found = {name: {"value": each.value, "basis": each.basis} for name, each in known.items()}
+        known = {"vocabulary": facts.vocabulary, "precision": facts.precision, "attention": facts.attention, "world_size": facts.world_size}
+        corpus = {"value": " + ".join(facts.corpora) or None, "basis": facts.corpora_basis}
+        found = {"corpus": corpus, **{name: {"value": each.value, "basis": each.basis} for name, each in known.items()}}
         device = {"value": facts.gpu or "cpu", "basis": "stated: --gpu" if facts.gpu else "assumed: no --gpu"}
         network = {"value": self.config.model.architecture, "basis": facts.network_basis}
-        return {**found, "device": device, "network": network, "margin": {"value": f"{MARGIN:.0%} of memory", "basis": "assumed"}}
+        process = {"value": f"{process_bytes(on_gpu=facts.gpu is not None) / 1e9:.2f} GB", "basis": "assumed: CUDA" if facts.gpu else "measured"}
+        margin = {"value": f"{MARGIN:.0%} of memory", "basis": "assumed"}
+        return {**found, "device": device, "network": network, "process": process, "margin": margin}
 
 
 def make_plan(config: RunConfig, facts: "Facts", stated: Stated) -> Plan:

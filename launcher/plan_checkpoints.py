@@ -80,8 +80,10 @@ def daly_interval_s(stall_s: float, mtbf_s: float) -> float:
 
 
 def _best(stall_s: float | None, stall_basis: str, step_s: float | None, failures_per_day: float | None) -> tuple[int | None, str]:
-    if not failures_per_day:
+    if failures_per_day is None:
         return None, "no --failures-per-day"
+    if failures_per_day == 0:
+        return None, "--failures-per-day is 0: nothing would be lost between checkpoints"
     if step_s is None or stall_s is None:
         return None, f"how long a {'step' if step_s is None else 'checkpoint'} takes is not known"
     interval_s = daly_interval_s(stall_s, 86400 / failures_per_day)

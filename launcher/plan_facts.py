@@ -2,7 +2,6 @@
 imports no torch)."""
 
 import json
-import os
 import shutil
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -10,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.config import CorpusConfig, TokenizerConfig
-from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, UsageError
-from data_pipeline.index import MANIFEST, CorpusIndex
+from data_pipeline.config import TokenizerConfig
+from data_pipeline.errors import ConfigError, UsageError
 from data_pipeline.mixture import Mixture
-from data_pipeline.sources import source_names
 from data_pipeline.storage import Location
 from launcher.cluster_config import Cluster, LocalCluster
 from launcher.clusters.local import resolve_workers, this_machine
+from launcher.host_memory import host_bytes
+from launcher.plan_corpora import find_mixture
 from launcher.plan_speed import Ranks, earlier_speed
 from launcher.plan_time import Speed
 from trainer.config import RunConfig
@@ -39,8 +38,10 @@ class Facts:
     """Everything that is not in the run's configuration."""
 
     mixture: Mixture | None
-    corpus: Known
-    """Name of the prepared corpus, None with the reason."""
+    corpora: tuple[str, ...]
+    """Names of the prepared corpora."""
+    corpora_basis: str
+    """How they were found; where they were not, why."""
     vocabulary: Known
     """Tokens."""
     network: Dimensions | None
@@ -54,7 +55,7 @@ class Facts:
     free_bytes: int | None
     """On the disk of the storage; None where it is no local folder."""
     host_bytes: int | None
-    """Main memory of the machine where all ranks run; None on a cluster."""
+    """Main memory that all ranks may take on the machine where they run; None on a cluster."""
 
     @property
     def gpu_bytes(self) -> int | None:
@@ -69,14 +70,15 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
         UsageError: the GPU is not known. ConfigError: the cluster file asks for what this machine cannot give.
     """
     require_gpu(gpu)
-    mixture, corpus = find_mixture(config)
-    vocabulary = Known(mixture.vocabulary.size, f"read from {corpus.value}") if mixture is not None else vocabulary_size(config.tokenizer)
+    mixture, corpora, corpora_basis = find_mixture(config)
+    vocabulary = Known(mixture.vocabulary.size, f"read from {corpora[0]}") if mixture is not None else vocabulary_size(config.tokenizer)
     network, network_basis = dimensions(config, vocabulary.value)
     precision = precision_of(config, gpu)
     storage, workers = Location.at(config.storage), _world_size(config, cluster, world_size, gpu)
     return Facts(
         mixture=mixture,
-        corpus=corpus,
+        corpora=corpora,
+        corpora_basis=corpora_basis,
         vocabulary=vocabulary,
         network=network,
         network_basis=network_basis,
@@ -86,7 +88,7 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
         gpu=gpu,
         speed=earlier_speed(config, precision.value, network, mixture, Ranks(gpu, _threads(cluster, workers.value) if gpu is None else None)),
         free_bytes=_free_bytes(storage.path) if storage.is_local else None,
-        host_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if isinstance(cluster, LocalCluster) and gpu is None else None,
+        host_bytes=host_bytes() if isinstance(cluster, LocalCluster) and gpu is None else None,
     )
 
 
@@ -103,50 +105,6 @@ def require_gpu(gpu: str | None) -> None:
         raise UsageError(f"--gpu {gpu}: not known", f"Known are {names}, by these names or as CUDA calls them.")
     if memory_bytes(gpu) is None:
         raise UsageError(f"--gpu {gpu} comes with several sizes of memory", f"Say which: --gpu {gpu}-SXM4-80GB, for example.")
-
-
-def find_mixture(config: RunConfig) -> tuple[Mixture | None, Known]:
-    """The prepared corpora of a configuration, by their settings: text is not read again to see whether it has changed."""
-    if not Location.at(config.corpora_storage).is_local:
-        return None, Known(None, "the storage of the corpora is not on this machine")
-    parts = [part.corpus for part in config.mixture] or [config.corpus]
-    try:
-        folders = [_find_corpus(config, part) for part in parts]
-        mixture = Mixture.join([CorpusIndex.open(folder, config.data) for folder in folders], [part.weight for part in config.mixture] or [1.0])
-    except MaskwrightError as error:
-        return None, Known(None, error.cause)
-    return mixture, Known(" + ".join(folder.name for folder in folders), "found by its settings; sources are not compared")
-
-
-def _find_corpus(config: RunConfig, corpus: CorpusConfig) -> Location:
-    """The newest corpus with these settings.
-
-    Raises:
-        NotFoundError: there is none.
-    """
-    folder = Location.at(config.corpora_storage) / "corpora"
-    found = [folder / name for name in folder.children() if name.startswith(f"{corpus.label}-") and _fits(folder / name / MANIFEST, config, corpus)]
-    if not found:
-        raise NotFoundError(f"corpus {corpus.label} is not prepared in {folder.parent}", "Run `maskwright prepare CONFIG`.")
-    return max(found, key=lambda each: (each / MANIFEST).path.stat().st_mtime)
-
-
-def _fits(manifest: Location, config: RunConfig, corpus: CorpusConfig) -> bool:
-    try:
-        stored: dict[str, Any] = json.loads(manifest.read_bytes())
-        settings, names = dict(stored["config"]["corpus"]), [source["name"] for source in stored["sources"]]
-        settings.pop("removed_test_texts", None)  # older manifests have none
-    except (NotFoundError, ValueError, KeyError, TypeError):
-        return False
-    wanted = {**corpus.model_dump(mode="json", exclude={"source", "name", "contamination"}), "personal_data": sorted(set(corpus.personal_data))}
-    tokenizer = stored["config"]["tokenizer"]
-    trains = config.tokenizer.path is None and not (config.mixture and corpus != config.mixture[0].corpus)
-    return (
-        settings == wanted
-        and names == [Location.at(name).name if name != "python-docs" else name for name in source_names(corpus)]
-        and stored["sequence_lengths"] == list(config.batch.sequence_lengths)
-        and (tokenizer == config.tokenizer.model_dump(exclude={"path"}) if trains else "digest" in tokenizer)
-    )
 
 
 def vocabulary_size(tokenizer: TokenizerConfig) -> Known:

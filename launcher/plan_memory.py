@@ -20,6 +20,11 @@ MARGIN = 0.1
 """Share of the peak that is left for what allocators lose and kernels borrow; assumed."""
 GPU_CONTEXT_BYTES = 1 << 30
 """What CUDA and NCCL take of a GPU before there is a tensor; assumed."""
+CPU_PROCESS_BYTES = 700 << 20
+"""What a rank's process takes on a CPU before it has a network: Python and the libraries that it imports. Measured, as its resident set under Ray."""
+ON_A_GPU = "computed; not compared with the memory of any GPU"
+ON_A_CPU = "computed; within 10 % of ranks on a CPU with 17 million parameters and more (benchmarks/plan_memory.py)"
+"""What a person has to know of the peaks."""
 _ROW_FILL = 0.9
 """Share of packed rows that holds tokens, with 16 samples a micro-batch; more samples fill better."""
 _WIDTH_MULTIPLE = 8
@@ -36,9 +41,11 @@ class StageMemory:
     activations_bytes_kept: int
     """Without checkpointing."""
     activations_bytes_checkpointed: int
+    process_bytes: int
+    """What is taken before there is a tensor: of a GPU by CUDA, on a CPU by the process."""
     margin_bytes: int
     needed_bytes: int
-    """Peak and margin."""
+    """Peak, margin and process."""
     fits: bool | None
     """On the named GPU; None where there is none."""
     largest_micro_batch: int | None
@@ -79,6 +86,7 @@ class Shape:
             bucket_elements=int(settings["reduce_bucket_size"]),
             overlaps=bool(settings.get("overlap_comm", False)),
             has_flat_gradients=not settings.get("contiguous_gradients", True),
+            has_updates=self.config.optimizer.kind == "lamb",
         )
 
     def zero_settings(self, stage: int) -> dict[str, Any]:
@@ -111,13 +119,14 @@ def stages_memory(shape: Shape, gpu_bytes: int | None) -> list[StageMemory]:
 def _stage_memory(shape: Shape, stage: int, gpu_bytes: int | None) -> StageMemory:
     phases, checkpointing = shape.config.phases, shape.config.model.activation_checkpointing
     rank = shape.peak(phases, stage, checkpointing=checkpointing)
-    needed = needed_bytes(rank.peak_bytes, on_gpu=shape.on_gpu)
+    process, needed = process_bytes(on_gpu=shape.on_gpu), needed_bytes(rank.peak_bytes, on_gpu=shape.on_gpu)
     return StageMemory(
         stage=stage,
         rank=rank,
         activations_bytes_kept=shape.peak(phases, stage, checkpointing=False).activations_bytes,
         activations_bytes_checkpointed=shape.peak(phases, stage, checkpointing=True).activations_bytes,
-        margin_bytes=needed - rank.peak_bytes,
+        process_bytes=process,
+        margin_bytes=needed - rank.peak_bytes - process,
         needed_bytes=needed,
         fits=None if gpu_bytes is None else needed <= gpu_bytes,
         largest_micro_batch=None if gpu_bytes is None else _largest(shape, stage, gpu_bytes),
@@ -127,7 +136,12 @@ def _stage_memory(shape: Shape, stage: int, gpu_bytes: int | None) -> StageMemor
 
 def needed_bytes(peak_bytes: int, *, on_gpu: bool) -> int:
     """What has to be there for a peak."""
-    return round(peak_bytes * (1 + MARGIN)) + (GPU_CONTEXT_BYTES if on_gpu else 0)
+    return round(peak_bytes * (1 + MARGIN)) + process_bytes(on_gpu=on_gpu)
+
+
+def process_bytes(*, on_gpu: bool) -> int:
+    """What a rank takes without a tensor."""
+    return GPU_CONTEXT_BYTES if on_gpu else CPU_PROCESS_BYTES
 
 
 def _largest(shape: Shape, stage: int, gpu_bytes: int) -> int:

@@ -16,6 +16,8 @@ MANY_EPOCHS = 40.0
 """Of BERT's own training (Devlin et al. 2018, appendix A.2)."""
 BLOCKS_PER_LANE = 8
 """With fewer, documents of a lane are shuffled poorly."""
+BESIDE_RANKS_BYTES = 1500 << 20
+"""What the command and Ray take of a machine beside ranks. Measured, as the sum of their proportional sets."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,10 @@ def memory_problems(
         yield Problem(
             "error", f"a rank needs {_gb(own.needed_bytes)} at ZeRO stage {own.stage}; {gpu} has {_gb(gpu_bytes)}", _to_fit(config, memory, own)
         )
-    if host_bytes is not None and own.needed_bytes * world_size > host_bytes:
-        yield Problem(
-            "error",
-            f"{world_size} ranks need {_gb(own.needed_bytes * world_size)} at ZeRO stage {own.stage}; this machine has {_gb(host_bytes)}",
-            _to_fit(config, memory, own),
-        )
+    needed = own.needed_bytes * world_size + BESIDE_RANKS_BYTES
+    if host_bytes is not None and needed > host_bytes:
+        cause = f"{world_size} ranks at ZeRO stage {own.stage} and Ray need {_gb(needed)}; this machine gives {_gb(host_bytes)}"
+        yield Problem("error", cause, _to_fit(config, memory, own))
 
 
 def _to_fit(config: RunConfig, memory: Sequence[StageMemory], own: StageMemory) -> str:
@@ -97,7 +97,7 @@ def storage_problems(checkpoints: CheckpointPlan | None, free_bytes: int | None,
     if host_bytes is not None and snapshots_bytes > host_bytes:
         yield Problem(
             "error",
-            f"snapshots of all ranks take {_gb(snapshots_bytes)} of main memory; this machine has {_gb(host_bytes)}",
+            f"snapshots of all ranks take {_gb(snapshots_bytes)} of main memory; this machine gives {_gb(host_bytes)}",
             "Train on more machines.",
         )
 

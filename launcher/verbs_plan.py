@@ -61,9 +61,10 @@ def show(found: "Plan") -> None:
     say("")
     print_fields(dict(_extent(found)))
     if found.memory is not None:
-        say(f"\nMemory of a rank at most, in GB; * as configured, with a margin of a tenth{' and what CUDA takes' if found.facts.gpu else ''}")
+        process = "CUDA takes" if found.facts.gpu else "its process takes"
+        say(f"\nMemory of a rank at most, in GB; * as configured; needed: with a margin of a tenth, and what {process} before it has a network")
         print_table(_memory_columns(found), _memory_rows(found))
-        say("Gradients of several micro-batches are summed in fp32 at every stage.")
+        say(f"Gradients of several micro-batches are summed in fp32 at every stage. Peaks are {found.memory_basis}.")
     say("\nRanks: micro-steps of each in a step, and the share of them that is empty")
     print_table(("ranks", "micro-steps", "empty"), _size_rows(found))
     if found.checkpoints is not None:
@@ -87,7 +88,7 @@ def _extent(found: "Plan") -> Iterator[tuple[str, str]]:
         yield "parameters", f"{network.parameters:,}"
     yield "steps", f"{found.config.schedule.steps:,}"
     yield "tokens", f"{'at most ' if found.tokens_are_bound else ''}{found.tokens:,}"
-    yield "epochs", ", ".join(f"{each:,.2f}" for each in found.epochs) if found.epochs else f"not known: {facts.corpus.basis}"
+    yield "epochs", ", ".join(f"{each:,.2f}" for each in found.epochs) if found.epochs else f"not known: {facts.corpora_basis}"
     took = found.duration
     most = "at most " if took.is_bound else ""
     yield "hours", f"not known: {took.basis}" if took.hours is None else f"{most}{took.hours:,.3g} ({took.basis})"

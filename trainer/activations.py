@@ -87,6 +87,8 @@ def kept_outside(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
     tensors = (hidden + _norm(batch)) * (2 if is_modern and kernels.checkpointing else 1)
     if network.dropout > 0:
         tensors += _mask(hidden, kernels)
+    if is_modern:
+        tensors += _angles(network, batch, kernels) * 4
     return tensors + _own_mask(network, batch, kernels) * ((2 if is_modern else 1) if kernels.checkpointing else 0)
 
 
@@ -122,10 +124,14 @@ def _mask(values: Tensors, kernels: Kernels) -> Tensors:
 
 
 def _attention(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
-    """Scores, (R, heads, T, T): their softmax, and where there is dropout its mask and what it leaves. One kernel keeps a number a row of them."""
+    """Scores, (R, heads, T, T): their softmax, and where there is dropout its mask and what it leaves. One kernel keeps a number a row of them, and
+    ModernBERT's value as it gets it: a part of query, key and value in one tensor, of which plain products keep a copy."""
     rows = batch.num_places * network.num_heads
     if not kernels.keep_scores(network.dropout):
-        return Tensors.of(rows * _FP32) + _own_mask(network, batch, kernels)
+        whole = _hidden(network, batch, kernels) * (2 if network.architecture == "modernbert" else 0)
+        return Tensors.of(rows * _FP32) + _own_mask(network, batch, kernels) + whole
+    if kernels.attention == "sdpa" and kernels.element_bytes != _FP32:  # in steps on a CPU, which copies its inputs to fp32
+        return Tensors.of(rows * batch.width * _FP32, 3) + _hidden(network, batch, kernels) * 3
     scores = Tensors.of(rows * batch.width * kernels.element_bytes)
     softmax = Tensors.of(rows * batch.width * _FP32) if network.architecture == "modernbert" else scores
     if network.dropout > 0:
@@ -134,9 +140,19 @@ def _attention(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
 
 
 def _own_mask(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
-    """Which places attend to which, (R, T, T), or (R, T) in rows that hold one sample: GPUs' kernels make numbers of it for each layer."""
-    is_square = network.architecture != "bert" or batch.packed
-    return Tensors.of(batch.num_places * (batch.width if is_square else 1) * kernels.element_bytes)
+    """Which places attend to which, (R, T, T), or (R, T) in layers that see all of rows that hold one sample; the mean of the layers.
+
+    GPUs' kernels make numbers of it for each layer."""
+    near = sum(reach is not None for reach in network.reaches) / network.num_layers
+    square = 1.0 if batch.packed or network.architecture == "gpt2" else near
+    places = Tensors.of(batch.num_places * kernels.element_bytes)
+    return places * (1 - square) + Tensors.of(batch.num_places * batch.width * kernels.element_bytes) * square
+
+
+def _angles(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
+    """Sines or cosines of the turns of query and key by their positions, which differ by row where rows hold several samples."""
+    places = batch.num_places if batch.packed else batch.width
+    return Tensors.of(places * network.hidden_size / network.num_heads * kernels.element_bytes)
 
 
 def _norm(batch: Pass) -> Tensors:

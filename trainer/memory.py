@@ -6,7 +6,7 @@ from typing import Any
 from trainer import activations
 from trainer.dimensions import Dimensions
 from trainer.tensors import NOTHING, Tensors, peak_bytes
-from trainer.zero_stages import FP32_BYTES, MATRICES, Job, State, each_parameter, own_part, state_of
+from trainer.zero_stages import FP32_BYTES, MATRICES, Job, State, each_parameter, own_part, state_of, updates
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,10 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     """What a rank takes at `stage`: of a GPU what is allocated, of a CPU the resident set above that of the imported libraries."""
     state = state_of(job, stage)
     kept = state.weights + state.optimizer + state.gradients + state.buffers
-    moments = [*_backward(job, state), _Moment("reduce", state.reducing), _Moment("step", state.stepping)]
+    update = (state.norming, state.stepping + updates(job, stage), state.gathering)
+    moments = [*_backward(job, state), _Moment("reduce", state.reducing), *(_Moment("step", each) for each in update)]
     most = max(moments, key=lambda moment: moment.tensors.num_bytes)
-    taken = peak_bytes([kept + moment.tensors for moment in moments], on_gpu=job.kernels.on_gpu)
+    taken = peak_bytes(kept, [moment.tensors for moment in moments], on_gpu=job.kernels.on_gpu)
     gradients = (each_parameter(job, FP32_BYTES) if stage < 2 else own_part(job, FP32_BYTES)).num_bytes
     held = (state.gradients + state.carried).num_bytes if most.name == "backward" else gradients
     return RankMemory(

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 MAPPED_BYTES = 32 << 20
 """From here on glibc maps a piece of memory by itself, and gives it back when it is freed (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX)."""
-HEAP_GROWTH = 1.3
-"""What smaller tensors take of the heap, over the sum of their sizes. Torch asks for aligned memory, for which glibc wants a hole larger than the
-tensor: one that another tensor of the same size has left does not do. Measured; `benchmarks/plan_memory.py` holds whole ranks against it."""
+HEAP_GROWTH = 1.45
+"""What smaller tensors that come and go take of the heap, over the sum of their sizes. Torch asks for aligned memory, for which glibc wants a hole
+larger than the tensor: one that another tensor of the same size has left does not do. Measured by `benchmarks/plan_memory.py`, as 1.3 to 1.6."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class Tensors:
         return Tensors(tuple((size, number) for size, number in self if size < MAPPED_BYTES))
 
 
-def peak_bytes(moments: Sequence[Tensors], *, on_gpu: bool) -> int:
-    """The most that is taken by tensors that are there at several moments, one moment after the other.
+def peak_bytes(kept: Tensors, moments: Sequence[Tensors], *, on_gpu: bool) -> int:
+    """The most that is taken by tensors that are kept all along, and by others that are there at one of several moments.
 
     A GPU's memory is used again whole. A process' heap is not given back: what it took at one moment stays beside what is mapped at another.
     """
     if on_gpu:
-        return max(each.num_bytes for each in moments)
+        return kept.num_bytes + max(each.num_bytes for each in moments)
     heap = [each.in_heap.num_bytes for each in moments]
     mapped = max(each.num_bytes - in_heap for each, in_heap in zip(moments, heap, strict=True))
-    return round(mapped + HEAP_GROWTH * max(heap))
+    return round(kept.num_bytes + mapped + HEAP_GROWTH * max(heap))
 
 
 NOTHING = Tensors()

@@ -12,7 +12,7 @@ from trainer.dimensions import Dimensions
 from trainer.tensors import NOTHING, Tensors
 
 STAGES = (0, 1, 2, 3)
-FP32_BYTES = 4
+FP32_BYTES, FP64_BYTES = 4, 8
 MATRICES = 6
 """Of a layer, about: their sizes matter to the heap of a CPU only."""
 
@@ -34,6 +34,8 @@ class Job:
     """Whether a bucket fills while another one is reduced (`overlap_comm`)."""
     has_flat_gradients: bool
     """Whether stage 1 in fp32 reduces from vectors that stay (`contiguous_gradients` off, see `zero_buckets`)."""
+    has_updates: bool = False
+    """Whether the optimizer computes all updates before it makes one, as LAMB does; AdamW makes each at once."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class State:
     """Gradients and their copies while they are summed over the ranks, the passes being over."""
     stepping: Tensors
     """Gradients and their copies in the update."""
+    norming: Tensors = NOTHING
+    """Gradients and their copies while their norm is computed, before the update."""
+    gathering: Tensors = NOTHING
+    """Into what the new weights of all ranks are copied after it."""
 
 
 def state_of(job: Job, stage: int) -> State:
@@ -99,6 +105,8 @@ def _stage_1_flat(job: Job) -> State:
         grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
         reducing=gradients,
         stepping=NOTHING,
+        norming=_normed(job),
+        gathering=_gathered(job),
     )
 
 
@@ -118,6 +126,8 @@ def _stage_1_buckets(job: Job) -> State:
         grown_bytes=0 if job.num_passes > 1 else FP32_BYTES,
         reducing=copies + (gradients + bucket if job.kernels.on_gpu or not _fits_bucket(job) else bucket),
         stepping=part * (2 if job.precision == "fp32" else 1),
+        norming=part + _normed(job),
+        gathering=_gathered(job),
     )
 
 
@@ -134,6 +144,7 @@ def _stage_1_bf16(job: Job) -> State:
         grown_bytes=job.kernels.element_bytes,
         reducing=fp32,
         stepping=NOTHING,
+        gathering=_gathered(job),
     )
 
 
@@ -154,6 +165,8 @@ def _stage_2(job: Job) -> State:
         grown_bytes=element,
         reducing=bucket + part + (sent if plain else casts) + (carried if plain else NOTHING),
         stepping=part * (2 if plain else 1),
+        norming=part + _normed(job),
+        gathering=_gathered(job),
     )
 
 
@@ -175,6 +188,7 @@ def _stage_3(job: Job) -> State:
         grown_bytes=0,
         reducing=_sent(job, FP32_BYTES) * (1 if on_gpu else 2),
         stepping=part,
+        norming=Tensors.of(job.network.embedding * FP64_BYTES / job.world_size),
     )
 
 
@@ -194,6 +208,23 @@ def _flat(job: Job, element_bytes: int) -> Tensors:
 def own_part(job: Job, element_bytes: int) -> Tensors:
     """This rank's part of them."""
     return Tensors.of(job.network.parameters * element_bytes / job.world_size)
+
+
+def updates(job: Job, stage: int) -> Tensors:
+    """What LAMB moves its weights by: of all of them before it moves one."""
+    if not job.has_updates:
+        return NOTHING
+    return own_part(job, FP32_BYTES) if stage else each_parameter(job, FP32_BYTES)
+
+
+def _normed(job: Job) -> Tensors:
+    """The largest gradient of this rank's part, that of the table of tokens, in fp64: DeepSpeed copies one after the other for its norm."""
+    return Tensors.of(min(job.network.embedding, job.network.parameters / job.world_size) * FP64_BYTES)
+
+
+def _gathered(job: Job) -> Tensors:
+    """Gloo gathers weights into a copy of all of them, NCCL into their place."""
+    return NOTHING if job.kernels.on_gpu or job.world_size == 1 else _flat(job, job.kernels.element_bytes)
 
 
 def _buckets(job: Job, element_bytes: int) -> Tensors:

@@ -109,6 +109,7 @@ def test_a_checkpoint_plan_says_what_it_lacks() -> None:
         found = checkpoint_plan(config, 10_000, 1000, **{**usual, missing: None})
         assert found.best_every_steps is None
         assert said in found.best_basis
+    assert "nothing would be lost" in checkpoint_plan(config, 10_000, 1000, **{**usual, "failures_per_day": 0.0}).best_basis
 
 
 def records(num_steps: int, *, rank_passes_s: float, beside_s: float) -> list[dict[str, float]]:
