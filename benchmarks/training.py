@@ -9,12 +9,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Network:
-    """A BERT by its dimensions."""
+    """A network by its dimensions; a BERT unless something else is said."""
 
     layers: int
     width: int
     heads: int
     vocab_size: int = 30522
+    architecture: str = "bert"
 
     @property
     def name(self) -> str:
@@ -24,7 +25,12 @@ class Network:
     def section(self, length: int, dropout: float) -> dict[str, Any]:
         """`model` of a run.yaml."""
         dimensions = {"num_layers": self.layers, "hidden_size": self.width, "num_heads": self.heads}
-        return {**dimensions, "max_positions": max(512, length), "dropout": dropout}
+        return {"architecture": self.architecture, **dimensions, "max_positions": max(512, length), "dropout": dropout}
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """`objective` of a run.yaml: pairs of sentences are BERT's alone."""
+        return {"bert": {}, "gpt2": {"kind": "clm"}}.get(self.architecture, {"sentence_objective": "none"})
 
     def bert(self, dropout: float) -> dict[str, Any]:
         """Arguments of transformers' BertConfig; everything else at its default."""

@@ -1,5 +1,6 @@
 """Child's side of `train_scaling`: steps of several ranks, each a process on a core of its own, by the wall clock."""
 
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -20,6 +21,8 @@ LOOPS: dict[str, Callable[..., OurTraining | PlainLoop]] = {"ours": OurTraining.
 _LEAST_STEPS = 3
 _START_S = 300.0
 """What a rank may take for everything but its steps."""
+_LATE_S = 30.0
+"""For a rank whose time is over to say where it stands."""
 
 
 def ranks(
@@ -47,12 +50,18 @@ def on_ranks(rank: Callable[..., None], cores: list[int], world_size: int, job: 
     """
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
         context = multiprocessing.get_context("spawn")
-        arguments = [(folder, number, world_size, cores[-1 - number % len(cores)], job) for number in range(world_size)]
-        processes = [context.Process(target=rank, args=each, daemon=True) for each in arguments]
+        arguments = [(rank, limit_s, folder, number, world_size, cores[-1 - number % len(cores)], job) for number in range(world_size)]
+        processes = [context.Process(target=_within, args=each, daemon=True) for each in arguments]
         for process in processes:
             process.start()
-        _wait(processes, time.monotonic() + limit_s)
+        _wait(processes, time.monotonic() + limit_s + _LATE_S)
         return json.loads((Path(folder) / "measured").read_text())
+
+
+def _within(rank: Callable[..., None], limit_s: float, *arguments: Any) -> None:
+    """A rank that is not done in time says where it stands, and ends by itself: whoever started it may be gone."""
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    rank(*arguments)
 
 
 def _wait(processes: Sequence[Any], deadline: float) -> None:

@@ -4,6 +4,7 @@ import os
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ class OurTraining:
 
     @classmethod
     def build(
-        cls, network: Network, shape: Shape, *, precision: str, dropout: float, world_size: int = 1, stage: int = 1, checkpointing: bool = False
+        cls, network: Network, shape: Shape, *, precision: str, dropout: float, world_size: int = 1, stage: int = 1, **others: Any
     ) -> "OurTraining":
-        """The trainer's network and engine; torch.distributed is initialised."""
+        """The trainer's network and engine; torch.distributed is initialised. `others` as `run_config` has them."""
         from tests.support.batches import EMPTY
         from trainer.engine import Engine
 
-        config = run_config(network, shape, precision=precision, dropout=dropout, stage=stage, activation_checkpointing=checkpointing)
+        config = run_config(network, shape, precision=precision, dropout=dropout, stage=stage, **others)
         return cls(config, Engine.build(network_of(config, network), config), EMPTY, world_size)
 
     def step(self, batches: Sequence[Any]) -> float:
@@ -49,7 +50,7 @@ class OurTraining:
         return losses.loss
 
 
-def run_config(network: Network, shape: Shape, *, precision: str, dropout: float, stage: int = 1, **model: Any) -> Any:
+def run_config(network: Network, shape: Shape, *, precision: str, dropout: float, stage: int = 1, optimizer: str = "adamw", **model: Any) -> Any:
     """The run.yaml of a benchmark: everything else at its default but for what `model` sets of the network."""
     from trainer.config import RunConfig
 
@@ -58,6 +59,8 @@ def run_config(network: Network, shape: Shape, *, precision: str, dropout: float
             "name": "bench",
             "precision": precision,
             "zero": {"stage": stage},
+            "optimizer": {"kind": optimizer},
+            "objective": network.objective,
             "model": {**network.section(shape.length, dropout), **model},
             "batch": {"global_batch_size": shape.samples, "micro_batch_size": shape.samples, "sequence_length": shape.length},
         }
@@ -74,12 +77,15 @@ def network_of(config: Any, network: Network) -> Any:
         write_tokenizer(folder, network.vocab_size)
         length = max(config.batch.sequence_lengths)
         again = config.zero.stage == 3
-        return build_model(config.model, folder, seed=0, sequence_length=length, device=training_device(), reentrant_checkpointing=again)
+        built = build_model(config.model, folder, seed=0, sequence_length=length, device=training_device(), reentrant_checkpointing=again)
+    if config.model.attention != "auto":
+        built.kernels = {str(length): config.model.attention}
+    return built
 
 
 @contextmanager
-def process_group(folder: str | None = None, rank: int = 0, world_size: int = 1) -> Generator[None]:
-    """torch.distributed with one thread a rank: gloo on a CPU, NCCL on a GPU."""
+def process_group(folder: str | None = None, rank: int = 0, world_size: int = 1, within_s: float = 600.0) -> Generator[None]:
+    """torch.distributed with one thread a rank: gloo on a CPU, NCCL on a GPU. No rank waits for another longer than `within_s`."""
     import torch
     import torch.distributed as dist
 
@@ -88,7 +94,8 @@ def process_group(folder: str | None = None, rank: int = 0, world_size: int = 1)
         torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as own:
         store = f"file://{Path(folder or own) / 'store'}"
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", init_method=store, rank=rank, world_size=world_size)
+        backend, limit = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=within_s)
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size, timeout=limit)
         try:
             yield
         finally:

@@ -16,11 +16,12 @@ _CONCENTRATION = 3.0
 
 def micro_batches(shape: Shape, network: Network) -> list[Any]:
     """`shape.count` of `data_pipeline.stream.MicroBatch`; the same whenever they are made."""
-    return [micro_batch(shape, network.vocab_size, number) for number in range(shape.count)]
+    is_causal = network.objective.get("kind") == "clm"
+    return [micro_batch(shape, network.vocab_size, number, is_causal=is_causal) for number in range(shape.count)]
 
 
-def micro_batch(shape: Shape, vocab_size: int, number: int) -> Any:
-    """Samples of the lengths that `shape` tells, 15 % masked, half of the pairs with the label 1."""
+def micro_batch(shape: Shape, vocab_size: int, number: int, *, is_causal: bool = False) -> Any:
+    """Samples of the lengths that `shape` tells, 15 % masked, half of the pairs with the label 1; or every next token to be predicted."""
     from data_pipeline.packing import LAYOUTS
     from data_pipeline.stream import MicroBatch
     from data_pipeline.window import Finished
@@ -31,10 +32,14 @@ def micro_batch(shape: Shape, vocab_size: int, number: int) -> Any:
     ends = np.cumsum(lengths)
     ids = random.integers(len(SPECIAL), vocab_size, ends[-1])
     ids[ends - lengths], ids[ends - 1] = SPECIAL["cls"], SPECIAL["sep"]
-    ordinary = np.flatnonzero(ids >= len(SPECIAL))
-    positions = np.sort(random.choice(ordinary, round(MASK_RATE * len(ordinary)), replace=False))
-    labels = ids[positions]
-    ids[positions] = SPECIAL["mask"]
+    if is_causal:
+        positions = np.delete(np.arange(len(ids)), ends - 1)
+        labels = ids[positions + 1]
+    else:
+        ordinary = np.flatnonzero(ids >= len(SPECIAL))
+        positions = np.sort(random.choice(ordinary, round(MASK_RATE * len(ordinary)), replace=False))
+        labels = ids[positions]
+        ids[positions] = SPECIAL["mask"]
     samples = Finished(ids, lengths, lengths // 2, positions, labels, random.permutation(np.arange(shape.samples) % 2))
     return MicroBatch(number, samples, LAYOUTS[shape.packing](lengths, shape.length), SPECIAL["pad"])
 
