@@ -52,6 +52,7 @@ class PlannedStage(TypedDict):
     peak_at: str
     activations_bytes_kept: int
     activations_bytes_checkpointed: int
+    process_bytes: int
     margin_bytes: int
     needed_bytes: int
     fits: bool | None
@@ -69,7 +70,7 @@ class Basis(TypedDict):
 
 @with_config(SHAPE)
 class PlanAnswer(TypedDict):
-    """Of `plan`. What is null has its reason beside it."""
+    """Of `plan`. What is null has its reason beside it, or in the basis of what it follows from."""
 
     steps: int
     epochs: float | None
@@ -81,6 +82,8 @@ class PlanAnswer(TypedDict):
     parameters: int | None
     memory: list[PlannedStage] | None
     memory_reason: str | None
+    memory_basis: str | None
+    """With what the peaks were compared."""
     world_size: int
     world_sizes: list[WorldSize]
     snapshot_bytes: int | None
