@@ -20,6 +20,7 @@ from data_pipeline.errors import (
 from data_pipeline.remote import is_passing
 from data_pipeline.storage import Location, is_unwritable
 from launcher.policy import Failure, FailureKind
+from trainer.redaction import without_hidden
 from trainer.runlog import RunFolder
 
 _PEER_LOSS = (
@@ -104,7 +105,7 @@ def record_failure(run: RunFolder, attempt: int, rank: int, error: BaseException
         cause = f"rank {rank}: {type(error).__name__}: {_first_line(error)}"
         remedy = f"See `maskwright logs {run.root.name} --rank {rank}`."
     text = "".join(traceback.format_exception(error))
-    record = RankFailure(rank, kind.value, int(code), cause, remedy, text, time.time())
+    record = RankFailure(rank, kind.value, int(code), without_hidden(cause), without_hidden(remedy), without_hidden(text), time.time())
     (attempt_folder(run, attempt) / f"failure-{rank:05d}-{kind.value}.json").write_json(asdict(record))
 
 

@@ -23,6 +23,7 @@ from launcher import (
     verbs_verify,
 )
 from launcher.options import completed, discard_output
+from trainer.redaction import without_hidden
 
 _QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 """For the libraries that verbs import: the launcher says itself what happens."""
@@ -75,7 +76,7 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
     except MaskwrightError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error.cause}\n{completed(error.remedy, storage=_storage_of(arguments))}", file=sys.stderr)
+        print(without_hidden(f"error: {error.cause}\n{completed(error.remedy, storage=_storage_of(arguments))}"), file=sys.stderr)
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
@@ -86,7 +87,7 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
             return int(ExitCode.OK)
         if debug:
             traceback.print_exc()
-        first = next(iter(str(error).splitlines()), "")
+        first = without_hidden(next(iter(str(error).splitlines()), ""))
         print(f"internal error: {type(error).__name__}: {first}\nThis is a bug; run again with --debug to see where.", file=sys.stderr)
         return int(ExitCode.INTERNAL)
 

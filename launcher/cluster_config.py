@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from data_pipeline.config import Section
+from launcher.cluster_environment import Environment, KubernetesSecret, SecretFile, Variable, only
+from launcher.cluster_machines import AwsProvider, Claim, GcpProvider, HeadPod, Label, LocalProvider, Machines, Quantity
 
 
 class ClusterConfig(Section):
@@ -20,6 +22,17 @@ class ClusterConfig(Section):
     """Infrastructure failures (a worker killed, lost, stopped or hung) in 24 hours that are retried; one more ends the run with exit code 11."""
     max_preemptions: int = Field(default=50, ge=0)
     """Nodes taken away as announced (spot instances) in 24 hours that are followed by another attempt; one more ends the run with exit code 75."""
+    env_from: tuple[Variable | SecretFile | KubernetesSecret, ...] = ()
+    """Secrets that driver and ranks need, by name: variables of Ray's processes on each machine or `{file: PATH}` there; on Kubernetes
+    `{secret: NAME, keys: [VARIABLE]}`. Values are taken where they are used, and travel nowhere."""
+
+    @model_validator(mode="after")
+    def _secrets_are_of_its_kind(self) -> Self:
+        on_kubernetes = getattr(self, "kind", None) == "kuberay"
+        if any(isinstance(source, KubernetesSecret) is not on_kubernetes for source in self.env_from):
+            wanted = "{secret: NAME, keys: [VARIABLE]}" if on_kubernetes else "names of variables or {file: PATH}"
+            raise ValueError(f"env_from: expected {wanted}, found something else")
+        return self
 
 
 class LocalCluster(ClusterConfig):
@@ -31,20 +44,12 @@ class LocalCluster(ClusterConfig):
     """Shared memory for Ray's object store; null means 512 MB, which only `prepare` uses."""
 
 
-class SharedVenv(Section):
-    """Software that lies in a virtual environment, on every node at one path."""
-
-    venv: str = Field(pattern=r"^/[\w./+-]+$")
-    """Its folder. It has the cluster's releases of Python and Ray."""
-
-    @property
-    def python(self) -> str:
-        """Its interpreter."""
-        return f"{self.venv.rstrip('/')}/bin/python"
-
-
 DASHBOARD = r"^https?://([^\s:/@?#]+|\[[0-9a-fA-F:]+\])(:\d+)?/?$"
 """Addresses without anything that would lead elsewhere, or is secret."""
+
+
+NAMESPACE = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(@[\w./:@-]+)?$"
+"""Of Kubernetes, and kubectl's context where it is not the current one."""
 
 
 class ElasticCluster(ClusterConfig):
@@ -63,7 +68,10 @@ class ElasticCluster(ClusterConfig):
 
     def inside(self) -> "RayCluster":
         """The same cluster for the driver of a submitted run, which is on one of its machines."""
-        return RayCluster(kind="ray", **{name: getattr(self, name) for name in ElasticCluster.model_fields})
+        return self._as_ray()
+
+    def _as_ray(self, **changes: Any) -> "RayCluster":
+        return RayCluster(kind="ray", **{**{name: getattr(self, name) for name in ElasticCluster.model_fields}, **changes})
 
 
 class RayCluster(ElasticCluster):
@@ -75,7 +83,7 @@ class RayCluster(ElasticCluster):
     """`host:port` of the cluster's head, or `auto`: the cluster that runs on the machine of the driver."""
     dashboard: str | None = Field(default=None, pattern=DASHBOARD)
     """Address of the dashboard, such as `http://head:8265`, through which `submit` hands a run over to the cluster. Null: only `run` works."""
-    environment: SharedVenv | None = None
+    environment: Annotated[Environment | None, only("venv", "pip", because="machines that run already have their image")] = None
     """Where ranks, and the driver of a submitted run, find their libraries. Null: ranks where Ray does, that driver in the PATH of the head."""
 
     def inside(self) -> "RayCluster":
@@ -126,7 +134,7 @@ class SlurmCluster(ElasticCluster):
 
     kind: Literal["slurm"]
     """`slurm`: `submit` hands a run over to sbatch. The job starts Ray on its allocation, drives the run, and continues it when it is requeued."""
-    environment: SharedVenv
+    environment: Annotated[Environment, only("venv", because="its machines are those of Slurm")]
     """Where the job finds its libraries. Our own packages travel with it."""
     nodes: int = Field(default=1, ge=1)
     """Machines of the allocation; each becomes a node of the job's own Ray."""
@@ -162,5 +170,93 @@ class SlurmCluster(ElasticCluster):
         return value
 
 
-Cluster = LocalCluster | RayCluster | SlurmCluster
-CLUSTER_KINDS: dict[str, type[Cluster]] = {"local": LocalCluster, "ray": RayCluster, "slurm": SlurmCluster}
+class KubeRayCluster(ElasticCluster):
+    """The whole of a cluster YAML of kind `kuberay`."""
+
+    kind: Literal["kuberay"]
+    """`kuberay`: Kubernetes with the KubeRay operator. `submit` asks for a Ray cluster of the run's own, which goes with the run."""
+    environment: Annotated[Environment, only("image", "pip", because="pods start from an image")]
+    """`{image: REF}`; or `{pip: FILE}`: Ray's own image, and each pod installs the rest when it starts."""
+    context: str | None = Field(default=None, pattern=r"^[\w./:@-]+$")
+    """Of kubectl: which Kubernetes. Null: the current one."""
+    namespace: Label = "default"
+    """Where everything is made."""
+    num_nodes: int = Field(default=1, ge=1)
+    """Pods that train."""
+    cpus: int = Field(default=8, ge=1)
+    """CPUs of each, asked for and never more."""
+    memory: Quantity = "32Gi"
+    """Main memory of each, shared memory included."""
+    gpus: int = Field(default=0, ge=0)
+    """NVIDIA GPUs of each."""
+    shared_memory: Quantity = "4Gi"
+    """Of each: /dev/shm, for loader workers, NCCL and Ray's object store."""
+    head: HeadPod = HeadPod()
+    """The pod that drives."""
+    claim: Claim | None = None
+    """A volume for the run's storage. Null: storage is an object store."""
+    service_account: Label | None = None
+    """Of all pods, which is how clouds grant access to object stores. Its token is not mounted."""
+    pull_secret: Label | None = None
+    """A Secret with which the image is pulled."""
+    user_id: int = Field(default=1000, ge=1)
+    """The user that everything runs as, and group of the claim's files. Never root."""
+    node_selector: dict[str, str] = Field(default_factory=dict[str, str])
+    """Labels that a node must have to get a pod that trains."""
+    tolerations: tuple[dict[str, str], ...] = ()
+    """Taints of nodes that pods that train may be put on all the same, as Kubernetes writes them."""
+
+    def inside(self) -> RayCluster:
+        """For the driver, the keys of Secrets are variables of its pod."""
+        return self._as_ray(env_from=[key for source in self.env_from if isinstance(source, KubernetesSecret) for key in source.keys])
+
+
+class RayUpCluster(ElasticCluster):
+    """The whole of a cluster YAML of kind `ray_up`."""
+
+    kind: Literal["ray_up"]
+    """`ray_up`: machines that Ray's cluster launcher starts (`ray up`), by a file that `submit --dry-run` prints. Then as kind `ray`."""
+    name: Label = "maskwright"
+    """Of the cluster, and part of the machines' names."""
+    provider: Annotated[AwsProvider | GcpProvider | LocalProvider, Field(discriminator="type")]
+    """Whose machines."""
+    environment: Annotated[Environment, only("image", "pip", because="a new machine has no virtual environment")]
+    """`{image: REF}`, run by Docker on each machine; or `{pip: FILE}`: each machine installs everything when it starts."""
+    ssh_user: str = Field(default="ubuntu", pattern=r"^[a-z_][a-z0-9_-]*$")
+    """Who logs in."""
+    ssh_private_key: str | None = None
+    """File of the key to log in with. Null: clouds get a new one; on premise what SSH uses."""
+    head: Machines | None = None
+    """The machine with Ray's head, on which no rank runs. On premise: not given."""
+    workers: Machines | None = None
+    """The machines that train. On premise: not given."""
+    num_nodes: int = Field(default=1, ge=0)
+    """Machines that train, of a cloud. On premise those that are named."""
+    shared_memory: Quantity = "4Gi"
+    """/dev/shm of a container."""
+    setup_commands: tuple[str, ...] = ()
+    """Shell commands for each new machine, before anything else: such as those that mount shared storage."""
+    shared_folder: str | None = Field(default=None, pattern=r"^/[\w./+-]+$")
+    """A folder that `setup_commands` mount, for the run's storage: containers see it at the same path. Null: storage is an object store."""
+    dashboard: str = Field(default="http://127.0.0.1:8265", pattern=DASHBOARD)
+    """Where jobs are submitted: `ray dashboard FILE` leads there."""
+
+    @model_validator(mode="after")
+    def _has_machines(self) -> Self:
+        is_local = isinstance(self.provider, LocalProvider)
+        for name in ("head", "workers"):
+            if (getattr(self, name) is None) is not is_local:
+                raise ValueError(f"{name}: {'not given on premise: provider names the machines' if is_local else 'required, not given'}")
+        if isinstance(self.provider, GcpProvider) and self.workers is not None and self.workers.cpus is None:
+            raise ValueError("workers.cpus: required at Google, not given")
+        return self
+
+
+Cluster = LocalCluster | RayCluster | SlurmCluster | KubeRayCluster | RayUpCluster
+CLUSTER_KINDS: dict[str, type[Cluster]] = {
+    "local": LocalCluster,
+    "ray": RayCluster,
+    "slurm": SlurmCluster,
+    "kuberay": KubeRayCluster,
+    "ray_up": RayUpCluster,
+}

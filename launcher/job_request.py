@@ -4,12 +4,14 @@ import hashlib
 import io
 import shlex
 import zipfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from launcher.cluster_config import RayCluster
+from launcher.requirements import requirements
 from launcher.submission import Submission
 from trainer.redaction import redacted
 from trainer.runlog import RunFolder
@@ -31,12 +33,13 @@ class JobRequest:
     metadata: dict[str, str]
 
     @property
-    def artefact(self) -> None:
+    def artefact(self) -> str | None:
         """Ray is given no file."""
+        return None
 
     def to_json(self) -> dict[str, Any]:
         """JSON object: the arguments of `submit_job`."""
-        return asdict(self)
+        return {field.name: getattr(self, field.name) for field in fields(JobRequest)}
 
 
 def job_request(run: RunFolder, submission: Submission, cluster: RayCluster, package: str) -> JobRequest:
@@ -45,7 +48,7 @@ def job_request(run: RunFolder, submission: Submission, cluster: RayCluster, pac
     The job finds configuration and command in the run's folder: nothing of them is in the request, and nothing of the environment here.
 
     Raises:
-        ConfigError: the storage has credentials in its address.
+        ConfigError: the storage has credentials in its address, or there is no such constraints file.
     """
     if redacted(run.root.url) != run.root.url:
         raise ConfigError(
@@ -53,12 +56,22 @@ def job_request(run: RunFolder, submission: Submission, cluster: RayCluster, pac
             "Give them to the machines of the cluster by their environment or a file, and leave them out of storage.",
         )
     python = cluster.environment.python if cluster.environment else "python"
+    pip = cluster.environment.pip if cluster.environment else None
     return JobRequest(
         submission_id=submission.job,
         entrypoint=shlex.join([python, "-m", "launcher.submitted", run.root.url, str(submission.number)]),
-        runtime_env={"working_dir": package, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+        runtime_env=runtime_env_of(package, requirements(pip) if pip is not None else ()),
         metadata={"run": run.root.name},
     )
+
+
+def runtime_env_of(package: str, packages: Sequence[str]) -> dict[str, Any]:
+    """Ray's environment of a job: our packages, in a file or at a URL, and further ones that each node installs, if any.
+
+    They are installed by Ray's `uv`: its `pip` leaves the command of a job, which is our driver, with the Python of the head.
+    """
+    further = {"uv": {"packages": list(packages)}} if packages else {}
+    return {"working_dir": package, **further, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
 
 
 def pack_packages(folder: Path) -> bytes:

@@ -17,6 +17,7 @@ from launcher.config import dump_yaml
 from launcher.continuation import Change, changes, resolve_diff
 from launcher.control import clear_stop, read_stop
 from launcher.elastic import Work
+from launcher.env_from import take_variables
 from launcher.job import Job, Stage
 from launcher.lease import Lease, process_age_s
 from launcher.options import completed
@@ -28,7 +29,7 @@ from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
 from launcher.submission import SUBMISSION_VARIABLE
 from launcher.supervision import RayOnDemand, Supervisor
 from trainer.config import RunConfig
-from trainer.redaction import redacted
+from trainer.redaction import redacted, without_hidden
 from trainer.runlog import RunFolder
 from trainer.trackers import require_installed
 
@@ -59,6 +60,7 @@ def run_job(
     if stages is STAGES:
         require_installed(config.tracking)
     machine = this_machine()
+    take_variables(cluster.env_from)
     workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with Lease.acquire(run, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)) as lease:
         as_recorded = verb == "resume" and (has_trained(run) or not deliberate)
@@ -150,7 +152,7 @@ def record_end(job: Job, error: BaseException) -> None:
     known = isinstance(error, MaskwrightError)
     code = error.exit_code if known else ExitCode.INTERNAL
     kind = "stopped" if isinstance(error, InterruptedRunError) or code == ExitCode.INTERRUPTED else "failed"
-    cause = error.cause if known else f"{type(error).__name__}: {error}"
+    cause = without_hidden(error.cause if known else f"{type(error).__name__}: {error}")
     remedy = error.remedy if known else f"This is a bug; the traceback is in {driver_log(job.run)}."
 
     def record() -> None:

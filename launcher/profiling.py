@@ -11,6 +11,7 @@ from launcher.cluster_config import Cluster
 from launcher.clusters.local import this_machine
 from launcher.clusters.opening import workers_of
 from launcher.control import clear_stop, read_stop
+from launcher.env_from import take_variables
 from launcher.group_watch import GroupWatch
 from launcher.health import Deadlines, beat_interval_s
 from launcher.jobs import work_left
@@ -46,6 +47,7 @@ def profile_run(run: RunFolder, config: RunConfig, cluster: Cluster, steps: int,
         )
     arguments = {"config": config, "corpus": require_corpus(run).url, "run": run.root.url, "output": (run.root / PROFILE_FOLDER).url, "steps": steps}
     profile, machine = RunFolder(run.root / PROFILE_FOLDER), this_machine()
+    take_variables(cluster.env_from)
     workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))
     with _claimed(run, profile, say) as lease:
         clear_stop(profile, lease.state.token)
@@ -94,7 +96,8 @@ def _attempt(profile: RunFolder, config: RunConfig, ray: RayOnDemand, arguments:
         interval_s=beat_interval_s(workers.num_workers),
     )
     watch = GroupWatch(profile, attempt, workers.num_workers, deadlines, say, lambda: None)
-    task = WorkerTask(PROFILE, {**arguments, "attempt": attempt}, profile.root.url, attempt, workers.threads_per_worker, os.getcwd())
+    everything = {**arguments, "attempt": attempt}
+    task = WorkerTask(PROFILE, everything, profile.root.url, attempt, workers.threads_per_worker, os.getcwd(), ray.config.env_from)
     failure = run_attempt(task, workers, scratch, watch)
     if failure is not None:
         raise with_own_remedy(failure, profile, attempt).to_error()

@@ -1,6 +1,7 @@
 """A rank's log: what its process says, in storage or on its node; and what of it outlives a rank that is killed (takes over stdout and stderr)."""
 
 import hashlib
+import io
 import logging
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from data_pipeline.scratch import Scratch
 from data_pipeline.storage import Location
 from trainer.manifest import nothing
+from trainer.redaction import without_hidden
 
 MOST_LOGS = 16
 """In a larger group only rank 0 and ranks that fail leave a log in storage."""
@@ -36,6 +38,14 @@ def lies_on_node(log: Location, rank: int, world_size: int) -> bool:
     return not log.is_local or is_kept_only_if_failed(rank, world_size)
 
 
+class _Discreet(io.TextIOWrapper):
+    """Leaves out the secrets that the process was given. What libraries of C++ print passes by."""
+
+    def write(self, text: str, /) -> int:
+        super().write(without_hidden(text))
+        return len(text)
+
+
 @contextmanager
 def log_to(log: Location, *, only_if_failed: bool) -> Generator[Callable[[], object]]:
     """Send this process' stdout and stderr, of C++ libraries too, and its logging to the rank's log; yields what copies it to storage at once.
@@ -54,8 +64,7 @@ def log_to(log: Location, *, only_if_failed: bool) -> Generator[Callable[[], obj
         os.dup2(own, 1)
         os.dup2(own, 2)
     # Line-buffered Python streams of our own: Ray's may be wrapped, and a killed process must not take its last lines along.
-    sys.stdout = open(1, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding="utf-8", errors="replace")  # noqa: SIM115
+    sys.stdout, sys.stderr = (_Discreet(open(to, "wb", closefd=False), "utf-8", "replace", line_buffering=True) for to in (1, 2))  # noqa: SIM115
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     done = threading.Event()
     copier = threading.Thread(target=_copy_out, args=(own, log, done), daemon=True, name="log")

@@ -107,7 +107,8 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure |
     job.attempt = through_outages(lambda: claim_attempt(job.run))
     through_outages(lambda: job.lease.beat(attempt=job.attempt))
     _record_start(job, workers, cluster_s)
-    task = WorkerTask(entry, {**arguments, "attempt": job.attempt}, job.run.root.url, job.attempt, workers.threads_per_worker, job.home)
+    everything = {**arguments, "attempt": job.attempt}
+    task = WorkerTask(entry, everything, job.run.root.url, job.attempt, workers.threads_per_worker, job.home, job.ray.config.env_from)
     watch = _watch(job, workers)
     return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
 

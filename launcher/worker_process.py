@@ -14,8 +14,10 @@ from typing import Any
 from data_pipeline.errors import ConflictError, InterruptedRunError, MaskwrightError
 from data_pipeline.storage import Location
 from launcher.attempts import last_attempt, record_failure
+from launcher.env_from import Sources, take_variables
 from launcher.rank_log import is_kept_only_if_failed, log_to
 from launcher.rank_watch import Line, RankWatch, Whereabouts
+from trainer.redaction import without_hidden
 from trainer.runlog import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ class WorkerTask:
     threads: int
     home: str
     """The driver's current folder: relative paths in the configuration mean the same on every rank."""
+    env_from: Sources = ()
+    """Secrets that the rank takes where it is; only their names travel."""
 
 
 @dataclass
@@ -76,7 +80,7 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
     """Run the task's entry on this rank, inside a thread of a worker process; `line` leads to the driver.
 
     An interrupted run returns: it has saved, and raising would end the other ranks in the middle of it. Every other
-    error is recorded in the run folder and raised, so that the group ends at once instead of waiting for this rank.
+    error is recorded in the run folder and raised, so that the group ends at once instead of waiting for this rank. Neither has a secret in it.
     """
     run = RunFolder(Location(task.run))
     with suppress(OSError):
@@ -86,6 +90,7 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
     with log_to(run.rank_log(task.attempt, rank), only_if_failed=is_kept_only_if_failed(rank, world_size)) as watch.keep_log, watch.running():
         _log.info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:
+            take_variables(task.env_from)
             _limit_threads(task.threads)
             entry = _imported(task, run if rank == 0 else None)
             gc.freeze()  # what is imported is never garbage, and DeepSpeed looks for garbage six times while it starts
@@ -97,6 +102,8 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
                 _log.info("stopped as asked: %s", error.cause)
                 return
             _log.exception("rank %d failed", rank)
+            if (told := without_hidden(str(error))) != str(error):  # Ray keeps logs of its own
+                raise RuntimeError(told) from None
             raise
 
 

@@ -1,16 +1,35 @@
-"""Leaves secrets out of what is shown or logged (pure)."""
+"""Leaves secrets out of what is shown or logged (remembers those that this process was given)."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")
 _SIGNATURES = re.compile(r"(?i)([?&][\w.-]*(?:sig|signature|password|secret|token|key|credential)[\w.-]*=)[^&\s'\";]+")
 _SECRET_LINES = re.compile(r"(?im)^(\s*[\w.-]*(?:password|secret|token|api_key|access_key|credential)s?\s*:\s*)\S.*$")
+_SHORTEST = 6
+"""Characters of a value that is taken for a secret: shorter ones, as of `DEBUG=1`, are parts of words and numbers."""
+
+_hidden: list[str] = []
+"""Values of secrets, the longest first."""
+
+
+def hide(values: Iterable[str]) -> None:
+    """Leave these values, too, out of all that is redacted in this process from now on."""
+    _hidden.extend(value for value in values if len(value) >= _SHORTEST and value not in _hidden)
+    _hidden.sort(key=len, reverse=True)
+
+
+def without_hidden(text: str) -> str:
+    """Without the values of secrets that this process was given."""
+    for value in _hidden:
+        text = text.replace(value, "(redacted)")
+    return text
 
 
 def redacted(text: str) -> str:
-    """Without credentials and signatures in URLs and values of keys that name secrets."""
-    return _SECRET_LINES.sub(r"\1(redacted)", _SIGNATURES.sub(r"\1(redacted)", _CREDENTIALS.sub("(redacted)@", text)))
+    """Without those, without credentials and signatures in URLs, and without values of keys that name secrets."""
+    return _SECRET_LINES.sub(r"\1(redacted)", _SIGNATURES.sub(r"\1(redacted)", _CREDENTIALS.sub("(redacted)@", without_hidden(text))))
 
 
 def redacted_values(value: Any) -> Any:

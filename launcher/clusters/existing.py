@@ -1,5 +1,6 @@
 """A Ray cluster that is there already: joins it as a driver, sees its nodes, and leaves it as it was (talks to Ray)."""
 
+import os
 import socket
 import threading
 from collections.abc import Generator
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipeline.errors import UnreachableError
+from data_pipeline.errors import UnreachableError, UsageError
 from launcher.aside import Aside
 from launcher.cluster_config import RayCluster
 from launcher.clusters.local import (
@@ -21,6 +22,7 @@ from launcher.clusters.local import (
 )
 from launcher.clusters.tokens import has_token, require_token
 from launcher.elastic import Node
+from launcher.submission import SUBMISSION_VARIABLE
 
 _ANSWER_S = 1.0
 _RANK_ACTOR = "RayTrainWorker"
@@ -39,7 +41,9 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
 
     Raises:
         UnreachableError: there is no such cluster, this machine is not one of its nodes, or it would be talked to without a token of our own.
+        UsageError: its software comes with submitted runs only.
     """
+    _require_software(config)
     scratch = session_folder()
     token = {"RAY_AUTH_MODE": "token"} if has_token() else {}
     try:
@@ -58,10 +62,15 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
         scratch.remove()
 
 
+def _require_software(config: RayCluster) -> None:
+    if config.environment is not None and config.environment.pip is not None and SUBMISSION_VARIABLE not in os.environ:
+        raise UsageError("environment.pip is installed for a submitted run, which this is not", "Use `maskwright submit`, or environment.venv.")
+
+
 def _join(ray: Any, config: RayCluster, folder: Path) -> None:
     import logging
 
-    software = {"py_executable": config.environment.python} if config.environment else {}
+    software = {"py_executable": config.environment.python} if config.environment and config.environment.venv else {}
     try:
         with undisturbed(folder):
             ray.init(

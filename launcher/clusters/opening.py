@@ -29,13 +29,24 @@ def open_cluster(
     """The cluster, for the length of a `with` block. Call it on the main thread: see `local_cluster`.
 
     Raises:
-        EnvironmentMismatchError, UnreachableError: Ray does not start or answer.
+        EnvironmentMismatchError, UnreachableError: Ray does not start or answer. UsageError: it is driven from inside only.
     """
+    require_driven_from_here(config)
     kinds: dict[str, Callable[[Any], AbstractContextManager[OpenCluster]]] = {
         "local": lambda found: _local(found, workers, machine),
         "ray": lambda found: _existing(found, work, stopped),
     }
     return kinds[config.kind](config)
+
+
+def require_driven_from_here(config: Cluster) -> None:
+    """Refuse a kind of cluster that takes a run only as a job.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if not isinstance(config, LocalCluster | RayCluster):
+        raise UsageError(f"no command here drives a cluster of kind {config.kind}", "Give the run to it: `maskwright submit CONFIG --cluster …`.")
 
 
 def workers_of(config: Cluster, machine: Machine, num_micro_batches: int | None = None) -> Workers | None:
@@ -45,10 +56,10 @@ def workers_of(config: Cluster, machine: Machine, num_micro_batches: int | None 
         ConfigError: the cluster file asks for what the machine, or a step of `num_micro_batches`, cannot give.
         UsageError: nobody drives a run from outside on this kind of cluster.
     """
-    if not isinstance(config, LocalCluster | RayCluster):
-        raise UsageError(f"no command here drives a cluster of kind {config.kind}", "Give the run to it: `maskwright submit CONFIG --cluster …`.")
+    require_driven_from_here(config)
     if isinstance(config, LocalCluster):
         return resolve_workers(config, machine, num_micro_batches)
+    assert isinstance(config, RayCluster)
     if num_micro_batches is not None:
         require_work(config.min_workers or (1 if config.num_workers == "auto" else config.num_workers), num_micro_batches)
     return None

@@ -6,7 +6,7 @@ import re
 import tempfile
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -67,7 +67,7 @@ class RayJobs:
             file = Path(folder) / request.runtime_env["working_dir"]
             file.write_bytes(package)
             sent = replace(request, runtime_env={**request.runtime_env, "working_dir": str(file)})
-            self._client.submit_job(**asdict(sent))
+            self._client.submit_job(**sent.to_json())
 
     def look(self, job: str) -> JobState:
         """What became of a job."""

@@ -193,8 +193,8 @@ def test_a_cluster_that_is_there_already(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("kind: mainframe", "kind: expected 'local' or 'ray', found 'mainframe' (text)"),
-        ("kind: [ray]", "kind: expected 'local' or 'ray', found ['ray'] (list)"),
+        ("kind: mainframe", "kind: expected 'local' or 'ray' or 'slurm' or 'kuberay' or 'ray_up', found 'mainframe' (text)"),
+        ("kind: [ray]", "kind: expected 'local' or 'ray' or 'slurm' or 'kuberay' or 'ray_up', found ['ray'] (list)"),
         ("address: auto", "address: unknown key"),  # of another kind
         ("kind: ray\nobject_store_bytes: 100000000", "object_store_bytes: unknown key"),
         ("kind: ray\nmin_worker: 1", "min_worker: unknown key; nearest: min_workers"),
@@ -202,6 +202,16 @@ def test_a_cluster_that_is_there_already(tmp_path: Path) -> None:
         ("kind: ray\nnum_workers: 2\nmin_workers: 3", "min_workers 3 exceeds num_workers 2"),
         ("kind: ray\naddress: http://10.0.0.1:8265", "address: "),
         ("kind: ray\naddress: 10.0.0.1", "address: "),
+        ("kind: ray\nenvironment: {}", "environment: expected exactly one of image, venv, pip, found none"),
+        ("kind: ray\nenvironment: {venv: /a, pip: b.txt}", "environment: expected exactly one of image, venv, pip, found venv and pip"),
+        ("kind: ray\nenvironment: {image: a}", "environment: expected venv or pip, found image: machines that run already have their image"),
+        ("kind: ray\nenvironment: {conda: a}", "environment.conda: unknown key"),
+        ("kind: kuberay\nenvironment: {venv: /a}", "environment: expected image or pip, found venv: pods start from an image"),
+        ("kind: kuberay", "environment: required, not given"),
+        ("kind: kuberay\nenvironment: {image: a}\nmemory: 3GB", "memory: expected"),
+        ("kind: slurm\nenvironment: {image: a}", "environment: expected venv, found image"),
+        ("kind: ray_up\nenvironment: {image: a}\nprovider: {type: aws, region: r}", "head: required, not given"),
+        ("kind: ray_up\nenvironment: {image: a}\nprovider: {type: local, head_ip: h}\nhead: {config: {}}", "head: not given on premise"),
     ],
 )
 def test_cluster_files_that_cannot_be_honoured(text: str, said: str, tmp_path: Path) -> None:
@@ -226,6 +236,11 @@ def test_files_that_cannot_be_read_are_no_bugs(tmp_path: Path) -> None:
     for path in ("file/run.yaml", "loop.yaml"):
         with pytest.raises(NotFoundError):
             load_run_config(tmp_path / path)
+
+
+@pytest.mark.parametrize("path", sorted((example_configs() / "clusters").glob("*.yaml")), ids=lambda path: path.stem)
+def test_example_clusters_are_valid_and_say_what_they_are(path: Path) -> None:
+    assert load_cluster_config(path.stem).kind == path.stem.replace("-", "_")
 
 
 @pytest.mark.parametrize("path", sorted((example_configs() / "runs").glob("*.yaml")), ids=lambda path: path.stem)

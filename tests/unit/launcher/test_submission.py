@@ -19,7 +19,8 @@ from data_pipeline.storage import Location
 from launcher import cli, job_request, run_status, submitting, verbs_stop, verbs_submit, watching
 from launcher import lease as lease_module
 from launcher.attempts import claim_attempt
-from launcher.cluster_config import RayCluster, SharedVenv
+from launcher.cluster_config import RayCluster
+from launcher.cluster_environment import Environment
 from launcher.config import dump_yaml, load_run_config
 from launcher.job_request import job_request as request_for
 from launcher.job_request import pack_packages, package_name
@@ -102,7 +103,7 @@ def a_submission(run: RunFolder, number: int = 1, lease: int = 0) -> Submission:
 def test_the_request_is_the_golden_one() -> None:
     """Whoever changes it changes what clusters of running releases are asked for."""
     run = RunFolder(Location("/shared/my runs/tiny"))
-    clusters = [RayCluster(kind="ray"), RayCluster(kind="ray", environment=SharedVenv(venv="/opt/venv/"))]
+    clusters = [RayCluster(kind="ray"), RayCluster(kind="ray", environment=Environment(venv="/opt/venv/"))]
     requests = [vars(request_for(run, a_submission(run), cluster, "maskwright-0.zip")) for cluster in clusters]
     assert requests == json.loads(GOLDEN.read_text())
 
