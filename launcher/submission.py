@@ -12,7 +12,7 @@ from typing import Any
 
 from data_pipeline.errors import ConflictError, ExitCode, MaskwrightError, NotFoundError, UnreachableError
 from data_pipeline.storage import Location
-from launcher.cluster_config import DASHBOARD
+from launcher.cluster_config import DASHBOARD, NAMESPACE
 from launcher.lease import newest_lease, process_age_s
 from trainer.runlog import RunFolder
 
@@ -20,6 +20,8 @@ SUBMISSION_VARIABLE = "MASKWRIGHT_SUBMISSION"
 """In the environment of a driver that is a job: its id, which the run's events then tell."""
 _CHOSEN = "RAY_API_SERVER_ADDRESS"
 """Of Ray: where the user's jobs go."""
+_ADDRESSES = {"ray": DASHBOARD, "ray_up": DASHBOARD, "kuberay": NAMESPACE}
+"""By kind of cluster; others have none."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Submission:
     """Of the cluster."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(DASHBOARD, self.dashboard) and (self.kind == "ray" or self.dashboard):
+        if not re.fullmatch(_ADDRESSES.get(self.kind, ""), self.dashboard):
             raise ValueError(f"{self.dashboard} is no address of a cluster")
 
     @property
@@ -135,7 +137,7 @@ def require_ours(run: RunFolder, submission: Submission, given: str | None = Non
         with suppress(FileNotFoundError), file.path.open("rb") as opened:  # owner and contents of one and the same file
             if os.fstat(opened.fileno()).st_uid == os.getuid() and json.load(opened)["dashboard"] == submission.dashboard:
                 return
-    if not submission.dashboard:
+    if not re.fullmatch(DASHBOARD, submission.dashboard):
         raise UnreachableError(f"another user submitted run {run.root.name}", "Submit it with files of your own: `maskwright submit`.")
     raise UnreachableError(
         f"another user submitted run {run.root.name}, to {submission.dashboard}: no token of yours is sent there by their word",

@@ -4,9 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from data_pipeline.errors import ConfigError, UsageError
+from data_pipeline.errors import ConfigError, UnreachableError, UsageError
 from launcher.cluster_config import Cluster, ElasticCluster, RayCluster, SlurmCluster
+from launcher.clusters.kubectl import KubeRayJobs, address_of, rayjob_request
 from launcher.clusters.ray_jobs import RayJobs
+from launcher.clusters.ray_up import ray_up_request
 from launcher.clusters.slurm import job_script
 from launcher.clusters.slurm_jobs import SlurmJobs
 from launcher.job_request import job_request
@@ -69,7 +71,17 @@ def _no_dashboard(cluster: SlurmCluster) -> str:
     return ""
 
 
+def _connect_up(_: RunFolder, submission: Submission, answer_s: float) -> RayJobs:
+    try:
+        return RayJobs.connect(submission.dashboard, answer_s)
+    except UnreachableError as error:
+        remedy = "Start it: `maskwright submit CONFIG --cluster FILE --dry-run > up.yaml`, `ray up up.yaml`; `ray dashboard up.yaml` leads there."
+        raise UnreachableError(error.cause, remedy) from error
+
+
 TAKERS: Mapping[str, Taker[Any, Any]] = {
     "ray": Taker(_dashboard, job_request, lambda _, submission, answer_s: RayJobs.connect(submission.dashboard, answer_s)),
     "slurm": Taker(_no_dashboard, job_script, _slurm_jobs, begins_anew=True),
+    "kuberay": Taker(address_of, rayjob_request, lambda _, submission, answer_s: KubeRayJobs.connect(submission.dashboard, answer_s)),
+    "ray_up": Taker(lambda cluster: cluster.dashboard.rstrip("/"), ray_up_request, _connect_up),
 }

@@ -1,0 +1,150 @@
+"""The seam to Kubernetes: gives it RayJobs, asks what became of them and ends them (starts `kubectl`, which has the user's credentials)."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import ConfigError, UnreachableError
+from data_pipeline.storage import Location
+from launcher.cluster_config import KubeRayCluster
+from launcher.clusters.kuberay import SUBMITTER, Software, rayjob, rayjob_name
+from launcher.requirements import requirements
+from launcher.submission import Submission, submission_folder
+from launcher.taken_jobs import JobState
+from trainer.runlog import RunFolder
+
+_MARGIN_S = 5.0
+"""For kubectl itself, beside what the API server may take."""
+_FETCHED = ("s3://", "gs://")
+"""Stores that Ray fetches packages from."""
+_GROUP = "/apis/ray.io/v1"
+_EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")
+_WAITING = {"", "New", "Initializing", "Waiting", "Retrying", "Suspending", "Suspended"}
+_LOST = {"DeadlineExceeded", "JobStatusCheckTimeoutExceeded", "JobDeploymentStatusTransitionGracePeriodExceeded"}
+"""Reasons of the operator's own."""
+
+
+@dataclass(frozen=True)
+class RayJobRequest:
+    """A RayJob, and where its packages are to lie."""
+
+    manifest: dict[str, Any]
+    package: Location
+
+    @property
+    def artefact(self) -> str:
+        """The manifest, for `kubectl create -f`."""
+        return yaml.safe_dump(self.manifest, sort_keys=False, width=160)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON object."""
+        return {"manifest": self.manifest, "package": self.package.url}
+
+
+def rayjob_request(run: RunFolder, submission: Submission, cluster: KubeRayCluster, package: str) -> RayJobRequest:
+    """The request for a submission: its packages travel through the run's storage, which all pods see.
+
+    Raises:
+        ConfigError: pods do not see the storage, or Ray fetches no packages from there.
+    """
+    file = submission_folder(run, submission.number) / package
+    url = f"file://{file.path}" if file.is_local else file.url
+    if not file.is_local and not url.startswith(_FETCHED):
+        raise ConfigError(f"Ray fetches no packages from {run.root.parent.url}", f"Use a claim, or storage of {' or '.join(_FETCHED)}.")
+    pip = cluster.environment.pip
+    software = Software(url, version("ray"), f"{sys.version_info[0]}.{sys.version_info[1]}", requirements(pip) if pip is not None else ())
+    return RayJobRequest(rayjob(run, submission, cluster, software), file)
+
+
+def address_of(cluster: KubeRayCluster) -> str:
+    """Where its jobs are, in a word: namespace, and context where one was named."""
+    return cluster.namespace if cluster.context is None else f"{cluster.namespace}@{cluster.context}"
+
+
+@dataclass(frozen=True)
+class KubeRayJobs:
+    """The RayJobs of a namespace. Every method raises UnreachableError when kubectl does not get an answer."""
+
+    place: str
+    """Its address."""
+    answer_s: float
+
+    @classmethod
+    def connect(cls, address: str, answer_s: float) -> "KubeRayJobs":
+        """Make sure that Kubernetes answers, and knows RayJobs.
+
+        Raises:
+            UnreachableError: it does not, or there is no kubectl.
+        """
+        jobs = cls(address, answer_s)
+        try:
+            jobs._ask("get", "--raw", _GROUP)
+        except UnreachableError as error:
+            if "(NotFound)" not in error.cause:
+                raise
+            raise UnreachableError("Kubernetes there knows no RayJobs", "Install the KubeRay operator, 1.5.1 or later.") from error
+        return jobs
+
+    def post(self, request: RayJobRequest, package: bytes) -> None:
+        """Put the packages into storage, and create the RayJob. An operator that does not know all that it says, such as tokens, does not get it."""
+        request.package.write_bytes(package)
+        url = f"{_GROUP}/namespaces/{self.place.partition('@')[0]}/rayjobs?fieldValidation=Strict"
+        self._ask("create", "--raw", url, "--filename=-", given=json.dumps(request.manifest))
+
+    def look(self, job: str) -> JobState:
+        """What became of a RayJob."""
+        found = self._ask("get", "rayjobs.ray.io", rayjob_name(job), "--ignore-not-found", "--output=json")
+        return state_of(json.loads(found).get("status", {})) if found.strip() else JobState("unknown")
+
+    def log(self, job: str) -> str:
+        """What its driver has printed; nothing before it was submitted inside."""
+        try:
+            return self._ask("logs", f"job/{rayjob_name(job)}", f"--container={SUBMITTER}")
+        except UnreachableError as error:
+            if re.search(r"NotFound|waiting to start|PodInitializing|ContainerCreating", error.cause):
+                return ""
+            raise
+
+    def end(self, job: str) -> None:
+        """Delete a RayJob: the operator tells its driver to stop, which saves, and then takes the pods away."""
+        self._ask("delete", "rayjobs.ray.io", rayjob_name(job), "--ignore-not-found", "--wait=false")
+
+    def _ask(self, *arguments: str, given: str | None = None) -> str:
+        namespace, _, context = self.place.partition("@")
+        where = [f"--namespace={namespace}", f"--request-timeout={self.answer_s:.0f}s", *([f"--context={context}"] if context else [])]
+        command = ["kubectl", *where, *arguments]
+        remedy = f"Look whether `{' '.join(command[:2])} get rayjobs` works; `context` in the cluster file names another Kubernetes."
+        try:
+            done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=self.answer_s + _MARGIN_S, check=False)
+        except FileNotFoundError:
+            cause = "there is no kubectl on this machine, through which Kubernetes is asked"
+            raise UnreachableError(cause, "Install it, with a configuration that leads to the cluster.") from None
+        except subprocess.TimeoutExpired:
+            raise UnreachableError(f"Kubernetes does not answer kubectl within {self.answer_s:.0f} s", remedy) from None
+        if done.returncode == 0:
+            return done.stdout
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        raise UnreachableError(f"Kubernetes does not do what kubectl asks: {lines[-1][:300]}", remedy)
+
+
+def state_of(status: Mapping[str, Any]) -> JobState:
+    """What the status of a RayJob says (pure)."""
+    deployment, job = str(status.get("jobDeploymentStatus", "")), status.get("jobStatus", "")
+    message, reason = str(status.get("message", "")), str(status.get("reason", ""))
+    if deployment in _WAITING:
+        return JobState("waiting")
+    if deployment == "Running":
+        return JobState("running" if job == "RUNNING" else "waiting")
+    if job == "STOPPED":
+        return JobState("ended", was_stopped=True)
+    if deployment == "Complete":
+        return JobState("ended", exit_code=0)
+    code = _EXIT_CODE.search(message)
+    return JobState("ended", was_lost=reason in _LOST, exit_code=int(code[1]) if code else None, message=message or reason or deployment)
