@@ -1,6 +1,5 @@
 """How doctor tells what it has found."""
 
-import json
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from data_pipeline.storage import Location
 from launcher import cli, verbs_doctor
 from launcher.measurements import Measurements, NodeMeasurements, Rate
 from launcher.verbs_doctor import shards_within
+from tests.support.answers import require_documented
 from tests.unit.launcher.test_doctor import VERSIONS, cluster, well
 
 
@@ -44,7 +44,7 @@ def test_the_verdict_names_the_dead_and_the_slow(monkeypatch: pytest.MonkeyPatch
 def test_json_has_the_same_and_is_alone_on_stdout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     slow = well("c", rate=Rate("cpu", 4, 2e10))
     assert doctor_says(cluster(c=slow), monkeypatch, "--json") == ExitCode.ENVIRONMENT
-    record = json.loads(capsys.readouterr().out)
+    (record,) = require_documented("doctor", capsys.readouterr().out)
     assert (record["healthy"], record["exit_code"], record["exclude"]) == (False, 6, ["c"])
     assert [node["versions"] for node in record["nodes"]] == [VERSIONS] * 3
     assert [(finding["node"], finding["severity"]) for finding in record["findings"]] == [("c", "fault")]
