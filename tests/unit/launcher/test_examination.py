@@ -235,11 +235,8 @@ def test_gpus_that_others_use_are_left_alone(tmp_path: Path) -> None:
 
 
 def test_a_node_that_is_lost_in_the_common_all_reduce_is_named_once(tmp_path: Path) -> None:
-    exchanges: list[Any] = []
-
     def lost_at_last(call: Any) -> Any:
-        exchanges.append(call)
-        return steady(call) if len(exchanges) < 3 else lose(call)
+        return lose(call) if call.args[0].size == 3 else steady(call)
 
     def short(call: Any) -> Any:
         if call.args[0].size == 3:
