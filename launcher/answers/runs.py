@@ -33,7 +33,7 @@ class AnswerSchema(TypedDict):
     """Of a verb, in what `schema --answers` answers."""
 
     a_line_each: bool
-    """Whether the answer is several documents, each on a line of its own."""
+    """Whether there may be several documents, each on a line of its own."""
     schema: dict[str, Any]
     """JSON schema of a document."""
 

@@ -30,7 +30,7 @@ class Answer:
 
     shape: Any
     a_line_each: bool = False
-    """Several documents, each on a line of its own."""
+    """Whether there may be several documents, each on a line of its own."""
 
 
 ANSWERS = {
@@ -43,7 +43,7 @@ ANSWERS = {
     "resume": Answer(RunStatus),
     "submit": Answer(Submitted),
     "list": Answer(list[RunStatus]),
-    "status": Answer(RunStatus),
+    "status": Answer(RunStatus, a_line_each=True),  # with --watch; without, one
     "logs": Answer(LogLine, a_line_each=True),
     "stop": Answer(RunStatus),
     "export": Answer(Exported),
