@@ -54,7 +54,9 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     update = (state.norming, state.stepping + updates(job, stage), state.gathering)
     moments = [*_backward(job, state), _Moment("reduce", state.reducing), *(_Moment("step", each) for each in update)]
     most = max(moments, key=lambda moment: moment.tensors.num_bytes)
-    taken = peak_bytes(kept, [moment.tensors for moment in moments], on_gpu=job.kernels.on_gpu)
+    # The gradient of the decoder lies there until that of the embeddings comes: of a CPU's heap it leaves a hole that nothing fits.
+    hole = NOTHING if job.kernels.on_gpu else Tensors.of(job.network.embedding * job.kernels.element_bytes).in_heap
+    taken = peak_bytes(kept + hole, [moment.tensors for moment in moments], on_gpu=job.kernels.on_gpu)
     gradients = (each_parameter(job, FP32_BYTES) if stage < 2 else own_part(job, FP32_BYTES)).num_bytes
     held = (state.gradients + state.carried).num_bytes if most.name == "backward" else gradients
     return RankMemory(
