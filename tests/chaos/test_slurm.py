@@ -15,11 +15,11 @@ from tests.support.commands import Command, maskwright
 from tests.support.slurm import Slurm
 from tests.support.tiny_run import write_run
 
-STEPS = 100
+STEPS = 60
 SECRET = secrets.token_hex(16)
-PATIENCE_S = 900.0
+PATIENCE_S = 1500.0
 
-pytestmark = pytest.mark.timeout(2400)
+pytestmark = pytest.mark.timeout(4000)
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,7 @@ def test_a_submitted_run_is_followed_to_its_end(slurm: Slurm, undisturbed: Submi
     found = undisturbed.status()
     assert (found["state"], found["exit_code"], found["step"]) == ("finished", 0, STEPS)
     assert slurm.state(found["submission"]) == "COMPLETED"
-    hosts = {line for log in undisturbed.run.glob("logs/attempt-0001/rank-*.log") for line in log.read_text().splitlines()[:1]}
-    assert len(hosts) == 2, "a rank on each machine"
+    assert len(list(undisturbed.run.glob("logs/attempt-0001/rank-*.log"))) == 2, "a rank on each machine: neither has room for two"
 
 
 @pytest.mark.full
@@ -130,7 +129,7 @@ def test_a_signal_puts_the_job_back_into_the_queue_and_nothing_is_lost(slurm: Sl
     """By the batch step alone, as before its time limit: the run saves first."""
     user = Submitter(slurm, "signalled")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 15)
+    user.wait_for("step", lambda: user.step() >= 12)
     slurm.call("scancel", "--batch", "--signal=TERM", slurm.job(job))
     user.wait_for("requeue", lambda: slurm.restarts(job) == 1)
     assert user.status()["state"] in {"submitted", "running"}
@@ -148,7 +147,7 @@ def test_a_signal_to_the_steps_puts_the_job_back_into_the_queue(slurm: Slurm, un
     """`scancel --signal=TERM` without `--batch`, and preemption, take Ray from the other machine: what was saved before is what it continues from."""
     user = Submitter(slurm, "preempted")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 15)
+    user.wait_for("step", lambda: user.step() >= 12)
     slurm.call("scancel", "--signal=TERM", slurm.job(job))
     user.wait_for("requeue", lambda: slurm.restarts(job) == 1)
     user.wait_for("end", lambda: slurm.state(job) == "COMPLETED")
@@ -160,7 +159,7 @@ def test_a_lost_machine_puts_the_job_back_into_the_queue(slurm: Slurm, undisturb
     """The one that drives: nobody is left to say anything, and Slurm acts by itself."""
     user = Submitter(slurm, "lost")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 15)
+    user.wait_for("step", lambda: user.step() >= 12)
     slurm.kill_node("n1")
     user.wait_for("requeue", lambda: slurm.restarts(job) == 1)
     user.wait_for("a status that says so", lambda: user.status()["state"] == "submitted")
@@ -173,7 +172,7 @@ def test_a_lost_machine_puts_the_job_back_into_the_queue(slurm: Slurm, undisturb
 def test_a_run_is_stopped_and_resumed(slurm: Slurm, undisturbed: Submitter) -> None:
     user = Submitter(slurm, "stopped")
     job = user.submit()
-    user.wait_for("step", lambda: user.step() >= 15)
+    user.wait_for("step", lambda: user.step() >= 12)
     assert "run tiny stopped; newest checkpoint" in user.call("stop", "tiny")
     found = user.status()
     assert (found["state"], found["exit_code"]) == ("stopped", 75)

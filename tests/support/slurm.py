@@ -18,7 +18,7 @@ from tests.support.required import missing
 
 NODES = ("n1", "n2")
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-_START_S = 60.0
+_START_S = 120.0
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Slurm:
 
     def call(self, *words: str) -> str:
         """What one of Slurm's commands prints."""
-        done = subprocess.run(words, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(words, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
 
@@ -169,7 +169,9 @@ SlurmdPidFile={folder}/%n/pid
 SlurmdLogFile={folder}/%n/log
 SlurmdSpoolDir={folder}/%n
 SlurmdParameters=config_overrides
-SlurmdTimeout=30
+SlurmdTimeout=120
+MessageTimeout=60
+BatchStartTimeout=120
 ReturnToService=2
 KillWait=5
 ProctrackType=proctrack/linuxproc
