@@ -1,10 +1,7 @@
 """Shows a run's progress: a bar on a terminal, lines elsewhere, and what ranks record (reads metrics and events, writes to the console)."""
 
-import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -16,7 +13,7 @@ from data_pipeline.lines import LineReader
 from data_pipeline.storage import Location
 from launcher.event_texts import FROM_RANKS, tell
 from launcher.start_up import start_up, tell_start_up
-from trainer.runlog import RunFolder
+from trainer.runlog import RunFolder, records
 
 _REMOTE_POLL_S = 10.0
 _TRIALS_POLL_S = 2.0
@@ -37,18 +34,12 @@ class RecordsTail:
             if time.monotonic() - self._looked_at < _REMOTE_POLL_S:
                 return []
             self._looked_at = time.monotonic()
-        return list(_records(self._reader.read()))
+        return list(records(self._reader.read()))
 
     def skip_old(self) -> Self:
         """Begin at the present end."""
         self._reader.skip()
         return self
-
-
-def _records(lines: list[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        with suppress(ValueError):
-            yield json.loads(line)
 
 
 @dataclass

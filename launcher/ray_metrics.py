@@ -31,13 +31,14 @@ class RayMetrics:
 
     def update(self) -> None:
         """Take what is new and publish the present values, whatever number of steps it was: calls in memory, which Ray collects now and then."""
-        self._vitals.take_events(self._events.read())
-        self._vitals.take_steps(self._steps.read())
-        if self._failed or not self.is_ready():
+        if self._failed:
             return
         try:
-            self._publish()
-        except Exception:  # noqa: BLE001  # what is shown of a run must not end it
+            self._vitals.take_events(self._events.read())
+            self._vitals.take_steps(self._steps.read())
+            if self.is_ready():
+                self._publish()
+        except Exception:  # noqa: BLE001  # what is shown of a run must not end it, and what is read is only shown
             _log.exception("the run's metrics are not published any more")
             self._failed = True
 

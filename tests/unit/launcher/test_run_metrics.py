@@ -3,8 +3,13 @@
 import math
 from pathlib import Path
 
+import pytest
+
+from data_pipeline.storage import Location
+from launcher.ray_metrics import RayMetrics
 from launcher.run_metrics import OF_RUN, OF_STEP, PREFIX, TOTALS, Vitals
 from trainer.metrics import StepRecord
+from trainer.runlog import RunFolder
 
 
 def record(step: int, **values: object) -> dict[str, object]:
@@ -38,6 +43,19 @@ def test_events_of_earlier_commands_count() -> None:
     )
     vitals.take_events([{"kind": "checkpoint_committed", "step": 1000}, {"kind": "validation", "loss": 1.0}])
     assert vitals.gauges == {"attempts": 2.0, "failures": 1.0, "last_checkpoint": 1000.0}
+
+
+@pytest.mark.parametrize("line", ["17", "[]", "null", '{"kind": "checkpoint_committed"}', '{"kind": 1'])
+def test_a_record_that_is_none_ends_no_run(line: str, tmp_path: Path) -> None:
+    """Of what a crash has cut a number may be left, which is JSON, too."""
+    run = RunFolder(Location.at(tmp_path / "run"))
+    run.append_metrics(record(0))
+    metrics = RayMetrics(run, lambda: False, lambda _: None)
+    for file in (run.events, run.metrics):
+        file.append_line(line)
+    metrics.update()
+    run.append_metrics(record(1))
+    metrics.update()
 
 
 def test_what_is_passed_on_is_recorded() -> None:
