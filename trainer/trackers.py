@@ -24,7 +24,20 @@ MOST_WAITING = 1000
 FINISH_S = 10.0
 """How long the end of an attempt waits for all trackers together: it may be a failed one, and the next is to begin."""
 _SETTINGS = ("seed", "objective", "model", "batch", "optimizer", "schedule", "precision", "zero")
-"""What trackers are told of the configuration: what the curves depend on, and no addresses of anything."""
+"""What trackers are told of the configuration: what the curves depend on."""
+_ADDRESSES = {"model": {"init_from"}}
+"""Of those what may be an address, which trackers are not told."""
+_NOTHING_ELSE: dict[str, Any] = {
+    "console": "off",  # rank 0's log
+    "disable_git": True,
+    "disable_code": True,
+    "save_code": False,
+    "host": "",
+    "x_disable_meta": True,  # the machine, the command, the packages
+    "x_disable_stats": True,
+    "x_save_requirements": False,
+}
+"""What W&B sends of its own accord, unless it is told not to (`wandb.Settings`)."""
 _log = logging.getLogger(__name__)
 
 
@@ -178,9 +191,9 @@ def open_tracker(name: str, run: RunFolder, config: RunConfig) -> Tracker:
 
 
 def _wandb(run: RunFolder) -> dict[str, Any]:
-    """The same W&B run for all attempts; what it writes down here lies in the run's folder, where that is a folder."""
+    """The same W&B run for all attempts, told nothing but what is logged; what it writes down here lies in the run's folder, where that is a folder."""
     folder = {"dir": str(run.root.path)} if run.root.is_local else {}
-    return {"name": run.root.name, "id": f"{run.root.name}-{_digest(run)}", "resume": "allow", **folder}
+    return {"name": run.root.name, "id": f"{run.root.name}-{_digest(run)}", "resume": "allow", "settings": _NOTHING_ELSE, **folder}
 
 
 def _digest(run: RunFolder) -> str:
@@ -198,7 +211,7 @@ _ARGUMENTS: dict[str, Callable[[RunFolder], dict[str, Any]]] = {
 
 def settings_of(config: RunConfig) -> dict[str, bool | str | float | int]:
     """Settings by dotted name, as trackers take them."""
-    dumped = config.model_dump(mode="json")
+    dumped = config.model_dump(mode="json", include=set(_SETTINGS), exclude=_ADDRESSES)
     return dict(_leaves({name: dumped[name] for name in _SETTINGS}))
 
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -16,7 +17,7 @@ from tests.support import trackio_package
 from tests.support.batches import small_config
 from trainer import trackers
 from trainer.runlog import RunFolder
-from trainer.trackers import Feed, Trackers, require_installed, settings_of
+from trainer.trackers import Feed, Trackers, open_tracker, require_installed, settings_of
 from trainer.tracking_config import Tracker, TrackingConfig
 
 VALUES = {"loss": 2.5, "nsp_loss": None, "time": 17e8, "batch_digest": "ab", "memory_bytes": 7, "lr": 0.1}
@@ -72,7 +73,31 @@ def test_a_tracker_of_accelerate_is_told_settings_and_numbers(run: RunFolder, to
 
 def test_trackers_are_told_no_addresses() -> None:
     config = small_config(storage="s3://user:hunter2@bucket/runs", model={"init_from": "s3://user:hunter2@bucket/bert"})
-    assert "hunter2" not in str(settings_of(config))
+    told = settings_of(config)
+    assert told["model.num_layers"] == config.model.num_layers
+    assert "://" not in str(told), "an address without a password is one, too"
+    assert [name for name in told if "init_from" in name] == []
+
+
+def test_wandb_sends_nothing_of_its_own_accord(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither rank 0's log nor the machine, its load, the command, the code or where that comes from."""
+    begun: list[dict[str, Any]] = []
+    stand_in = ModuleType("wandb")
+    vars(stand_in).update(init=lambda **arguments: begun.append(arguments), config=SimpleNamespace(update=lambda *_, **__: None))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    open_tracker("wandb", run, small_config())
+    (arguments,) = begun
+    assert arguments["settings"] == {
+        "console": "off",
+        "disable_git": True,
+        "disable_code": True,
+        "save_code": False,
+        "host": "",
+        "x_disable_meta": True,
+        "x_disable_stats": True,
+        "x_save_requirements": False,
+    }
+    assert (arguments["name"], arguments["resume"], arguments["dir"]) == ("a run", "allow", str(run.root.path))
 
 
 def test_a_tracker_that_fails_leaves_an_event_without_secrets(run: RunFolder, told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
