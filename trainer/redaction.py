@@ -1,12 +1,15 @@
 """Leaves secrets out of what is shown or logged (remembers those that this process was given)."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")
 _SIGNATURES = re.compile(r"(?i)([?&][\w.-]*(?:sig|signature|password|secret|token|key|credential)[\w.-]*=)[^&\s'\";]+")
 _SECRET_LINES = re.compile(r"(?im)^(\s*[\w.-]*(?:password|secret|token|api_key|access_key|credential)s?\s*:\s*)\S.*$")
+_ASSIGNMENTS = re.compile(r"(?i)(?<![?&\w.-])([\w.-]*(?:password|secret|token|api_key|access_key|credential)\s?=\s?['\"]?)(?!=|\(redacted\))[^\s'\";,)]+")
+_HEADERS = re.compile(r"((?i:\bauthorization['\"]?\s*[:=]\s*['\"]?)(?:\w+\s+)?|\b[Bb]earer\s+|\b[Bb]asic\s+(?=[\w+/]{8}))[^\s'\";,]+")
+_SECRET_NAMES = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password)s?(_|$)")
 _SHORTEST = 6
 """Characters of a value that is taken for a secret: shorter ones, as of `DEBUG=1`, are parts of words and numbers."""
 
@@ -27,9 +30,19 @@ def without_hidden(text: str) -> str:
     return text
 
 
+def without_values(text: str, environment: Mapping[str, str]) -> str:
+    """Without the values of variables whose names name secrets, wherever they stand."""
+    values = [value for name, value in environment.items() if _SECRET_NAMES.search(name) and len(value) >= _SHORTEST]
+    for value in sorted(values, key=len, reverse=True):  # one may be part of another
+        text = text.replace(value, "(redacted)")
+    return text
+
+
 def redacted(text: str) -> str:
-    """Without those, without credentials and signatures in URLs, and without values of keys that name secrets."""
-    return _SECRET_LINES.sub(r"\1(redacted)", _SIGNATURES.sub(r"\1(redacted)", _CREDENTIALS.sub("(redacted)@", without_hidden(text))))
+    """Without those that were hidden, credentials and signatures in URLs, values of keys that name secrets, and headers that authorise."""
+    text = _SIGNATURES.sub(r"\1(redacted)", _CREDENTIALS.sub("(redacted)@", without_hidden(text)))
+    text = _HEADERS.sub(r"\1(redacted)", text)
+    return _ASSIGNMENTS.sub(r"\1(redacted)", _SECRET_LINES.sub(r"\1(redacted)", text))
 
 
 def redacted_values(value: Any) -> Any:

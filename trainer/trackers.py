@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 from data_pipeline.errors import ConfigError
 from data_pipeline.storage import Location
 from trainer.config import RunConfig
-from trainer.redaction import redacted
+from trainer.redaction import redacted, without_values
 from trainer.runlog import RunFolder
 from trainer.tracking_config import TrackingConfig
 
@@ -97,7 +97,7 @@ class Trackers:
         return lambda: open_tracker(name, self.run, self.config)
 
     def _record_failure(self, name: str, cause: str) -> None:
-        cause = redacted(cause)  # it may hold the address of a server, and that a password
+        cause = redacted(without_values(cause, os.environ))  # libraries tell with which key they failed, or at which address
         _log.warning("tracker %s: %s", name, cause)
         with suppress(Exception):  # storage may have failed, too, which the run itself will find
             self.run.append_event("tracker_failed", attempt=self.attempt, tracker=name, cause=cause)

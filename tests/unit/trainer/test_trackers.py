@@ -107,6 +107,14 @@ def test_a_tracker_that_fails_leaves_an_event_without_secrets(run: RunFolder, to
     assert len(EventAccumulator(str(run.tensorboard)).Reload().Scalars("train/loss")) == 50, "the other one goes on"
 
 
+def test_a_key_that_a_tracker_failed_with_is_not_told(run: RunFolder, told: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_API_KEY", "trackio.example")
+    monkeypatch.setenv("TRACKIO_FAILS_AT", "1")
+    feed(run, "trackio")
+    ((_, cause),) = failures(run)
+    assert "trackio.example" not in cause
+
+
 def test_a_tracker_that_hangs_holds_up_nobody() -> None:
     release, causes = threading.Event(), list[str]()
 
