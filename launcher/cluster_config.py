@@ -34,6 +34,11 @@ class ClusterConfig(Section):
             raise ValueError(f"env_from: expected {wanted}, found something else")
         return self
 
+    @property
+    def publishes_metrics(self) -> bool:
+        """Whether runs are shown by Ray's endpoint for Prometheus; the network of a cluster is its own (SECURITY.md)."""
+        return True
+
 
 class LocalCluster(ClusterConfig):
     """The whole of a cluster YAML of kind `local`."""
@@ -42,6 +47,13 @@ class LocalCluster(ClusterConfig):
     """`local`: Ray started by the command itself, on this machine, for the length of the command."""
     object_store_bytes: int | None = Field(default=None, ge=80_000_000)
     """Shared memory for Ray's object store; null means 512 MB, which only `prepare` uses."""
+    metrics: bool = False
+    """Whether the run's metrics are published for Prometheus, by Ray's endpoint: it asks for no token, and Ray has it listen on all interfaces."""
+
+    @property
+    def publishes_metrics(self) -> bool:
+        """Where a machine has no network of its own, only when asked."""
+        return self.metrics
 
 
 DASHBOARD = r"^https?://([^\s:/@?#]+|\[[0-9a-fA-F:]+\])(:\d+)?/?$"

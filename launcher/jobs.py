@@ -82,12 +82,13 @@ def run_job(
         )
         notices = Notices(console, run).skip_old()
         trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
-        metrics = RayMetrics(run, lambda: ray.is_open, job.say)
+        metrics = RayMetrics(run, lambda: ray.is_open, job.say) if cluster.publishes_metrics else None
 
         def show() -> None:
             (trials if job.stage == "finetune" else progress).update()
             notices.update()
-            metrics.update()
+            if metrics is not None:
+                metrics.update()
 
         supervisor = Supervisor(run, lease, job.ray, job.say, show, saves_on_stop=lambda: job.stage in {"pretrain", "finetune"})
         try:

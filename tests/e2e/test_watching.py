@@ -10,11 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.support import trackio_package
 from tests.support.answers import require_documented
 from tests.support.commands import Command, maskwright
-from tests.support.tiny_run import STEPS, write_run, write_task
+from tests.support.tiny_run import CLUSTER, STEPS, write_run, write_task
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.full]
 IN_STORAGE = ["--storage", "storage"]
@@ -36,6 +37,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     write_task(folder)
     finetune = {"tasks": [{"name": "words", "path": "task"}], "num_seeds": 1, "epochs": 1, "batch_size": 16, "max_length": 32}
     write_run(folder, finetune=finetune, tracking={"trackers": ["tensorboard", "trackio"], "project": "tiny models"})
+    (folder / "cluster.yaml").write_text(yaml.safe_dump({**CLUSTER, "metrics": True}))
     command = watched(folder, "run", "run.yaml", "--cluster", "cluster.yaml", "--json").start()
     found: list[str] = []
 

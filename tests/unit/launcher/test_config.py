@@ -190,6 +190,15 @@ def test_a_cluster_that_is_there_already(tmp_path: Path) -> None:
     assert load_cluster_config(str(path)) == RayCluster(kind="ray", address="10.0.0.1:6379", num_workers=4, min_workers=2)
 
 
+def test_on_this_machine_metrics_are_published_only_when_asked(tmp_path: Path) -> None:
+    """Ray's endpoint for Prometheus asks for no token, and listens on all interfaces."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("kind: local\nmetrics: true\n")
+    assert load_cluster_config(str(path)).publishes_metrics
+    assert not load_cluster_config("local").publishes_metrics
+    assert load_cluster_config("ray").publishes_metrics
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
