@@ -3,15 +3,16 @@
 import os
 import signal
 import time
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
-from data_pipeline.errors import ConflictError, UnreachableError
+from data_pipeline.errors import ConflictError, ExitCode, UnreachableError
 from launcher.control import request_stop
 from launcher.lease import STALE_AFTER_S, LeaseState, holder, process_start
 from launcher.options import Json, RunArgument, Storage, command, next_command, print_json, say
-from launcher.run_status import read_status
+from launcher.run_status import RunStatus, read_status
 from launcher.runs import find_run
 from launcher.submission import Submission, driving_submission, give_up, newest_submission
 from trainer.runlog import RunFolder
@@ -39,16 +40,23 @@ def stop(
         _stop_driver(folder, lease, grace, save=not now)
     elif (waiting := _pending(folder)) is None or not _end_waiting(folder, waiting, now=now):
         raise ConflictError(f"run {folder.root.name} is not running", f"See `maskwright status {run}`.")
-    status = read_status(folder)
+    status = _status_after(folder, lease)
     if as_json:
         print_json(status.to_json())
         return
-    state = "stopped" if lease is None else "interrupted" if _holds(folder, lease) else status.state  # who was ended elsewhere still seems to hold it
     saved = "nothing saved yet" if status.last_checkpoint is None else f"newest checkpoint: step {status.last_checkpoint}"
-    say(f"run {folder.root.name} {state}; {saved}")
+    say(f"run {folder.root.name} {status.state}; {saved}")
     if lease is not None and _holds(folder, lease):
         say(f"its driver was ended on {lease.host}: for {STALE_AFTER_S:.0f} s it still seems to run, which `resume` waits for")
     next_command(command("resume", run, storage=storage))
+
+
+def _status_after(run: RunFolder, lease: LeaseState | None) -> RunStatus:
+    """Where a run is whose driver, or waiting job (no lease), was ended. Who was ended elsewhere still seems to hold it, and does not."""
+    status, ended = read_status(run), {"exit_code": int(ExitCode.INTERRUPTED), "stage": "", "seconds_left": None, "pid": None, "host": ""}
+    if lease is None:
+        return replace(status, state="stopped", **ended)
+    return replace(status, state="interrupted", **ended) if _holds(run, lease) else status
 
 
 def _pending(run: RunFolder) -> Submission | None:
