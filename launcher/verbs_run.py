@@ -3,7 +3,7 @@
 import shlex
 import sys
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,9 +28,12 @@ from launcher.options import (
 from launcher.run_status import read_status
 from launcher.runs import find_run, read_cluster, read_config, reference
 from launcher.submission import driving_submission, waiting_submission
-from launcher.verbs_submit import print_job_log, submit_again
+from launcher.verbs_submit import job_log, submit_again
 from launcher.watching import endings
 from trainer.runlog import RunFolder
+
+if TYPE_CHECKING:
+    from launcher.answers.runs import LogLine
 
 _READ_BYTES = 8 << 20
 
@@ -106,7 +109,8 @@ def logs(
         if log.exists():
             shown = _print_log(log, shown, number, rank, as_json=as_json, whole=ended or newest > number)
         elif ended and newest == number:
-            if number == 0 and print_job_log(folder):
+            if number == 0 and (printed := job_log(folder)) is not None:
+                _show(printed, 0, 0, as_json=as_json)
                 return
             raise _no_log(folder, number, rank)
         if newest > number:
@@ -129,14 +133,18 @@ def _print_log(log: Location, shown: int, attempt: int, rank: int, *, as_json: b
     while part := log.read_range(shown + len(data), shown + len(data) + _READ_BYTES):
         data += part
     end = len(data) if whole else data.rfind(b"\n") + 1
-    text = data[:end].decode(errors="replace")
+    _show(data[:end].decode(errors="replace"), attempt, rank, as_json=as_json)
+    return shown + end
+
+
+def _show(text: str, attempt: int, rank: int, *, as_json: bool) -> None:
     if as_json:
         for line in text.splitlines():
-            print_json({"attempt": attempt, "rank": rank, "line": line})
+            answer: LogLine = {"attempt": attempt, "rank": rank, "line": line}
+            print_json(answer)
     else:
         sys.stdout.write(text)
         sys.stdout.flush()
-    return shown + end
 
 
 def _no_log(run: RunFolder, attempt: int, rank: int) -> NotFoundError:

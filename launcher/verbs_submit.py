@@ -51,7 +51,8 @@ def submit(
     if as_json:
         print_json({"run": prepared.run.root.name, "folder": prepared.run.root.url, "submission": prepared.submission.job, "cluster": jobs.place})
     if follow:
-        raise typer.Exit(_follow(jobs, prepared.run, prepared.submission))
+        with human_output(as_json=as_json):
+            raise typer.Exit(_follow(jobs, prepared.run, prepared.submission))
     if not as_json:
         _say_what_next(prepared.run)
 
@@ -132,18 +133,17 @@ def _print_until_ended(jobs: "Jobs[Any]", submission: Submission) -> "JobState":
         time.sleep(max(_LOOK_S, shown / _BYTES_PER_S))
 
 
-def print_job_log(run: RunFolder) -> bool:
-    """Print what the job of a run's newest submission has printed; False where there is none, or its cluster does not know it any more."""
+def job_log(run: RunFolder) -> str | None:
+    """What the job of a run's newest submission has printed; None where there is none, or its cluster does not know it any more."""
     submission = newest_submission(run)
     if submission is None:
-        return False
+        return None
     from launcher.submitting import jobs_of
 
     try:
-        sys.stdout.write(jobs_of(run, submission).log(submission.job))
+        return jobs_of(run, submission).log(submission.job)
     except MaskwrightError:
-        return False
-    return True
+        return None
 
 
 VERBS = (submit,)

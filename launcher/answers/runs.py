@@ -33,7 +33,7 @@ class AnswerSchema(TypedDict):
     """Of a verb, in what `schema --answers` answers."""
 
     a_line_each: bool
-    """Whether there may be several documents, each on a line of its own."""
+    """Whether the answer may be several documents, each on a line of its own."""
     schema: dict[str, Any]
     """JSON schema of a document."""
 
@@ -101,7 +101,7 @@ class PlanAnswer(TypedDict):
 
 @with_config(SHAPE)
 class Submitted(TypedDict):
-    """Of `submit`; with --follow what the job prints comes after it. (With --dry-run: what the cluster would be given, which depends on its kind.)"""
+    """Of `submit`; with --follow what the job prints comes after it, on stderr."""
 
     run: str
     folder: str
@@ -113,10 +113,38 @@ class Submitted(TypedDict):
 
 
 @with_config(SHAPE)
+class PlannedRayJob(TypedDict):
+    """Of `submit --dry-run` on a cluster of kind `ray`: the arguments of Ray's `submit_job`, and what the job would do."""
+
+    dashboard: str
+    """Where it would be sent."""
+    submission_id: str
+    entrypoint: str
+    runtime_env: dict[str, Any]
+    metadata: dict[str, str]
+    command: list[str]
+    """That the job would find in the run's folder."""
+
+
+@with_config(SHAPE)
+class PlannedSlurmJob(TypedDict):
+    """Of `submit --dry-run` on a cluster of kind `slurm`."""
+
+    dashboard: str
+    """Empty."""
+    job: str
+    """Its name."""
+    script: str
+    """That sbatch would be given."""
+    command: list[str]
+
+
+@with_config(SHAPE)
 class LogLine(TypedDict):
-    """Of `logs`: a line of a rank's log."""
+    """Of `logs`: a line of a rank's log, or of what the job of a submitted run has printed."""
 
     attempt: int
+    """Counted from 1; 0: before the first one, by the job."""
     rank: int
     line: str
 

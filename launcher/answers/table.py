@@ -15,6 +15,8 @@ from launcher.answers.runs import (
     Filling,
     LogLine,
     PlanAnswer,
+    PlannedRayJob,
+    PlannedSlurmJob,
     ProfileAnswer,
     RunReport,
     Schemas,
@@ -30,7 +32,7 @@ class Answer:
 
     shape: Any
     a_line_each: bool = False
-    """Whether there may be several documents, each on a line of its own."""
+    """It may be several documents, each on a line of its own."""
 
 
 ANSWERS = {
@@ -41,9 +43,9 @@ ANSWERS = {
     "inspect": Answer(InspectedStep, a_line_each=True),
     "run": Answer(RunStatus),
     "resume": Answer(RunStatus),
-    "submit": Answer(Submitted),
+    "submit": Answer(Submitted | PlannedRayJob | PlannedSlurmJob),
     "list": Answer(list[RunStatus]),
-    "status": Answer(RunStatus, a_line_each=True),  # with --watch; without, one
+    "status": Answer(RunStatus, a_line_each=True),
     "logs": Answer(LogLine, a_line_each=True),
     "stop": Answer(RunStatus),
     "export": Answer(Exported),

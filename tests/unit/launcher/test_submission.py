@@ -39,6 +39,7 @@ from launcher.submission import (
 )
 from launcher.submitting import end_of
 from launcher.taken_jobs import JobState
+from tests.support.answers import require_documented
 from tests.support.jobs_api import JobsApi
 from tests.support.tiny_run import tiny_config
 from trainer.runlog import RunFolder
@@ -215,8 +216,10 @@ def test_packages_that_are_there_are_not_sent_again(api: JobsApi, monkeypatch: p
 
 def test_a_dry_run_does_nothing(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit("--dry-run") == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown["dashboard"] == api.address
+    assert submit("--dry-run", "--json") == 0
+    shown, again = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    require_documented("submit", json.dumps(again))
+    assert shown["dashboard"] == again["dashboard"] == api.address
     assert shown["submission_id"].endswith("-0001")
     assert not api.jobs
     assert not Path("storage").exists()
@@ -454,6 +457,49 @@ def test_who_follows_sees_what_is_printed_and_exits_alike(
     printed = capsys.readouterr()
     assert "a line\na line\na line\n" in printed.out
     assert len(printed.err.splitlines()) == (0 if code == told.get("driver_exit_code") else 2), "a command that ended by itself has told it already"
+
+
+def test_programs_read_answers_only(api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the job prints goes to stderr, where people are told things; of `logs` it is the answer, a line each."""
+    monkeypatch.setattr(verbs_submit, "_LOOK_S", 0.01)
+    answer = api.answer
+
+    def end_when_asked(method: str, path: str, body: bytes) -> tuple[int, object]:
+        if path.endswith("/logs"):
+            next(iter(api.jobs.values())).update({"status": "SUCCEEDED", "driver_exit_code": 0})
+        return answer(method, path, body)
+
+    monkeypatch.setattr(api, "answer", end_when_asked)
+    api.log = "one\ntwo\n"
+    assert submit("--follow", "--json") == 0
+    printed = capsys.readouterr()
+    (submitted,) = require_documented("submit", printed.out)
+    assert (submitted["submission"], len(printed.out.splitlines())) == (next(iter(api.jobs)), 1)
+    assert "one\ntwo\n" in printed.err
+    assert invoke("logs", "tiny", "--storage", "storage", "--json") == 0
+    printed = capsys.readouterr()
+    assert require_documented("logs", printed.out) == [{"attempt": 0, "rank": 0, "line": line} for line in ("one", "two")]
+    assert len(printed.out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("held", ["elsewhere", "by nobody"])
+def test_stop_tells_programs_what_it_tells_people(
+    held: str, api: JobsApi, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A driver that was ended on another machine still holds its lease for a while; a job that has not begun never had one."""
+    assert submit() == 0
+    (job,) = api.jobs
+    monkeypatch.setattr(verbs_stop, "KILL_AFTER_S", 0.0)
+    if held == "elsewhere":
+        with Lease.acquire(tiny()) as lease:
+            pass
+        tiny().lease.write_json(asdict(replace(lease.state, machine="the head", time=time.time())))
+        tiny().append_event("command_started", attempt=0, verb="run", submission=job)
+    capsys.readouterr()
+    assert invoke("stop", "tiny", "--storage", "storage", "--now", "--json") == 0
+    (status,) = require_documented("stop", capsys.readouterr().out)
+    state = "interrupted" if held == "elsewhere" else "stopped"
+    assert (status["state"], status["exit_code"], status["pid"]) == (state, ExitCode.INTERRUPTED, None)
 
 
 def test_what_waits_can_be_stopped(api: JobsApi, capsys: pytest.CaptureFixture[str]) -> None:
