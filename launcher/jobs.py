@@ -3,6 +3,7 @@
 import os
 import time
 import traceback
+from collections.abc import Callable
 
 from rich.console import Console
 
@@ -23,6 +24,7 @@ from launcher.lease import Lease, process_age_s
 from launcher.options import completed
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock
 from launcher.ray_metrics import RayMetrics
+from launcher.run_metrics import Vitals
 from launcher.run_status import committed_steps, has_trained, record_lost_driver
 from launcher.runs import cluster_file, read_config, reference
 from launcher.stages import MODEL_NAME, REPORT_STAGE, STAGES
@@ -67,7 +69,7 @@ def run_job(
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run, lease.state.token)
         record_lost_driver(run)
-        progress = TrainingProgress(console, RecordsTail(run.metrics).skip_old(), config.schedule.steps, config.objective)
+        progress = TrainingProgress(console, config.schedule.steps, config.objective)
         model = model or run.models / MODEL_NAME
         ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(run) is not None)
         job = Job(config, run, lease, ray, console, progress, model, resumed=as_recorded)
@@ -80,16 +82,7 @@ def run_job(
             submission=os.environ.get(SUBMISSION_VARIABLE),
             process_s=round(process_age_s(), 3),
         )
-        notices = Notices(console, run).skip_old()
-        trials = TrialProgress(console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
-        metrics = RayMetrics(run, lambda: ray.is_open, job.say) if cluster.publishes_metrics else None
-
-        def show() -> None:
-            (trials if job.stage == "finetune" else progress).update()
-            notices.update()
-            if metrics is not None:
-                metrics.update()
-
+        show = _display(job, is_published=cluster.publishes_metrics)
         supervisor = Supervisor(run, lease, job.ray, job.say, show, saves_on_stop=lambda: job.stage in {"pretrain", "finetune"})
         try:
             supervisor.supervise(lambda: _run_stages(job, stages))
@@ -101,6 +94,27 @@ def run_job(
         finally:
             progress.close()
     return run
+
+
+def _display(job: Job, *, is_published: bool) -> Callable[[], None]:
+    """What shows a run while it is driven: each call reads what is new of its records, once for all who show it."""
+    run, config = job.run, job.config
+    events, steps = RecordsTail(run.events).skip_old(), RecordsTail(run.metrics).skip_old()
+    notices = Notices(job.console, run)
+    trials = TrialProgress(job.console, run.finetune, tuple(task.name for task in config.finetune.tasks), 2 * config.finetune.num_seeds)
+    vitals = Vitals.of(run.read_events(), config.schedule.steps) if is_published else Vitals()
+    metrics = RayMetrics(run.root.name, vitals, lambda: job.ray.is_open, job.say)
+
+    def show() -> None:
+        new_events, new_steps = events.read(), steps.read()
+        job.progress.update(new_steps)
+        notices.update(new_events)
+        if job.stage == "finetune":
+            trials.update()
+        if is_published:
+            metrics.update(new_events, new_steps)
+
+    return show
 
 
 def _require_buildable(config: RunConfig, run: RunFolder) -> None:

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -17,6 +19,8 @@ from trainer.runlog import RunFolder, records
 
 _REMOTE_POLL_S = 10.0
 _TRIALS_POLL_S = 2.0
+_TWINS = 1000
+"""Lines among which one that is written again is known."""
 _QUIET_S = 30.0
 """Where there is no terminal a line is printed at least so often."""
 
@@ -27,14 +31,20 @@ class RecordsTail:
     def __init__(self, file: Location) -> None:
         self._reader = LineReader(file)
         self._looked_at = 0.0
+        self._newest: deque[str] = deque(maxlen=_TWINS)
 
     def read(self) -> list[dict[str, Any]]:
-        """Records appended since the last call. A last line that is not whole waits for the next; one that was cut by a crash is passed over."""
+        """Records appended since the last call, each once: as `RunFolder.read_events`, where storage that failed for a moment has a line twice.
+
+        A last line that is not whole waits for the next; one that was cut by a crash is passed over.
+        """
         if not self._reader.file.is_local:
             if time.monotonic() - self._looked_at < _REMOTE_POLL_S:
                 return []
             self._looked_at = time.monotonic()
-        return list(records(self._reader.read()))
+        new = [line for line in dict.fromkeys(self._reader.read()) if line not in self._newest]
+        self._newest.extend(new)
+        return list(records(new))
 
     def skip_old(self) -> Self:
         """Begin at the present end."""
@@ -44,10 +54,9 @@ class RecordsTail:
 
 @dataclass
 class TrainingProgress:
-    """Follows pretraining. Call `update` often; it costs a look at the end of a file."""
+    """Shows how pretraining gets on."""
 
     console: Console
-    tail: RecordsTail
     steps: int
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     _bar: Progress | None = None
@@ -56,9 +65,9 @@ class TrainingProgress:
     _shown_at: float = -math.inf
     _pace: list[tuple[float, int]] = field(default_factory=list)
 
-    def update(self) -> None:
-        """Show what is new."""
-        for record in self.tail.read():
+    def update(self, steps: Iterable[dict[str, Any]]) -> None:
+        """Show new records of steps."""
+        for record in steps:
             done = int(record["step"]) + 1
             if self._pace and done <= self._pace[-1][1]:
                 self._pace.clear()  # resumed: earlier steps again
@@ -99,23 +108,15 @@ class TrainingProgress:
 
 @dataclass
 class Notices:
-    """Follows what ranks record and who watches should know: recoveries, damaged data, numeric trouble, the first step. Call `update` often."""
+    """Shows what ranks record and who watches should know: recoveries, damaged data, numeric trouble, the first step."""
 
     console: Console
     run: RunFolder
     _has_started: bool = False
 
-    def __post_init__(self) -> None:
-        self._tail = RecordsTail(self.run.events)
-
-    def skip_old(self) -> Self:
-        """Begin at the present end."""
-        self._tail.skip_old()
-        return self
-
-    def update(self) -> None:
-        """Show what is new."""
-        for event in self._tail.read():
+    def update(self, events: Iterable[dict[str, Any]]) -> None:
+        """Show new events."""
+        for event in events:
             if event.get("kind") in FROM_RANKS:
                 self._say(tell(event))
             elif event.get("kind") == "first_step" and not self._has_started:

@@ -1,45 +1,42 @@
-"""The seam to Ray's metrics: passes on where a run stands, through the Prometheus endpoint of the driver's node (reads the run's records)."""
+"""The seam to Ray's metrics: passes on where a run stands, through the Prometheus endpoint of the driver's node."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.progress import RecordsTail
 from launcher.run_metrics import OF_RUN, OF_STEP, PREFIX, TOTALS, Vitals
-from trainer.runlog import RunFolder
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass
 class RayMetrics:
-    """Follows a run's records and publishes its metrics, each with the run's id as the label `run`. Call `update` often; ranks know nothing of it."""
+    """Publishes where a run stands, with its id as the label `run`. Ranks know nothing of it."""
 
-    run: RunFolder
+    run: str
+    """Its id."""
+    vitals: Vitals
     is_ready: Callable[[], bool]
     """Whether Ray is there."""
     say: Callable[[str], None]
-    _vitals: Vitals = field(default_factory=Vitals)
     _gauges: dict[str, Any] = field(default_factory=dict[str, Any])
     _counters: dict[str, Any] = field(default_factory=dict[str, Any])
     _counted: dict[str, float] = field(default_factory=dict[str, float])
     _failed: bool = False
 
-    def __post_init__(self) -> None:
-        self._steps, self._events = RecordsTail(self.run.metrics).skip_old(), RecordsTail(self.run.events)
-
-    def update(self) -> None:
-        """Take what is new and publish the present values, whatever number of steps it was: calls in memory, which Ray collects now and then."""
+    def update(self, events: Iterable[Mapping[str, Any]], steps: Iterable[Mapping[str, Any]]) -> None:
+        """Take new records and publish the present values, whatever number of steps it was: calls in memory, which Ray collects now and then."""
         if self._failed:
             return
         try:
-            self._vitals.take_events(self._events.read())
-            self._vitals.take_steps(self._steps.read())
+            self.vitals.take_events(events)
+            self.vitals.take_steps(steps)
             if self.is_ready():
                 self._publish()
-        except Exception:  # noqa: BLE001  # what is shown of a run must not end it, and what is read is only shown
+        except Exception as error:  # noqa: BLE001  # what is shown of a run must not end it, and what is read is only shown
             _log.exception("the run's metrics are not published any more")
+            self.say(f"  metrics for Prometheus are not published any more: {type(error).__name__}: {error}")
             self._failed = True
 
     def _publish(self) -> None:
@@ -49,9 +46,9 @@ class RayMetrics:
             return
         if not self._gauges:
             self._begin(ray)
-        for name, value in self._vitals.gauges.items():
+        for name, value in self.vitals.gauges.items():
             self._gauges[name].set(value)
-        for name, total in self._vitals.totals.items():
+        for name, total in self.vitals.totals.items():
             if (growth := total - self._counted.get(name, 0.0)) > 0:  # Ray refuses to count nothing
                 self._counters[name].inc(growth)
                 self._counted[name] = total
@@ -62,7 +59,7 @@ class RayMetrics:
 
         def make(kind: Any, meanings: Mapping[str, str]) -> dict[str, Any]:
             made = {name: kind(PREFIX + name, description=meaning, tag_keys=("run",)) for name, meaning in meanings.items()}
-            return {name: metric.set_default_tags({"run": self.run.root.name}) for name, metric in made.items()}
+            return {name: metric.set_default_tags({"run": self.run}) for name, metric in made.items()}
 
         self._gauges, self._counters = make(Gauge, {**OF_RUN, **OF_STEP}), make(Counter, TOTALS)
         here = ray.get_runtime_context().get_node_id()

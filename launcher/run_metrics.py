@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 PREFIX = "maskwright_"
 """Of every name; Ray puts `ray_` before it."""
@@ -21,8 +21,9 @@ OF_STEP = {
 
 OF_RUN = {
     "step": "Optimizer steps done",
+    "steps": "Optimizer steps that the run is to take",
     "attempts": "Starts of the workers for pretraining, those of earlier commands included",
-    "failures": "Attempts that failed, those of earlier commands included",
+    "failures": "Attempts that failed, of pretraining and of fine-tuning, preemptions, rewinds and killed commands included",
     "last_checkpoint": "Step of the newest committed checkpoint",
 }
 
@@ -40,6 +41,14 @@ class Vitals:
     gauges: dict[str, float] = field(default_factory=lambda: {"attempts": 0.0, "failures": 0.0})
     """Values of `OF_RUN` and `OF_STEP`, those that are known."""
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0.0))
+
+    @classmethod
+    def of(cls, events: Iterable[Mapping[str, Any]], steps: int) -> Self:
+        """Those of a run that is to take `steps` steps, and of which `events` are recorded."""
+        vitals = cls()
+        vitals.gauges["steps"] = float(steps)
+        vitals.take_events(events)
+        return vitals
 
     def take_events(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Count attempts and failures, and see the newest checkpoint."""

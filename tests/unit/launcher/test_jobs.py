@@ -17,7 +17,7 @@ from launcher.config import dump_yaml
 from launcher.job import Job
 from launcher.jobs import record_end, record_finish
 from launcher.lease import STALE_AFTER_S, Lease
-from launcher.progress import RecordsTail, TrainingProgress
+from launcher.progress import TrainingProgress
 from launcher.retries import run_with_retries
 from launcher.run_status import read_status
 from launcher.supervision import RayOnDemand
@@ -36,7 +36,7 @@ class RayIsUp(RayOnDemand):
 def job(tmp_path: Path) -> Job:
     run = RunFolder(Location.at(tmp_path / "run"))
     console = Console(file=io.StringIO())
-    progress = TrainingProgress(console, RecordsTail(run.metrics), 10)
+    progress = TrainingProgress(console, 10)
     ray = RayIsUp(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
     return Job(RunConfig(name="run"), run, Lease.acquire(run), ray, console, progress, run.models / "final", resumed=False)
 

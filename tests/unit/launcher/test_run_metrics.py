@@ -2,14 +2,16 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.storage import Location
+from launcher.progress import RecordsTail
 from launcher.ray_metrics import RayMetrics
 from launcher.run_metrics import OF_RUN, OF_STEP, PREFIX, TOTALS, Vitals
 from trainer.metrics import StepRecord
-from trainer.runlog import RunFolder
+from trainer.runlog import RunFolder, event_line
 
 
 def record(step: int, **values: object) -> dict[str, object]:
@@ -45,17 +47,38 @@ def test_events_of_earlier_commands_count() -> None:
     assert vitals.gauges == {"attempts": 2.0, "failures": 1.0, "last_checkpoint": 1000.0}
 
 
-@pytest.mark.parametrize("line", ["17", "[]", "null", '{"kind": "checkpoint_committed"}', '{"kind": 1'])
-def test_a_record_that_is_none_ends_no_run(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ["17", "[]", "null", '{"kind": 1'])
+def test_a_line_that_is_no_record_is_passed_over(line: str, tmp_path: Path) -> None:
     """Of what a crash has cut a number may be left, which is JSON, too."""
     run = RunFolder(Location.at(tmp_path / "run"))
-    run.append_metrics(record(0))
-    metrics = RayMetrics(run, lambda: False, lambda _: None)
-    for file in (run.events, run.metrics):
-        file.append_line(line)
-    metrics.update()
-    run.append_metrics(record(1))
-    metrics.update()
+    tail = RecordsTail(run.events)
+    run.events.append_line(line)
+    assert tail.read() == []
+
+
+def test_a_line_that_storage_has_twice_counts_once(tmp_path: Path) -> None:
+    """Its answer was lost, so it was written again; the rest of the driver reads events so, too."""
+    run = RunFolder(Location.at(tmp_path / "run"))
+    tail, vitals = RecordsTail(run.events), Vitals()
+    twin, other = (event_line("attempt_started", attempt=number, stage="pretrain") for number in (1, 2))
+    for lines in ((twin,), (twin, other, other)):
+        run.events.append_line(*lines)
+        vitals.take_events(tail.read())
+    assert vitals.gauges["attempts"] == len(run.read_events()) == 2
+
+
+@pytest.mark.parametrize(("events", "steps"), [([{"kind": "checkpoint_committed"}], []), ([], [{"loss": 1.0}]), ([{}], [])])
+def test_a_record_of_another_shape_ends_no_run(events: list[dict[str, Any]], steps: list[dict[str, Any]]) -> None:
+    said: list[str] = []
+    metrics = RayMetrics("run", Vitals(), lambda: False, said.append)
+    metrics.update(events, steps)
+    metrics.update(events, steps)
+    assert ["not published any more" in text for text in said] == [True]
+
+
+def test_a_resumed_run_begins_with_what_was_recorded() -> None:
+    vitals = Vitals.of([{"kind": "attempt_started", "stage": "pretrain"}], steps=500)
+    assert (vitals.gauges["attempts"], vitals.gauges["steps"]) == (1.0, 500.0)
 
 
 def test_what_is_passed_on_is_recorded() -> None:

@@ -14,7 +14,7 @@ from launcher.cluster_config import ClusterConfig
 from launcher.clusters.local import Machine, Workers
 from launcher.job import Job
 from launcher.lease import Lease
-from launcher.progress import RecordsTail, TrainingProgress
+from launcher.progress import TrainingProgress
 from launcher.stages import say_extent
 from launcher.supervision import RayOnDemand
 from tests.support.corpus import small_corpus
@@ -36,7 +36,7 @@ def test_extent_and_a_warning_for_many_epochs(tmp_path: Path, steps: int, warned
     run.append_event("stage_finished", attempt=0, stage="prepare", elapsed_s=1.0, corpus=corpus.url)
     config = RunConfig.model_validate({"name": "run", "batch": batch.model_dump(), "schedule": {"steps": steps, "warmup_steps": 0}})
     console = Console(file=out, width=200)
-    progress = TrainingProgress(console, RecordsTail(run.metrics), steps)
+    progress = TrainingProgress(console, steps)
     ray = RayOnDemand(ClusterConfig(), Workers(1, 1, False), Machine(1, 0))
     say_extent(Job(config, run, Lease.acquire(run), ray, console, progress, run.models / "final", resumed=False))
     first, *more = out.getvalue().splitlines()

@@ -265,48 +265,44 @@ def test_a_line_for_each_trial_that_ends(tmp_path: Path, monkeypatch: pytest.Mon
     assert out.getvalue().endswith("  sst2  scratch, seed 0 done  (3 of 6)\n  sst2  scratch, seed 1 done  (4 of 6)\n")
 
 
-def test_progress_prints_ten_lines_and_survives_a_resume(run: RunFolder) -> None:
+def test_progress_prints_ten_lines_and_survives_a_resume() -> None:
     out = io.StringIO()
-    run.append_metrics({"step": 0, "attempt": 1, "mlm_loss": 9.0, "nsp_loss": None, "tokens_per_s": 1.0})
-    progress = TrainingProgress(Console(file=out, width=200), RecordsTail(run.metrics).skip_old(), steps=100)
+    progress = TrainingProgress(Console(file=out, width=200), steps=100)
     for step in [*range(60), *range(50, 100)]:
-        run.append_metrics({"step": step, "attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0})
-        progress.update()
+        progress.update([{"step": step, "attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0}])
     lines = out.getvalue().splitlines()
     assert 10 <= len(lines) <= 14
     assert lines[-1].strip() == "step 100/100  mlm 7.000  nsp 0.690  12.3k tokens/s"
-    assert "9.000" not in out.getvalue()
 
 
 @pytest.mark.parametrize(
     ("objective", "losses"),
     [("clm", "clm 7.000"), ({"sentence_objective": "none"}, "mlm 7.000"), ({"sentence_objective": "sop"}, "mlm 7.000  sop 0.690")],
 )
-def test_progress_names_the_losses_of_the_objective(run: RunFolder, objective: Any, losses: str) -> None:
-    progress = TrainingProgress(Console(), RecordsTail(run.metrics), 100, ObjectiveConfig.model_validate(objective))
+def test_progress_names_the_losses_of_the_objective(objective: Any, losses: str) -> None:
+    progress = TrainingProgress(Console(), 100, ObjectiveConfig.model_validate(objective))
     record = {"mlm_loss": 7.0, "nsp_loss": 0.69 if "sop" in losses else None, "tokens_per_s": 1.0}
     assert progress.describe(record, 1) == f"{losses}  1 tokens/s"
 
 
-def test_a_slow_run_says_something_every_thirty_seconds(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_run_says_something_every_thirty_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     out, now = io.StringIO(), [1000.0]
     monkeypatch.setattr("launcher.progress.time.monotonic", lambda: now[0])
-    progress = TrainingProgress(Console(file=out, width=200), RecordsTail(run.metrics), steps=10_000)
+    progress = TrainingProgress(Console(file=out, width=200), steps=10_000)
     for step in range(13):
-        run.append_metrics({"step": step, "attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0})
         now[0] += 10.0
-        progress.update()
+        progress.update([{"step": step, "attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0}])
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/10000", "5/10000", "9/10000", "13/10000"]
 
 
 def test_what_ranks_record_is_said_once(run: RunFolder) -> None:
     out = io.StringIO()
     run.append_event("resumed", attempt=1, step=1)
-    notices = Notices(Console(file=out, width=40), run).skip_old()
+    notices, tail = Notices(Console(file=out, width=40), run), RecordsTail(run.events).skip_old()
     run.append_event("data_skipped", attempt=1, step=4, corpus="docs-0123", shard="train-000001.tar", block=7, samples=93, cause="its digest differs")
     run.append_event("checkpoint_committed", attempt=1, step=5)
     for _ in range(2):
-        notices.update()
+        notices.update(tail.read())
     assert out.getvalue() == "  damaged block 7 of docs-0123/train-000001.tar left out, 93 samples: its digest differs\n"
 
 
