@@ -6,7 +6,8 @@ import resource
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
@@ -78,15 +79,15 @@ class StepRecord:
 class StepLog:
     """An attempt's records. Rank 0 writes, other ranks only keep the same time."""
 
-    def __init__(self, run: RunFolder, engine: Engine, timeline: Timeline, trackers: Trackers) -> None:
+    def __init__(self, run: RunFolder, engine: Engine, timeline: Timeline, trackers: Trackers, *, attempt: int, first_step: int) -> None:
         self._run = run
         self._flops = StepFlops.of(engine.model)
         self._device = engine.device
-        self._attempt = trackers.attempt
+        self._attempt = attempt
         self._timeline = timeline
         self._reduces_apart = engine.reduces_apart
         self._writes = timeline.rank == 0
-        self._first_step = trackers.first_step
+        self._first_step = first_step
         self._peak_flops = measured_peak(engine.device, engine.dtype) * timeline.world_size if self._writes else 0.0
         stated = stated_peak(device_name(engine.device), engine.dtype)
         self._stated_flops = None if stated is None else stated * timeline.world_size
@@ -167,13 +168,16 @@ class StepLog:
         """Write what is held back for a store. The history of a checkpoint has to be complete when it is committed."""
         self._records.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Write what is held back, of an attempt that fails, too; and let the trackers finish."""
         try:
             self.flush()
-        except MaskwrightError as error:  # of steps that no checkpoint holds; why the attempt ends is the news
-            _log.warning("the records of the last steps are lost: %s", error)
-        self._trackers.close()
+        except MaskwrightError as lost:  # of steps that no checkpoint holds; why the attempt ends is the news
+            _log.warning("the records of the last steps are lost: %s", lost)
+        self._trackers.close(failed=error is not None)
 
     def _say(self, values: dict[str, Any]) -> None:
         """A line in the log now and then: who reads it sees that the run moves."""

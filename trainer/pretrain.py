@@ -65,7 +65,8 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     soundness = Soundness.open(folder, config, saver, attempt)
     fresh = TrainState(corpus_fingerprint=corpora.fingerprint, tokenizer_digest=corpora.tokenizer_digest)
     state = saver.resume(engine, fresh, before_step=soundness.resume_before)
-    with closing(saver), closing(StepLog(folder, engine, context, Trackers(folder, config, attempt, state.step))) as log:
+    trackers = Trackers(folder, config, attempt, state.step)
+    with closing(saver), StepLog(folder, engine, context, trackers, attempt=attempt, first_step=state.step) as log:
         train(config, corpora, engine, saver, soundness, log, context, state)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, Self, cast
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.storage import Location
@@ -19,10 +19,14 @@ from trainer.redaction import redacted, without_values
 from trainer.runlog import RunFolder
 from trainer.tracking_config import TrackingConfig
 
-MOST_WAITING = 1000
+MOST_WAITING = 10_000
 """Records that wait for a tracker; one that takes them more slowly than they come misses some."""
 FINISH_S = 10.0
-"""How long the end of an attempt waits for all trackers together: it may be a failed one, and the next is to begin."""
+"""How long the end of an attempt waits for all trackers together."""
+FAILED_S = 2.0
+"""The same of one that failed, after which the next is to begin."""
+_RECORD_S = 2.0
+"""How long it waits for storage to take what became of a tracker."""
 _SETTINGS = ("seed", "objective", "model", "batch", "optimizer", "schedule", "precision", "zero")
 """What trackers are told of the configuration: what the curves depend on."""
 _ADDRESSES = {"model": {"init_from"}}
@@ -78,14 +82,14 @@ class Trackers:
     def log(self, group: str, values: Mapping[str, Any], step: int) -> None:
         """Show the numbers among `values`, below `group`. Never waits, never raises."""
         if self._feeds is None:
-            self._feeds = [Feed(name, self._opener(name), self._record_failure) for name in self.config.tracking.trackers]
+            self._feeds = [Feed.start(name, self._opener(name), self._record_failure) for name in self.config.tracking.trackers]
         numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, float) and name != "time"}
         for feed in self._feeds:
             feed.put(numbers, step)
 
-    def close(self) -> None:
-        """Let all of them finish, within `FINISH_S` seconds."""
-        feeds, deadline = self._feeds or [], time.monotonic() + FINISH_S
+    def close(self, *, failed: bool = False) -> None:
+        """Let all of them finish, within `FINISH_S` seconds; of an attempt that failed within `FAILED_S`."""
+        feeds, deadline = self._feeds or [], time.monotonic() + (FAILED_S if failed else FINISH_S)
         for feed in feeds:
             feed.end()
         for feed in feeds:
@@ -93,7 +97,7 @@ class Trackers:
 
     def _opener(self, name: str) -> Callable[[], Tracker]:
         if name == "tensorboard":
-            return lambda: _TensorBoard(self.run.tensorboard, self.first_step)
+            return lambda: _TensorBoard.open(self.run.tensorboard, self.first_step)
         return lambda: open_tracker(name, self.run, self.config)
 
     def _record_failure(self, name: str, cause: str) -> None:
@@ -103,15 +107,24 @@ class Trackers:
             self.run.append_event("tracker_failed", attempt=self.attempt, tracker=name, cause=cause)
 
 
+@dataclass
 class Feed:
     """What one tracker is told, on a thread of its own. Whether it takes that, fails or hangs, who tells it goes on; a failure is told once."""
 
-    def __init__(self, name: str, open_tracker: Callable[[], Tracker], failed: Callable[[str, str], None]) -> None:
-        self._name, self._open, self._failed = name, open_tracker, failed
-        self._told = False
-        self._records: Queue[tuple[dict[str, float], int] | None] = Queue(MOST_WAITING)
-        self._thread = threading.Thread(target=self._pass_on, daemon=True, name=f"tracker-{name}")
-        self._thread.start()
+    name: str
+    open_tracker: Callable[[], Tracker]
+    failed: Callable[[str, str], None]
+    """Takes the name and a cause, on a thread of its own: storage may hang."""
+    _records: Queue[tuple[dict[str, float], int] | None] = field(default_factory=lambda: Queue(MOST_WAITING))
+    _threads: list[threading.Thread] = field(default_factory=list[threading.Thread])
+    """The one that feeds, and one that says how it failed."""
+
+    @classmethod
+    def start(cls, name: str, open_tracker: Callable[[], Tracker], failed: Callable[[str, str], None]) -> Self:
+        """Begin to feed, as soon as the tracker has begun."""
+        feed = cls(name, open_tracker, failed)
+        feed._begin(feed._pass_on)
+        return feed
 
     def put(self, values: dict[str, float], step: int) -> None:
         """Have numbers shown, some time."""
@@ -130,14 +143,22 @@ class Feed:
                 self._records.get_nowait()
 
     def wait(self, deadline: float) -> None:
-        """Wait until it has finished, or an instant of the monotonic clock."""
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
+        """Wait until it has finished, or an instant of the monotonic clock; and a moment until a failure is recorded."""
+        feeding, *_ = self._threads
+        feeding.join(max(0.0, deadline - time.monotonic()))
+        if feeding.is_alive():
             self._tell("did not finish in time: its last records are lost")
+        for telling in self._threads[1:]:
+            telling.join(_RECORD_S)
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        thread = threading.Thread(target=work, daemon=True, name=f"tracker-{self.name}")
+        self._threads.append(thread)
+        thread.start()
 
     def _pass_on(self) -> None:
         try:
-            tracker = self._open()
+            tracker = self.open_tracker()
             while (record := self._records.get()) is not None:
                 tracker.log(*record)
             tracker.finish()
@@ -146,30 +167,28 @@ class Feed:
             self._tell(f"{type(error).__name__}: {first}")
 
     def _tell(self, cause: str) -> None:
-        if not self._told:
-            self._told = True
-            self._failed(self._name, cause)
+        if len(self._threads) == 1:
+            self._begin(lambda: self.failed(self.name, cause))
 
 
 @dataclass
 class _TensorBoard:
     """TensorBoard's event files. Not by accelerate, whose tracker cannot take back the steps that a resume repeats where they lie."""
 
-    folder: Location
-    first_step: int
-    _writer: Any = field(init=False)
+    writer: Any
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def open(cls, folder: Location, first_step: int) -> Self:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=self.first_step)
+        return cls(SummaryWriter(str(folder), purge_step=first_step))
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self.writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
-        self._writer.close()
+        self.writer.close()
 
 
 def open_tracker(name: str, run: RunFolder, config: RunConfig) -> Tracker:

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
@@ -122,12 +123,56 @@ def test_a_tracker_that_hangs_holds_up_nobody() -> None:
         release.wait(30)
         raise ConnectionError("at last")
 
-    hung = Feed("wandb", hang, lambda _, cause: causes.append(cause))
+    hung = Feed.start("wandb", hang, lambda _, cause: causes.append(cause))
     for step in range(trackers.MOST_WAITING + 10):
         hung.put({"train/loss": 1.0}, step)
     hung.end()
     hung.wait(0.0)
     assert causes == [f"does not keep up: {trackers.MOST_WAITING} records wait, others are left out"], "and what follows is not told"
+    release.set()
+
+
+def test_storage_that_hangs_while_a_failure_is_recorded_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_RECORD_S", 0.0)
+    monkeypatch.setattr(trackers, "MOST_WAITING", 1)
+    release, recorded, callers = threading.Event(), threading.Event(), list[int]()
+
+    def hang() -> Any:
+        release.wait(30)
+        raise ConnectionError
+
+    def record(*_: str) -> None:
+        callers.append(threading.get_ident())
+        recorded.set()
+        release.wait(1)
+
+    full = Feed.start("wandb", hang, record)
+    for step in range(3):
+        full.put({"train/loss": 1.0}, step)
+    full.end()
+    full.wait(0.0)
+    assert recorded.wait(10)
+    release.set()
+    assert len(callers) == 1
+    assert threading.get_ident() not in callers
+
+
+def test_an_attempt_that_failed_waits_less(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one is to begin."""
+    monkeypatch.setattr(trackers, "FAILED_S", 0.0)
+    release = threading.Event()
+
+    def hang(*_: object) -> Any:
+        release.wait(30)
+        raise ConnectionError
+
+    monkeypatch.setattr(trackers, "open_tracker", hang)
+    hung = Trackers(run, small_config(tracking={"trackers": ["wandb"]}), attempt=1, first_step=0)
+    hung.log("train", VALUES, 0)
+    started_at = time.monotonic()
+    hung.close(failed=True)
+    assert time.monotonic() - started_at < trackers.FINISH_S / 2
+    assert failures(run) == [("wandb", "did not finish in time: its last records are lost")]
     release.set()
 
 
@@ -138,7 +183,7 @@ def test_one_that_does_not_finish_is_named() -> None:
         release.wait(30)
         raise ConnectionError
 
-    hung = Feed("wandb", hang, lambda name, cause: causes.append(f"{name} {cause}"))
+    hung = Feed.start("wandb", hang, lambda name, cause: causes.append(f"{name} {cause}"))
     hung.end()
     hung.wait(0.0)
     assert causes == ["wandb did not finish in time: its last records are lost"]
