@@ -33,7 +33,6 @@ from launcher.supervision import RayOnDemand, Supervisor
 from trainer.config import RunConfig
 from trainer.redaction import redacted, without_hidden
 from trainer.runlog import RunFolder
-from trainer.trackers import require_installed
 
 _RECORD_S = 15.0
 """How long the end of a command waits for what it says about it."""
@@ -59,8 +58,6 @@ def run_job(
     config = with_whole_paths(config)
     run = RunFolder(Location.at(config.storage) / config.name)
     _require_buildable(config, run)
-    if stages is STAGES:
-        require_installed(config.tracking)
     machine = this_machine()
     take_variables(cluster.env_from)
     workers = workers_of(cluster, machine, max(phase.num_micro_batches for phase in config.phases))

@@ -10,6 +10,7 @@ import typer
 from data_pipeline.errors import NotFoundError, UsageError
 from data_pipeline.storage import Location
 from launcher.attempts import attempt_folder, last_attempt
+from launcher.cluster_config import Cluster as AnyCluster
 from launcher.cluster_config import LocalCluster
 from launcher.config import load_cluster_config, load_run_config, override_run_config
 from launcher.options import (
@@ -30,7 +31,9 @@ from launcher.runs import find_run, read_cluster, read_config, reference
 from launcher.submission import driving_submission, waiting_submission
 from launcher.verbs_submit import job_log, submit_again
 from launcher.watching import endings
+from trainer.config import RunConfig
 from trainer.runlog import RunFolder
+from trainer.tracking_config import require_installed
 
 if TYPE_CHECKING:
     from launcher.answers.runs import LogLine
@@ -43,11 +46,8 @@ def run(config: ConfigArgument, overrides: Set = None, storage: Storage = None, 
 
     Example: maskwright run my.yaml --set schedule.steps=2000
     """
-    from launcher.jobs import run_job
-
     with human_output(as_json=as_json):
-        finished = run_job(load_run_config(config, overrides or (), storage), load_cluster_config(cluster or "local"), console(), verb="run")
-        _say_finished(finished)
+        finished = _drive(load_run_config(config, overrides or (), storage), load_cluster_config(cluster or "local"), "run")
     if as_json:
         print_json(read_status(finished).to_json())
 
@@ -67,8 +67,6 @@ def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, clu
 
 
 def _resume(folder: RunFolder, overrides: list[str] | None, cluster: str | None) -> None:
-    from launcher.jobs import run_job
-
     events = folder.read_events()
     begun = next((event for event in events if event["kind"] == "command_started"), {})
     if begun.get("verb") == "finetune":
@@ -78,7 +76,22 @@ def _resume(folder: RunFolder, overrides: list[str] | None, cluster: str | None)
         return
     config = override_run_config(read_config(folder), overrides or ())
     where = load_cluster_config(cluster) if cluster else read_cluster(folder) or LocalCluster()
-    _say_finished(run_job(config, where, console(), verb="resume", deliberate=bool(overrides)))
+    _drive(config, where, "resume", deliberate=bool(overrides))
+
+
+def _drive(config: RunConfig, where: AnyCluster, verb: str, *, deliberate: bool = False) -> RunFolder:
+    from launcher.jobs import run_job
+
+    require_trackers(config, where)
+    finished = run_job(config, where, console(), verb=verb, deliberate=deliberate)
+    _say_finished(finished)
+    return finished
+
+
+def require_trackers(config: RunConfig, where: AnyCluster) -> None:
+    """Refuse trackers that are not installed, where rank 0 runs on this machine; elsewhere it looks itself, before step 1 (`Saver.open`)."""
+    if isinstance(where, LocalCluster):
+        require_installed(config.tracking)
 
 
 def _say_finished(run: RunFolder) -> None:

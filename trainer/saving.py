@@ -24,6 +24,7 @@ from trainer.runlog import RunFolder
 from trainer.snapshot import Snapshot
 from trainer.software import software
 from trainer.state import TrainState
+from trainer.tracking_config import require_installed
 from trainer.writing import as_known
 
 PROBE_TOKENS = 16
@@ -61,10 +62,12 @@ class Saver:
 
         Raises:
             EnvironmentMismatchError: a rank has other releases than rank 0. StorageError: a rank does not see what rank 0 writes.
+            ConfigError: rank 0 lacks a tracker.
         """
         saver = cls(run, config, context, attempt, agreement_group(context.world_size))
         require_same_software(saver._ranks, software())
         require_shared(run.checkpoints, saver._ranks)
+        saver._ranks.rank_zero_does("look for the trackers", lambda: require_installed(config.tracking))
         return saver
 
     def resume(self, engine: Engine, fresh: TrainState, before_step: int | None = None) -> TrainState:

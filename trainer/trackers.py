@@ -1,7 +1,6 @@
 """The seam to accelerate's trackers: rank 0's records on TensorBoard, Weights & Biases and others (a thread each: none holds up or ends a run)."""
 
 import hashlib
-import importlib.util
 import logging
 import os
 import threading
@@ -12,12 +11,10 @@ from dataclasses import dataclass, field
 from queue import Empty, Full, Queue
 from typing import Any, Protocol, Self, cast
 
-from data_pipeline.errors import ConfigError
 from data_pipeline.storage import Location
 from trainer.config import RunConfig
 from trainer.redaction import redacted, without_values
 from trainer.runlog import RunFolder
-from trainer.tracking_config import TrackingConfig
 
 MOST_WAITING = 10_000
 """Records that wait for a tracker; one that takes them more slowly than they come misses some."""
@@ -55,18 +52,6 @@ class Tracker(Protocol):
     def finish(self) -> None:
         """Pass on what is held back."""
         ...
-
-
-def require_installed(tracking: TrackingConfig) -> None:
-    """Refuse trackers whose packages this machine lacks (imports none of them).
-
-    Raises:
-        ConfigError: names them, and what to install.
-    """
-    missing = [name for name in tracking.trackers if importlib.util.find_spec(name) is None]
-    if missing:
-        remedy = f"Install what is missing (`pip install {' '.join(missing)}`), or leave it out of tracking.trackers."
-        raise ConfigError(f"tracking.trackers: {', '.join(missing)} not installed here", remedy)
 
 
 @dataclass
@@ -196,12 +181,10 @@ def open_tracker(name: str, run: RunFolder, config: RunConfig) -> Tracker:
 
     Raises whatever the tracker's own library raises.
     """
-    import torch
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))  # else the next line would change them, and with them results
-    PartialState(cpu=True)  # accelerate's trackers ask it who they are
+    PartialState(cpu=True)  # accelerate's trackers ask it who they are; it leaves threads alone where ranks have OMP_NUM_THREADS
     kind: Any = LOGGER_TYPE_TO_CLASS[name]
     tracker = kind(config.tracking.project, **_ARGUMENTS[name](run))
     tracker.start()

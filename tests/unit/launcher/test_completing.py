@@ -81,7 +81,7 @@ def test_a_storage_that_hangs_holds_up_nobody(storage: Path, monkeypatch: pytest
     assert time.monotonic() - started_at < 10
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=pytest.mark.full) for shell in ("zsh", "fish"))])
 def test_shells_get_their_script(shell: str) -> None:
     """In a process of its own, where typer asks which shell it is instead of looking at its parents."""
     environment = {**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "true", "HOME": os.getcwd()}

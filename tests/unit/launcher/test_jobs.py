@@ -1,6 +1,7 @@
-"""A driver that has lost its run to another: it starts nothing more, and does not speak for the run."""
+"""A driver that has lost its run to another: it starts nothing more, and does not speak for the run. What one looks for before it begins."""
 
 import io
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,10 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data_pipeline.errors import ConflictError, ExitCode, InterruptedRunError, MaskwrightError, StorageError
+from data_pipeline.errors import ConfigError, ConflictError, ExitCode, InterruptedRunError, MaskwrightError, StorageError
 from data_pipeline.storage import Location
 from launcher.attempts import driver_log, last_attempt
-from launcher.cluster_config import ClusterConfig
+from launcher.cluster_config import ClusterConfig, LocalCluster, RayCluster
 from launcher.clusters.local import Machine, Workers
 from launcher.config import dump_yaml
 from launcher.job import Job
@@ -21,8 +22,10 @@ from launcher.progress import TrainingProgress
 from launcher.retries import run_with_retries
 from launcher.run_status import read_status
 from launcher.supervision import RayOnDemand
+from launcher.verbs_run import require_trackers
 from trainer.config import RunConfig
 from trainer.runlog import RunFolder
+from trainer.tracking_config import TrackingConfig
 
 
 class RayIsUp(RayOnDemand):
@@ -106,3 +109,12 @@ def test_the_end_says_its_code(job: Job) -> None:
     record_end(job, StorageError("full", "free some"))
     (event,) = job.run.read_events()
     assert (event["exit_code"], event["cause"], event["remedy"]) == (ExitCode.STORAGE, "full", "free some")
+
+
+def test_the_driver_looks_for_trackers_only_where_rank_0_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a cluster the machine of the driver need not have what those of ranks have."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = RunConfig(name="run", tracking=TrackingConfig(trackers=("wandb",)))
+    require_trackers(config, RayCluster(kind="ray"))
+    with pytest.raises(ConfigError):
+        require_trackers(config, LocalCluster())

@@ -26,6 +26,7 @@ from launcher.config import load_cluster_config, validate_cluster
 from launcher.lease import Lease
 from launcher.submission import Submission, newest_submission, read_submission, submission_folder, wait_again, waiting_submission
 from launcher.taken_jobs import JobState
+from tests.support.answers import require_documented
 from tests.support.slurm_commands import SlurmCommands
 from tests.support.tiny_run import tiny_config
 from trainer.runlog import RunFolder
@@ -169,7 +170,8 @@ def test_a_dry_run_prints_the_script_and_does_nothing(slurm: SlurmCommands, caps
     assert printed.startswith("#!/bin/bash\n#SBATCH --job-name=tiny-")
     assert SECRET not in printed
     assert submit("--dry-run", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["script"].startswith("#!/bin/bash\n")
+    (planned,) = require_documented("submit", capsys.readouterr().out)
+    assert planned["script"].startswith("#!/bin/bash\n")
     assert not slurm.calls("sbatch")
     assert not Path("storage").exists()
 

@@ -5,11 +5,13 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.errors import ConfigError
@@ -18,10 +20,20 @@ from tests.support import trackio_package
 from tests.support.batches import small_config
 from trainer import trackers
 from trainer.runlog import RunFolder
-from trainer.trackers import Feed, Trackers, open_tracker, require_installed, settings_of
-from trainer.tracking_config import Tracker, TrackingConfig
+from trainer.trackers import Feed, Trackers, open_tracker, settings_of
+from trainer.tracking_config import Tracker, TrackingConfig, require_installed
 
 VALUES = {"loss": 2.5, "nsp_loss": None, "time": 17e8, "batch_digest": "ab", "memory_bytes": 7, "lr": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What accelerate keeps and reads in a process is there for the length of a test, as on ranks."""
+    from accelerate import PartialState
+
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    yield
+    PartialState._reset_state()
 
 
 @pytest.fixture
@@ -194,9 +206,9 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_starts(monke
     for name in ("wandb", "mlflow"):
         monkeypatch.setitem(sys.modules, name, None)
     require_installed(TrackingConfig())
-    with pytest.raises(ConfigError, match=r"tracking.trackers: wandb, mlflow not installed here") as caught:
+    with pytest.raises(ConfigError, match=r"tracking.trackers: wandb, mlflow not installed on the machine of rank 0") as caught:
         require_installed(TrackingConfig(trackers=("tensorboard", "wandb", "mlflow")))
-    assert "pip install wandb mlflow" in caught.value.remedy
+    assert 'pip install "maskwright[trackers]" mlflow' in caught.value.remedy
 
 
 def test_trackers_are_those_of_accelerate() -> None:
