@@ -18,6 +18,7 @@ from trainer.config import RunConfig
 
 if TYPE_CHECKING:
     from data_pipeline.prepare import Prepared
+    from launcher.answers.runs import Files
     from launcher.corpora import PreparedCorpora
 
 
@@ -41,7 +42,8 @@ def init(
         shutil.copyfile(path, copy)
     copies = [str(target / path.relative_to(source)) for path in files]
     if as_json:
-        print_json({"files": copies})
+        answer: Files = {"files": copies}
+        print_json(answer)
         return
     say("\n".join(copies))
     runs = sorted((target / "runs").glob("*.yaml"), key=lambda path: path.stem != "demo")
@@ -73,7 +75,8 @@ def schema(
     for file, content in files.items():
         file.write_bytes((json.dumps(content, indent=2) + "\n").encode())
     if as_json:
-        print_json({"files": [str(file) for file in files]})
+        answer: Files = {"files": [str(file) for file in files]}
+        print_json(answer)
     else:
         say("\n".join(map(str, files)))
 

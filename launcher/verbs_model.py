@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,9 @@ from launcher.runs import Model, find_run, find_run_or_model, read_cluster, read
 from trainer.config import RunConfig
 from trainer.finetune_config import TaskConfig
 from trainer.runlog import RunFolder
+
+if TYPE_CHECKING:
+    from launcher.answers.runs import Exported, Filling
 
 RunOrModel = Annotated[
     str, typer.Argument(metavar="RUN|MODEL", help="Run id, run folder or URL; or the folder of an exported model.", autocompletion=completing.runs)
@@ -63,7 +66,8 @@ def export(
     target = name or (MODEL_NAME if step is None else f"step-{step:08d}")
     model = export_model(folder, read_config(folder), require_corpus(folder), step=step, name=target)
     if as_json:
-        print_json({"model": model.url, "step": (model / "lineage.json").read_json()["step"]})
+        answer: Exported = {"model": model.url, "step": (model / "lineage.json").read_json()["step"]}
+        print_json(answer)
         return
     say(str(model))
     next_command(command("finetune", model, overrides=[_A_TASK]))
@@ -168,7 +172,8 @@ def _fill_mask(target: RunFolder | Model, text: str, *, as_json: bool) -> None:
         raise NotFoundError(f"there is no model in {folder}", "Run `maskwright export` first.")
     places = fill_mask(folder.url, text)
     if as_json:
-        print_json([[{"token": token, "probability": probability} for token, probability in place] for place in places])
+        answer: list[list[Filling]] = [[{"token": token, "probability": probability} for token, probability in place] for place in places]
+        print_json(answer)
         return
     for number, place in enumerate(places, 1):
         say(f"[MASK] {number}: " + "  ".join(f"{token} {probability:.3f}" for token, probability in place))

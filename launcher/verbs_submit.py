@@ -16,6 +16,7 @@ from launcher.watching import SILENCE_S
 from trainer.runlog import RunFolder
 
 if TYPE_CHECKING:
+    from launcher.answers.runs import Submitted
     from launcher.submitting import Prepared
     from launcher.taken_jobs import Jobs, JobState
 
@@ -49,7 +50,9 @@ def submit(
     with human_output(as_json=as_json):
         jobs = _submit(prepared)
     if as_json:
-        print_json({"run": prepared.run.root.name, "folder": prepared.run.root.url, "submission": prepared.submission.job, "cluster": jobs.place})
+        run = prepared.run.root
+        answer: Submitted = {"run": run.name, "folder": run.url, "submission": prepared.submission.job, "cluster": jobs.place}
+        print_json(answer)
     if follow:
         with human_output(as_json=as_json):
             raise typer.Exit(_follow(jobs, prepared.run, prepared.submission))

@@ -7,7 +7,9 @@ from typing import Any
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")
 _SIGNATURES = re.compile(r"(?i)([?&][\w.-]*(?:sig|signature|password|secret|token|key|credential)[\w.-]*=)[^&\s'\";]+")
 _SECRET_LINES = re.compile(r"(?im)^(\s*[\w.-]*(?:password|secret|token|api_key|access_key|credential)s?\s*:\s*)\S.*$")
-_ASSIGNMENTS = re.compile(r"(?i)(?<![?&\w.-])([\w.-]*(?:password|secret|token|api_key|access_key|credential)\s?=\s?['\"]?)(?!=|\(redacted\))[^\s'\";,)]+")
+_ASSIGNMENTS = re.compile(
+    r"(?i)(?<![?&\w.-])([\w.-]*(?:password|secret|token|api_key|access_key|credential)\s?=\s?['\"]?)(?!=|\(redacted\))[^\s'\";,)]+"
+)
 _HEADERS = re.compile(r"((?i:\bauthorization['\"]?\s*[:=]\s*['\"]?)(?:\w+\s+)?|\b[Bb]earer\s+|\b[Bb]asic\s+(?=[\w+/]{8}))[^\s'\";,]+")
 _SECRET_NAMES = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|password)s?(_|$)")
 _SHORTEST = 6

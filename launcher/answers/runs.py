@@ -114,7 +114,7 @@ class Submitted(TypedDict):
 
 @with_config(SHAPE)
 class PlannedRayJob(TypedDict):
-    """Of `submit --dry-run` on a cluster of kind `ray`: the arguments of Ray's `submit_job`, and what the job would do."""
+    """Of `submit --dry-run` on a cluster of kind `ray` or `ray_up`: the arguments of Ray's `submit_job`, and what the job would do."""
 
     dashboard: str
     """Where it would be sent."""
@@ -136,6 +136,18 @@ class PlannedSlurmJob(TypedDict):
     """Its name."""
     script: str
     """That sbatch would be given."""
+    command: list[str]
+
+
+@with_config(SHAPE)
+class PlannedKubernetesJob(TypedDict):
+    """Of `submit --dry-run` on a cluster of kind `kuberay`."""
+
+    dashboard: str
+    manifest: dict[str, Any]
+    """That `kubectl create` would be given."""
+    package: str
+    """Where our packages would lie."""
     command: list[str]
 
 

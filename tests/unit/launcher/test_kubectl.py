@@ -20,6 +20,7 @@ from launcher.config import validate_cluster
 from launcher.lease import Lease
 from launcher.submission import newest_submission
 from launcher.taken_jobs import JobState
+from tests.support.answers import require_documented
 from tests.support.kubernetes_api import KubernetesApi
 from tests.support.required import missing
 from tests.support.tiny_run import tiny_config
@@ -81,6 +82,9 @@ def test_a_dry_run_prints_the_manifest_and_asks_nobody(monkeypatch: pytest.Monke
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["kind"] == "RayJob"
     assert "planted-secret" not in printed
+    assert submit("--dry-run", "--json") == 0
+    (planned,) = require_documented("submit", capsys.readouterr().out)
+    assert planned["manifest"]["kind"] == "RayJob"
     assert not Path("storage").exists()
 
 

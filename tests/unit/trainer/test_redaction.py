@@ -25,12 +25,20 @@ def test_secrets_are_left_out(text: str, shown: str) -> None:
     assert redacted(shown) == shown
 
 
-@pytest.mark.parametrize("text", ["num_tokens=512", "tokens_per_s: 3", "https://host/a?b=1", "403: authorization failed for me", "a basic rule", "if token == last:"])
+@pytest.mark.parametrize(
+    "text", ["num_tokens=512", "tokens_per_s: 3", "https://host/a?b=1", "403: authorization failed for me", "a basic rule", "if token == last:"]
+)
 def test_what_is_no_secret_stays(text: str) -> None:
     assert redacted(text) == text
 
 
 def test_values_of_the_environment_are_left_out_wherever_they_stand() -> None:
-    environment = {"WANDB_API_KEY": "hunter2", "MY_SECRET": "hunter2-and-more", "TOKENIZERS_PARALLELISM": "falsely", "HF_TOKEN": "a", "HOME": "/root/me"}
+    environment = {
+        "WANDB_API_KEY": "hunter2",
+        "MY_SECRET": "hunter2-and-more",
+        "TOKENIZERS_PARALLELISM": "falsely",
+        "HF_TOKEN": "a",
+        "HOME": "/root/me",
+    }
     text = "key hunter2 (not hunter2-and-more) of /root/me is falsely a key"
     assert without_values(text, environment) == "key (redacted) (not (redacted)) of /root/me is falsely a key"
