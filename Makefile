@@ -9,8 +9,9 @@ export HF_HUB_OFFLINE := 1
 
 # Unit tests share nothing, use one core each and wait now and then; the others bring their own processes, and wait for them half of the time.
 unit_OPTIONS := -n $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --maxprocesses 8
-ALONE := tests/distributed tests/e2e tests/chaos
-ALONE_OPTIONS := -n 2 --dist loadfile
+ALONE := tests/chaos tests/e2e tests/distributed
+# Files with few long tests come first, or one worker would end long after the other.
+ALONE_OPTIONS := -n 2 --dist loadfile --no-loadscope-reorder
 SAMPLE := -m "not full and not gpu"
 
 .DEFAULT_GOAL := help
