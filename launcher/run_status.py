@@ -84,7 +84,7 @@ def read_status(run: RunFolder) -> RunStatus:
     submission = waiting or driving_submission(run, events)
     state, exit_code, last = ("submitted", ExitCode.RUNNING, {}) if waiting else _state(lease, events)
     resumed = [event for event in events if event["kind"] == "resumed"]
-    times = [event["time"] for event in events]
+    times = [event["time"] for event in events if event["kind"] != "submitted"]
     step = int(newest["step"]) + 1 if newest else 0
     return RunStatus(
         id=run.root.name,
@@ -168,7 +168,7 @@ def record_lost_driver(run: RunFolder) -> None:
     events = run.read_events()
     state, _, told = _state(None, events)
     if state == "interrupted":
-        seen_at = max([run.newest_metrics().get("time", 0.0), *(event["time"] for event in events)])
+        seen_at = max([run.newest_metrics().get("time", 0.0), *(event["time"] for event in events if event["kind"] != "submitted")])
         run.append_event("worker_failed", attempt=last_attempt(run), failure="infrastructure", rank=None, cause=told["cause"], seen_at=seen_at)
 
 

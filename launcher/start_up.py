@@ -16,8 +16,8 @@ PARTS = {
     "cluster": "starting or joining Ray, waiting for nodes",
     "earlier_attempts": "attempts that ended before their first step",
     "workers": "Ray starts the ranks: processes, torch, process group",
-    "imports": "the ranks import the trainer, DeepSpeed and transformers",
-    "engine": "network, DeepSpeed's engine, checkpoint",
+    "imports": "the ranks import the trainer and transformers",
+    "engine": "network, DeepSpeed and its engine, checkpoint",
     "first_step": "the first step",
 }
 """Keys of the JSON, in the order in which they follow each other, and what they are."""
@@ -47,13 +47,15 @@ Instants = list[tuple[str, float]]
 
 
 def _submitted(command: Mapping[str, Any], events: Events) -> Instants:
+    """Of what was submitted; a job that its cluster has started again does not begin with that."""
     job = command.get("submission")
-    event = next((event for event in events if job and event["kind"] == "submitted" and event.get("submission") == job), None)
-    if event is None:
+    about_it = [event for event in events if job and event.get("submission") == job]
+    event = next((event for event in about_it if event["kind"] == "submitted"), None)
+    if event is None or sum(each["kind"] == "command_started" for each in about_it) > 1:
         return []
-    packed_at = event["time"] - event["upload_s"]
-    begun_at = packed_at - event["packing_s"] - event["command_s"]
-    return [("", begun_at), ("command", packed_at - event["packing_s"]), ("packing", packed_at), ("upload", event["time"])]
+    packed_at = event["time"] - event.get("upload_s", 0.0)
+    packing_at = packed_at - event.get("packing_s", 0.0)
+    return [("", packing_at - event.get("command_s", 0.0)), ("command", packing_at), ("packing", packed_at), ("upload", event["time"])]
 
 
 def _driver(command: Mapping[str, Any]) -> Instants:
@@ -68,8 +70,8 @@ def _attempts(since: Events, step: Mapping[str, Any]) -> Instants:
     first, ready = starts[0], next((e for e in since if e["kind"] == "group_started" and e["attempt"] == step["attempt"]), None)
     instants = [("prepare", first["time"] - first.get("cluster_s", 0.0)), ("cluster", first["time"]), ("earlier_attempts", own["time"])]
     if ready is not None:
-        instants += [("workers", ready["time"] - ready["imports_s"]), ("imports", ready["time"])]
-    return [*instants, ("engine", step["time"] - step["step_s"])]
+        instants += [("workers", ready["time"] - ready.get("imports_s", 0.0)), ("imports", ready["time"])]
+    return [*instants, ("engine", step["time"] - step.get("step_s", 0.0))]
 
 
 def tell_start_up(parts: Mapping[str, float]) -> str:

@@ -193,7 +193,7 @@ def open_tracker(name: str, run: RunFolder, config: RunConfig) -> Tracker:
 
 
 def _wandb(run: RunFolder) -> dict[str, Any]:
-    """The same W&B run for all attempts, told nothing but what is logged; what it writes down here lies in the run's folder, where that is a folder."""
+    """The same W&B run for all attempts, told nothing but what is logged; what it writes here lies in the run's folder, where that is a folder."""
     folder = {"dir": str(run.root.path)} if run.root.is_local else {}
     return {"name": run.root.name, "id": f"{run.root.name}-{_digest(run)}", "resume": "allow", "settings": _NOTHING_ELSE, **folder}
 

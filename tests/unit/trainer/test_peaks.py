@@ -5,6 +5,7 @@ import time
 import pytest
 import torch
 
+from trainer import peaks
 from trainer.gpus import memory_bytes
 from trainer.peaks import device_name, measured_peak, stated_peak
 
@@ -47,6 +48,21 @@ def test_the_peak_of_a_cpu_is_measured() -> None:
     device = torch.device("cpu")
     assert device_name(device) == "cpu"
     assert 1e8 < measured_peak(device, torch.float32) < 1e14
+
+
+def test_a_slow_first_product_is_not_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads libraries and kernels."""
+    real, sizes = peaks._product_seconds, list[int]()
+
+    def slow_at_first(size: int, device: torch.device, dtype: torch.dtype) -> float:
+        sizes.append(size)
+        if len(sizes) == 1:
+            time.sleep(0.5)
+        return 0.5 if len(sizes) == 1 else real(size, device, dtype)
+
+    monkeypatch.setattr(peaks, "_product_seconds", slow_at_first)
+    assert measured_peak(torch.device("cpu"), torch.float32) > 1e8
+    assert sizes.count(sizes[-1]) >= 3
 
 
 def test_measuring_a_peak_takes_no_longer_where_there_are_no_instructions_for_it() -> None:
