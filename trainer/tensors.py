@@ -7,7 +7,8 @@ MAPPED_BYTES = 32 << 20
 """From here on glibc maps a piece of memory by itself, and gives it back when it is freed (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX)."""
 HEAP_GROWTH = 1.4
 """What smaller tensors that come and go take of the heap, over the sum of their sizes. Torch asks for aligned memory, for which glibc wants a hole
-larger than the tensor: one that another tensor of the same size has left does not do. Fitted to the peaks that `benchmarks/plan_memory.py` measures, which gave 1.3 to 1.6."""
+larger than the tensor: one that another tensor of the same size has left does not do. Fitted to peaks that `benchmarks/plan_memory.py` has measured,
+which gave 1.3 to 1.6."""
 
 
 @dataclass(frozen=True)
