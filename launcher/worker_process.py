@@ -111,7 +111,7 @@ def _imported(task: WorkerTask, run: RunFolder | None) -> Callable[..., Any]:
     """The task's entry; with `run` its events tell that the group has come so far."""
     started_at = time.monotonic()
     entry = resolve(task.entry)
-    if run is not None:
+    if run is not None and run.config.exists():  # not the folder of a profile
         run.append_event("group_started", attempt=task.attempt, imports_s=round(time.monotonic() - started_at, 3))
     return entry
 
