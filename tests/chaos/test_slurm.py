@@ -58,7 +58,7 @@ class Submitter:
 
     def submit(self) -> str:
         """The name of the job."""
-        return json.loads(self.call("submit", "run.yaml", "--cluster", "slurm.yaml", "--json"))["submission"]
+        return json.loads(self.call("submit", "run.yaml", "--cluster", "slurm.yaml", "--json").splitlines()[-1])["submission"]
 
     def status(self) -> dict[str, Any]:
         return json.loads(self.call("status", "tiny", "--json"))
