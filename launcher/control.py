@@ -23,6 +23,16 @@ class StopRequest:
         """Seconds to save in."""
         return self.grace_s if self.save else 0.0
 
+    @property
+    def by_signal(self) -> bool:
+        """Whether no person asked by a verb, but whoever sent the driver a signal."""
+        return is_signal(self.by)
+
+
+def is_signal(by: str) -> bool:
+    """Whether that is how a signal is called, and no verb."""
+    return by.startswith("SIG")
+
 
 @dataclass
 class Grace:

@@ -170,7 +170,9 @@ def record_end(job: Job, error: BaseException) -> None:
     def record() -> None:
         job.lease.beat()
         if not job.lease.lost.is_set():
-            job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy)
+            asked = read_stop(job.run) if kind == "stopped" else None
+            by = {"by": asked.by} if asked is not None else {}
+            job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy, **by)
         driver_log(job.run).append_line(redacted("".join(traceback.format_exception(error))))
 
     try:

@@ -10,6 +10,7 @@ from pydantic import with_config
 from data_pipeline.errors import ExitCode
 from launcher.answers.shape import SHAPE
 from launcher.attempts import last_attempt
+from launcher.control import is_signal
 from launcher.lease import LeaseState, holder
 from launcher.options import completed
 from launcher.runs import read_config, reference
@@ -158,9 +159,12 @@ def _state(lease: LeaseState | None, events: list[dict[str, Any]]) -> tuple[Stat
     return "interrupted", ExitCode.INTERRUPTED, cause
 
 
-def was_lost(events: list[dict[str, Any]]) -> bool:
-    """Whether whoever drove a run last did not say how it ended; nobody drives it now."""
-    return _state(None, events)[0] == "interrupted"
+def may_begin_anew(events: list[dict[str, Any]]) -> bool:
+    """Whether a cluster that begins jobs anew may do so with the run's: who drove it last did not say how it ended, or had to by a signal."""
+    state, _, last = _state(None, events)
+    if state == "stopped":  # without an exit code it is the word of a rank, and the driver was killed after it
+        return is_signal(str(last.get("by", ""))) or "exit_code" not in last
+    return state == "interrupted"
 
 
 def record_lost_driver(run: RunFolder) -> None:

@@ -19,7 +19,7 @@ from launcher.config import dump_yaml
 from launcher.job_request import pack_packages, package_name
 from launcher.jobs import allowed_changes, with_whole_paths
 from launcher.lease import newest_lease, proven_holder, taken
-from launcher.run_status import RunStatus, State, read_status, was_lost
+from launcher.run_status import RunStatus, State, may_begin_anew, read_status
 from launcher.runs import cluster_file
 from launcher.submission import (
     Submission,
@@ -129,11 +129,11 @@ def _inside_file(cluster: ElasticCluster) -> str:
 
 
 def pending_submission(run: RunFolder) -> Submission | None:
-    """The submission whose job may begin, or by its cluster's doing begin anew: nobody has driven the run yet, or who did went without a word."""
+    """The submission whose job may begin, or by its cluster's doing begin anew: nobody has driven the run yet, or who did had to end."""
     if (waiting := waiting_submission(run)) is not None:
         return waiting
     events = run.read_events()
-    driving = driving_submission(run, events) if was_lost(events) else None
+    driving = driving_submission(run, events) if may_begin_anew(events) else None
     return driving if driving is not None and taker_of(driving.kind).begins_anew else None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from data_pipeline.errors import ExitCode, UnreachableError
 from launcher.lease import holder
-from launcher.run_status import RunStatus, read_status
+from launcher.run_status import RunStatus, may_begin_anew, read_status
 from trainer.runlog import RunFolder
 
 SILENCE_S = 60.0
@@ -16,7 +16,7 @@ SILENCE_S = 60.0
 def status_of(run: RunFolder) -> RunStatus:
     """The status of a run; where it waits on a cluster, for the first time or anew, as that has it."""
     found = read_status(run)
-    if found.state != "submitted" and not (found.state == "interrupted" and found.submission):
+    if found.state != "submitted" and not (found.submission and found.state in {"interrupted", "stopped"} and may_begin_anew(run.read_events())):
         return found
     from launcher.submitting import asked_status  # which takes Ray
 

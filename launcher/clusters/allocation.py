@@ -11,23 +11,21 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
-from data_pipeline.errors import ExitCode, NotFoundError
+from data_pipeline.errors import ExitCode
 from data_pipeline.storage import Location
 from launcher.clusters.ray_node import LOOK_S, LOOPBACK, address_towards, ending, free_ports, own_address, place
-from launcher.submission import read_submission, submission_folder, wait_again
+from launcher.clusters.requeueing import JobEnd, goes_back, is_stopped, put_back, waits_again
+from launcher.submission import submission_folder
 from trainer.runlog import RunFolder
 
 _PAUSE_S = 5.0
 """Between two starts of Ray on a machine."""
-_MOST_LOST = 3
-"""A job whose Ray ends by itself is put back into the queue so many times."""
-_LOST = {ExitCode.INTERRUPTED, ExitCode.UNREACHABLE, ExitCode.ENVIRONMENT}
-"""How a run ends whose Ray has gone."""
-_NO_RAY = "Ray did not start"
 
 Process = subprocess.Popen[bytes]
 
@@ -35,10 +33,10 @@ Process = subprocess.Popen[bytes]
 def run_allocation(root: str, number: int, told: threading.Event) -> int:
     """Drive the run on the whole allocation, until it ends or the job is told to; the job's exit code.
 
-    A run that had to end because the job was told to waits again, and its job is put back into the queue.
+    A run that had to end because the job did waits again, which is said before Ray takes its time to end, and the job goes back into the queue.
     """
     run, job, is_alone = RunFolder(Location(root)), int(os.environ["SLURM_JOB_ID"]), os.environ["SLURM_JOB_NUM_NODES"] == "1"
-    address = LOOPBACK if is_alone else own_address()
+    address, started_at = LOOPBACK if is_alone else own_address(), time.time()
     port = free_ports(address, job)
     print(f"job {job} on {os.environ['SLURM_JOB_NODELIST']}, start {1 + _restarts()}: Ray at {address}:{port}", flush=True)
     with ExitStack() as stack:
@@ -48,12 +46,17 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
         if here.wait_for(head, told.is_set):
             nodes = None if is_alone else stack.enter_context(ending(_start_nodes(f"{address}:{port}", token)))
             driver = stack.enter_context(ending(here.python("-m", "launcher.submitted", root, str(number))))
-            code, cause = _follow(driver, head, nodes, told)
+            end = _follow(driver, head, nodes, told)
         else:
-            code, cause = int(ExitCode.INTERRUPTED if told.is_set() else ExitCode.ENVIRONMENT), _NO_RAY
+            print("Ray did not start", flush=True)
+            end = JobEnd(int(ExitCode.INTERRUPTED if told.is_set() else ExitCode.ENVIRONMENT), told.is_set(), lost_ray=True)
         if head.poll() is not None:
             print(here.said(), flush=True)
-    return ended(run, number, code, told, cause)
+        end = replace(end, by_person=is_stopped(run, started_at), restarts=_restarts())
+        is_back = goes_back(end) and waits_again(run, number)
+    if is_back:
+        put_back(str(job))
+    return end.exit_code
 
 
 def run_node(address: str, told: threading.Event) -> int:
@@ -68,44 +71,31 @@ def run_node(address: str, told: threading.Event) -> int:
     return int(ExitCode.INTERRUPTED)
 
 
-def _follow(driver: Process, head: Process, nodes: Process | None, told: threading.Event) -> tuple[int, str]:
-    """Wait for the driver, which is told to save and end when the job is, or when Ray has ended. Its exit code, and why it was told to, if it was."""
-    cause = ""
+def _follow(driver: Process, head: Process, nodes: Process | None, told: threading.Event) -> JobEnd:
+    """Wait for the driver, which is told to save and end when the job is, or when Ray has ended."""
+    cause = None
     while (code := driver.poll()) is None:
-        if not cause and (cause := _why_to_end(head, nodes, told)):
-            print(f"{cause}: the run is told to save and end", flush=True)
+        if cause is None and (cause := _why_to_end(head, nodes, told.is_set())):
+            print(f"{cause.words}: the run is told to save and end", flush=True)
             driver.terminate()
         time.sleep(LOOK_S)
-    return code, cause
+    cause = cause or _why_to_end(head, nodes, told.is_set())
+    return JobEnd(code, cause is not None and cause.by_slurm, cause is not None and not cause.by_slurm)
 
 
-def _why_to_end(head: Process, nodes: Process | None, told: threading.Event) -> str:
-    if nodes is not None and nodes.poll() == ExitCode.INTERRUPTED:
-        told.set()  # they were, by Slurm: `scancel --signal` without `--batch`, or preemption
-    if told.is_set():
-        return "Slurm ends the job"
+class _Cause(NamedTuple):
+    """Why a driver is told to end."""
+
+    words: str
+    by_slurm: bool = False
+
+
+def _why_to_end(head: Process, nodes: Process | None, is_told: bool) -> _Cause | None:
+    if is_told or (nodes is not None and nodes.poll() == ExitCode.INTERRUPTED):  # those were: `scancel --signal` without `--batch`, or preemption
+        return _Cause("Slurm ends the job", by_slurm=True)
     if nodes is not None and nodes.poll() is not None:
-        return f"Ray on the other machines has ended (exit code {nodes.poll()})"
-    return "Ray's head has ended" if head.poll() is not None else ""
-
-
-def ended(run: RunFolder, number: int, code: int, told: threading.Event, cause: str) -> int:
-    """The job's exit code; where its end is none of the run's doing, the job goes back into the queue."""
-    was_told = code in {-signal.SIGTERM, ExitCode.INTERRUPTED}
-    was_lost = bool(cause) and not told.is_set() and code in {*_LOST, -signal.SIGTERM} and _restarts() < _MOST_LOST
-    job = os.environ["SLURM_JOB_ID"]
-    if ((told.is_set() and was_told) or was_lost) and _is_wanted(job):
-        with suppress(NotFoundError):  # of a submission that was given up meanwhile
-            wait_again(run, read_submission(run, number))
-            if subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
-                print(f"job {job} goes back into the queue", flush=True)
-    return int(ExitCode.INTERRUPTED) if was_told else code if code >= 0 else 128 - code
-
-
-def _is_wanted(job: str) -> bool:
-    """Whether it is not being cancelled: Slurm would put it back all the same."""
-    done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() == "RUNNING"
+        return _Cause(f"Ray on the other machines has ended (exit code {nodes.poll()})")
+    return _Cause("Ray's head has ended") if head.poll() is not None else None
 
 
 def _restarts() -> int:

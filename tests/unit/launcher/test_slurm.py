@@ -6,8 +6,8 @@ import shlex
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,11 +20,21 @@ from launcher import cli
 from launcher.cluster_config import ElasticCluster, SlurmCluster
 from launcher.clusters import allocation, slurm_jobs
 from launcher.clusters.ray_node import free_ports, resources
+from launcher.clusters.requeueing import JobEnd, goes_back, is_stopped, put_back, waits_again
 from launcher.clusters.slurm import JobScript, job_script, quoted
 from launcher.clusters.slurm_jobs import job_state
 from launcher.config import load_cluster_config, validate_cluster
+from launcher.control import request_stop
 from launcher.lease import Lease
-from launcher.submission import Submission, newest_submission, read_submission, submission_folder, wait_again, waiting_submission
+from launcher.submission import (
+    Submission,
+    newest_submission,
+    read_submission,
+    revoke,
+    submission_folder,
+    wait_again,
+    waiting_submission,
+)
 from launcher.taken_jobs import JobState
 from tests.support.answers import require_documented
 from tests.support.slurm_commands import SlurmCommands
@@ -306,12 +316,12 @@ def test_what_waits_is_taken_out_of_the_queue(slurm: SlurmCommands, capsys: pyte
     assert status(capsys)[0] == "stopped"
 
 
-def drive(ends: bool = True) -> None:
+def drive(ends: bool = True, **end: Any) -> None:
     """As the job does: take the run, and leave it."""
     with Lease.acquire(tiny()):
         tiny().append_event("command_started", attempt=0, verb="run", submission=newest().job)
         if ends:
-            tiny().append_event("stopped", attempt=1, exit_code=75)
+            tiny().append_event("stopped", attempt=1, **(end or {"exit_code": 75}))
 
 
 def test_a_job_that_goes_back_into_the_queue_waits_again(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,6 +351,29 @@ def test_a_job_whose_machine_was_lost_waits_again_by_slurms_doing(slurm: SlurmCo
     assert submit() == 0
 
 
+@pytest.mark.parametrize("end", [{"exit_code": 75, "by": "SIGTERM"}, {"cause": "requested"}])
+def test_a_job_that_slurm_requeues_as_it_ends_it_waits_again(end: dict[str, Any], slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its driver was told to save and end, and the job was killed before it could say that it begins anew, or the driver before it said more."""
+    assert submit() == 0
+    drive(**end)
+    slurm.queue("PENDING")
+    assert status(capsys)[0] == "submitted"
+    assert submit() == ExitCode.CONFLICT
+    assert invoke("resume", "tiny", "--storage", "storage") == ExitCode.CONFLICT
+    slurm.queue("CANCELLED")
+    assert status(capsys)[:2] == ("stopped", ExitCode.INTERRUPTED)
+    assert invoke("stop", "tiny", "--storage", "storage") == ExitCode.CONFLICT
+    assert submit() == 0
+
+
+def test_who_stops_a_run_is_told_that_it_is_stopped(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    drive(exit_code=75, by="maskwright stop")
+    slurm.queue("RUNNING")
+    assert status(capsys)[0] == "stopped"
+    assert len(slurm.calls("squeue")) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "code", "expected"),
     [
@@ -360,42 +393,47 @@ def test_slurms_names_for_states(name: str, code: int, expected: JobState) -> No
 
 
 @pytest.mark.parametrize(
-    ("code", "is_told", "cause", "state", "restarts", "goes_back", "expected"),
+    ("end", "expected", "exit_code"),
     [
-        (75, True, "Slurm ends the job", "RUNNING", 9, True, 75),
-        (-15, True, "Slurm ends the job", "RUNNING", 0, True, 75),
-        (75, True, "Slurm ends the job", "COMPLETING", 0, False, 75),  # cancelled
-        (75, False, "", "RUNNING", 0, False, 75),  # maskwright stop
-        (0, True, "Slurm ends the job", "RUNNING", 0, False, 0),
-        (12, True, "Slurm ends the job", "RUNNING", 0, False, 12),
-        (75, False, "Ray's head has ended", "RUNNING", 2, True, 75),
-        (6, False, "Ray did not start", "RUNNING", 3, False, 6),
-        (0, False, "Ray's head has ended", "RUNNING", 0, False, 0),
-        (-9, False, "", "RUNNING", 0, False, 137),
+        (JobEnd(75, by_slurm=True, restarts=9), True, 75),
+        (JobEnd(-15, by_slurm=True), True, 75),
+        (JobEnd(75, by_slurm=True, by_person=True), False, 75),
+        (JobEnd(75), False, 75),  # maskwright stop
+        (JobEnd(0, by_slurm=True), False, 0),
+        (JobEnd(12, by_slurm=True), False, 12),
+        (JobEnd(75, lost_ray=True, restarts=2), True, 75),
+        (JobEnd(6, lost_ray=True, restarts=3), False, 6),
+        (JobEnd(0, lost_ray=True), False, 0),
+        (JobEnd(-9), False, 137),
     ],
 )
-def test_when_a_job_goes_back_into_the_queue(
-    code: int,
-    is_told: bool,
-    cause: str,
-    state: str,
-    restarts: int,
-    goes_back: bool,
-    expected: int,
-    slurm: SlurmCommands,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_when_a_job_goes_back_into_the_queue(end: JobEnd, expected: bool, exit_code: int) -> None:
+    assert (goes_back(end), end.exit_code) == (expected, exit_code)
+
+
+@pytest.mark.parametrize(("by", "after_s", "expected"), [("maskwright stop", 5.0, True), ("maskwright stop", -5.0, False), ("SIGTERM", 5.0, False)])
+def test_who_stops_a_run_while_its_job_ends_does_not_want_it_back(by: str, after_s: float, expected: bool, tmp_path: Path) -> None:
+    run = RunFolder(Location.at(tmp_path / "tiny"))
+    request = request_stop(run, grace_s=60.0, save=True, by=by, lease="1")
+    assert is_stopped(run, request.time - after_s) == expected
+
+
+@pytest.mark.parametrize(("state", "is_put_back"), [("RUNNING", True), ("COMPLETING", False), ("PENDING", False), ("", False)])
+def test_what_slurm_cancels_or_has_put_back_is_left_alone(state: str, is_put_back: bool, slurm: SlurmCommands) -> None:
+    slurm.answer("squeue", f"{state}\n")
+    put_back("17")
+    assert slurm.calls("scontrol") == (["requeue 17"] if is_put_back else [])
+
+
+def test_a_submission_that_was_given_up_does_not_wait_again(slurm: SlurmCommands) -> None:
+    del slurm
     assert submit() == 0
     drive()
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-    slurm.answer("squeue", f"{state}\n")
-    told = threading.Event()
-    if is_told:
-        told.set()
-    assert allocation.ended(tiny(), 1, code, told, cause) == expected
-    assert slurm.calls("scontrol")[1:] == (["requeue 17"] if goes_back else [])
-    assert read_submission(tiny(), 1).waits(tiny()) == goes_back
+    assert waits_again(tiny(), 1)
+    assert read_submission(tiny(), 1).waits(tiny())
+    revoke(tiny(), newest())
+    assert not waits_again(tiny(), 1)
+    assert newest_submission(tiny()) is None
 
 
 def test_jobs_of_one_machine_take_different_ports() -> None:
