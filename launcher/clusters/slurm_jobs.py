@@ -1,8 +1,9 @@
 """The seam to Slurm: gives a job to sbatch, asks squeue and sacct what became of it, ends it (starts their processes)."""
 
+import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,10 @@ _NOT_SHARED = (
     "Use storage that all machines of the cluster and the one that submits share."
 )
 _TAIL_BYTES = 4096
+_THEIRS = ("SBATCH_", "SCANCEL_", "SQUEUE_", "SACCT_", "SLURM_")
+"""Variables whose names begin so change what Slurm's commands do, whatever a script says; inside another job they are that job's."""
+_NEEDED = {"SLURM_CONF", "SLURM_JWT"}
+"""How they find Slurm, and who we are."""
 ASKED_EVERY_S = 2.0
 """Everybody's jobs are scheduled by who answers: one process asks it no more often."""
 _answers: dict[str, tuple[float, JobState]] = {}
@@ -113,7 +118,14 @@ class SlurmJobs:
         """
         try:
             done = subprocess.run(
-                [program, *arguments], capture_output=True, text=True, errors="replace", timeout=self.answer_s, check=False, stdin=subprocess.DEVNULL
+                [program, *arguments],
+                env=commands_environment(os.environ),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=self.answer_s,
+                check=False,
+                stdin=subprocess.DEVNULL,
             )
         except FileNotFoundError as error:
             raise UnreachableError(
@@ -125,6 +137,11 @@ class SlurmJobs:
         if done.returncode == 0:
             return done.stdout
         raise _complaint(program, done.stderr.splitlines() or done.stdout.splitlines()[:1])
+
+
+def commands_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """That of Slurm's commands: ours, without what would change a job or an answer (pure)."""
+    return {name: value for name, value in environment.items() if not name.startswith(_THEIRS) or name in _NEEDED}
 
 
 def job_state(name: str, exit_code: int, printed: str) -> JobState:

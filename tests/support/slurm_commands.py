@@ -1,4 +1,4 @@
-"""Slurm's commands as far as we use them, without a Slurm: programs that note how they were called and answer what they are told to."""
+"""Slurm's commands as far as we use them, without a Slurm: programs that note how they were called, and in which environment, and answer what they are told to."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ _PROGRAM = """\
 #!/bin/bash
 name=${0##*/} here=${0%/*}
 printf '%s\\n' "$name $*" >> "$here/calls"
+env > "$here/$name.environment"
 [ -e "$here/$name.out" ] && cat "$here/$name.out"
 [ -e "$here/$name.err" ] && { cat "$here/$name.err" >&2; exit 1; }
 exit 0
@@ -37,6 +38,11 @@ class SlurmCommands:
     def queue(self, state: str, status: int = 0) -> None:
         """What squeue tells of every job; nothing where `state` is empty."""
         self.answer("squeue", f"{state:>40}{status:>40}\n" if state else "")
+
+    def environment(self, program: str) -> dict[str, str]:
+        """In which a program was called last; values of one line."""
+        lines = (self.folder / f"{program}.environment").read_text().splitlines()
+        return {name: value for name, equals, value in (line.partition("=") for line in lines) if equals}
 
     def calls(self, program: str) -> list[str]:
         """How a program was called."""

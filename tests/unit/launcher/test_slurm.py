@@ -201,6 +201,21 @@ def test_submitting_leaves_the_run_where_everybody_finds_it(slurm: SlurmCommands
     assert submit() == ExitCode.CONFLICT
 
 
+def test_the_environment_changes_neither_a_job_nor_an_answer(slurm: SlurmCommands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SBATCH_EXPORT=ALL would override the script's `--export=NONE`, and inside another job its SLURM_ variables would be taken for ours."""
+    kept = {"SLURM_CONF": "/etc/slurm.conf", "SLURM_JWT": "token", "HOME": "/home/me"}
+    others = {"SBATCH_EXPORT": "ALL", "SBATCH_NO_REQUEUE": "1", "SLURM_JOB_ID": "3", "SQUEUE_STATES": "RUNNING", "SCANCEL_NAME": "x"}
+    for name, value in {**kept, **others}.items():
+        monkeypatch.setenv(name, value)
+    assert submit() == 0
+    assert invoke("status", "tiny", "--storage", "storage") == 0
+    for program in ("sbatch", "squeue"):
+        environment = slurm.environment(program)
+        assert environment.items() >= kept.items()
+        assert not others.keys() & environment.keys()
+    assert "unset SLURM_JWT" in (submission_folder(tiny(), 1).path / "job.sh").read_text(), "the job has the rights of its machine"
+
+
 def test_the_packages_run_from_their_zip(slurm: SlurmCommands) -> None:
     """Before they are unpacked on a machine."""
     assert submit() == 0
