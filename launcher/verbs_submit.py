@@ -10,6 +10,7 @@ import typer
 from data_pipeline.errors import ExitCode, MaskwrightError, UnreachableError
 from launcher.config import load_cluster_config, load_run_config
 from launcher.options import ConfigArgument, Json, Set, Storage, command, human_output, next_command, print_json, say
+from launcher.run_status import has_trained
 from launcher.runs import reference
 from launcher.submission import Submission, newest_submission, require_ours, submission_folder
 from launcher.watching import SILENCE_S
@@ -69,13 +70,17 @@ def _print_request(prepared: "Prepared", *, as_json: bool) -> None:
 
 
 def submit_again(run: RunFolder, last: Submission, overrides: Sequence[str]) -> None:
-    """Hand a run over to the cluster that its submission `last` was for, to be resumed there; one that nobody has driven since, as it was meant."""
+    """Hand a run over to the cluster that its submission `last` was for, to be resumed there; one that nobody has driven since, as it was meant.
+
+    A job that waits to begin anew may have trained: then what is changed is a change of a run, whatever its first command was.
+    """
     from launcher.submitting import prepare_submission
 
     require_ours(run, last)
     folder, verb, source = submission_folder(run, last.number), "resume", run.config
     if last.waits(run):
-        verb, source, overrides = last.arguments[0], folder / "run.yaml", [*last.overrides, *overrides]
+        source, overrides = folder / "run.yaml", [*last.overrides, *overrides]
+        verb = "resume" if overrides and has_trained(run) else last.arguments[0]
     config = load_run_config(str(source), overrides, storage=run.root.parent.url)
     where = load_cluster_config(str(folder / "cluster.yaml"))
     if getattr(where, "dashboard", None) is not None:

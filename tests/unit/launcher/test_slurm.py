@@ -381,6 +381,20 @@ def test_a_job_that_slurm_requeues_as_it_ends_it_waits_again(end: dict[str, Any]
     assert submit() == 0
 
 
+def test_a_run_that_was_requeued_is_resumed_with_changes(slurm: SlurmCommands) -> None:
+    """Its job was cancelled while it waited to begin anew."""
+    assert submit() == 0
+    drive()
+    tiny().config.write_bytes((submission_folder(tiny(), 1) / "run.yaml").read_bytes())
+    tiny().append_metrics({"step": 1})
+    assert waits_again(tiny(), 1)
+    slurm.queue("CANCELLED")
+    assert invoke("resume", "tiny", "--storage", "storage", "--set", "optimizer.lr=0.0005") == 0
+    assert newest().arguments[:4] == ["resume", tiny().root.url, "--set", "optimizer.lr=0.0005"]
+    assert invoke("resume", "tiny", "--storage", "storage") == 0
+    assert newest().overrides == ["optimizer.lr=0.0005"], "what has not begun is not forgotten"
+
+
 def test_who_stops_a_run_is_told_that_it_is_stopped(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
     assert submit() == 0
     drive(exit_code=75, by="maskwright stop")
