@@ -1,5 +1,6 @@
 """The typed models of cluster YAMLs: *where* a run trains (pure)."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -107,6 +108,8 @@ WORD = r"^[A-Za-z0-9_][A-Za-z0-9_.,+-]*$"
 """Names of partitions and accounts."""
 DURATION = r"^(\d+-)?\d+(:\d+){0,2}$"
 """How Slurm writes a length of time: 90 (minutes), 12:00:00, 2-00:00:00."""
+_LEAST_WORK_S = 120
+"""Less than that before the grace begins is no time to train in: Ray starts, and a checkpoint is loaded."""
 SBATCH_OPTION = r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:/@%+=&|*()\[\]<>-]+)?$"
 """An option for sbatch, of which neither it nor a shell can make anything else."""
 _OURS = (
@@ -141,6 +144,14 @@ _OURS = (
 """Options that follow from other keys, or on which the job's script relies."""
 
 
+def duration_s(text: str) -> float:
+    """Seconds of a length of time as Slurm writes it; 0 stands for no limit."""
+    days, dash, rest = text.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)  # the first is hours, or minutes
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False)) or math.inf
+
+
 class SlurmCluster(ElasticCluster):
     """The whole of a cluster YAML of kind `slurm`."""
 
@@ -171,6 +182,12 @@ class SlurmCluster(ElasticCluster):
         if isinstance(value, int):
             raise ValueError('time_limit: put it in quotes, as in "12:00:00": without them YAML reads it as a number')  # noqa: TRY004 - pydantic's
         return value
+
+    @model_validator(mode="after")
+    def _leaves_time_to_train(self) -> Self:
+        if self.time_limit is not None and duration_s(self.time_limit) < self.grace_s + _LEAST_WORK_S:
+            raise ValueError(f"time_limit {self.time_limit} leaves less than {_LEAST_WORK_S} s before grace_s, {self.grace_s} s before its end")
+        return self
 
     @field_validator("options")
     @classmethod

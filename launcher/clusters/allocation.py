@@ -20,7 +20,7 @@ from typing import NamedTuple
 from data_pipeline.errors import ExitCode
 from data_pipeline.storage import Location
 from launcher.clusters.ray_node import LOOK_S, LOOPBACK, address_towards, ending, free_ports, own_address, place
-from launcher.clusters.requeueing import JobEnd, goes_back, is_stopped, put_back, waits_again
+from launcher.clusters.requeueing import JobEnd, count_start, goes_back, idle_starts, is_stopped, put_back, record_spent, waits_again
 from launcher.submission import submission_folder
 from trainer.runlog import RunFolder
 
@@ -36,7 +36,7 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
     A run that had to end because the job did waits again, which is said before Ray takes its time to end, and the job goes back into the queue.
     """
     run, job, is_alone = RunFolder(Location(root)), int(os.environ["SLURM_JOB_ID"]), os.environ["SLURM_JOB_NUM_NODES"] == "1"
-    address, started_at = LOOPBACK if is_alone else own_address(), time.time()
+    address, started_at, start = LOOPBACK if is_alone else own_address(), time.time(), count_start(run, number)
     port = free_ports(address, job)
     print(f"job {job} on {os.environ['SLURM_JOB_NODELIST']}, start {1 + _restarts()}: Ray at {address}:{port}", flush=True)
     with ExitStack() as stack:
@@ -52,10 +52,12 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
             end = JobEnd(int(ExitCode.INTERRUPTED if told.is_set() else ExitCode.ENVIRONMENT), told.is_set(), lost_ray=True)
         if head.poll() is not None:
             print(here.said(), flush=True)
-        end = replace(end, by_person=is_stopped(run, started_at), restarts=_restarts())
+        end = replace(end, by_person=is_stopped(run, started_at), is_restart=_restarts() > 0, idle_starts=idle_starts(run, start))
         is_back = goes_back(end) and waits_again(run, number)
     if is_back:
         put_back(str(job))
+    elif end.is_spent:
+        record_spent(run)
     return end.exit_code
 
 

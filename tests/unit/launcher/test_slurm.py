@@ -1,6 +1,7 @@
 """What Slurm is asked for with a run, what becomes of the job, and when it goes back into the queue. Slurm's commands are programs of our own."""
 
 import json
+import math
 import os
 import shlex
 import socket
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from data_pipeline.errors import ConfigError, ExitCode
 from data_pipeline.storage import Location
 from launcher import cli
-from launcher.cluster_config import ElasticCluster, SlurmCluster
+from launcher.cluster_config import ElasticCluster, SlurmCluster, duration_s
 from launcher.clusters import allocation, slurm_jobs
 from launcher.clusters.ray_node import free_ports, resources
-from launcher.clusters.requeueing import JobEnd, goes_back, is_stopped, put_back, waits_again
+from launcher.clusters.requeueing import JobEnd, count_start, goes_back, idle_starts, is_stopped, put_back, record_spent, waits_again
 from launcher.clusters.slurm import JobScript, job_script, quoted
 from launcher.clusters.slurm_jobs import job_state
 from launcher.config import load_cluster_config, validate_cluster
@@ -150,6 +151,8 @@ def test_paths_are_quoted_as_sbatch_reads_them() -> None:
         {"account": "-x"},
         {"time_limit": "1h"},
         {"time_limit": 43200},
+        {"time_limit": "1", "grace_s": 3600},
+        {"time_limit": "4:19", "grace_s": 140},
         {"nodes": 0},
         {"environment": {"venv": "venv"}},
         {"environment": {"venv": "/x; rm -rf"}},
@@ -160,6 +163,14 @@ def test_paths_are_quoted_as_sbatch_reads_them() -> None:
 def test_cluster_files_that_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         script_of({**SMALLEST, **settings})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("90", 5400), ("90:30", 5430), ("12:00:00", 43200), ("2-0", 172800), ("1-2:03", 93780), ("2-00:00:00", 172800), ("0", math.inf)],
+)
+def test_lengths_of_time_as_slurm_writes_them(text: str, expected: float) -> None:
+    assert duration_s(text) == expected
 
 
 def test_lengths_of_time_want_quotes() -> None:
@@ -424,20 +435,40 @@ def test_slurms_names_for_states(name: str, code: int, expected: JobState) -> No
 @pytest.mark.parametrize(
     ("end", "expected", "exit_code"),
     [
-        (JobEnd(75, by_slurm=True, restarts=9), True, 75),
+        (JobEnd(75, by_slurm=True, is_restart=True), True, 75),
+        (JobEnd(75, by_slurm=True, idle_starts=3), True, 75),
+        (JobEnd(75, by_slurm=True, idle_starts=4), False, 11),
+        (JobEnd(75, by_slurm=True, by_person=True, idle_starts=4), False, 75),
         (JobEnd(-15, by_slurm=True), True, 75),
         (JobEnd(75, by_slurm=True, by_person=True), False, 75),
         (JobEnd(75), False, 75),  # maskwright stop
         (JobEnd(0, by_slurm=True), False, 0),
         (JobEnd(12, by_slurm=True), False, 12),
-        (JobEnd(75, lost_ray=True, restarts=2), True, 75),
-        (JobEnd(6, lost_ray=True, restarts=3), False, 6),
+        (JobEnd(75, lost_ray=True, idle_starts=3), True, 75),
+        (JobEnd(6, lost_ray=True, idle_starts=4), False, 11),
+        (JobEnd(8), False, 8),
+        (JobEnd(8, is_restart=True, idle_starts=2), True, 8),  # of what Slurm has lost, not all is dead
         (JobEnd(0, lost_ray=True), False, 0),
         (JobEnd(-9), False, 137),
     ],
 )
 def test_when_a_job_goes_back_into_the_queue(end: JobEnd, expected: bool, exit_code: int) -> None:
     assert (goes_back(end), end.exit_code) == (expected, exit_code)
+
+
+def test_starts_in_which_nothing_is_saved_are_counted(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    del slurm
+    assert submit() == 0
+    found: list[int] = []
+    for start in range(6):
+        begun = count_start(tiny(), 1)
+        if start == 2:
+            tiny().append_event("stage_finished", attempt=1, stage="prepare", elapsed_s=1.0)
+        found.append(idle_starts(tiny(), begun))
+    assert found == [1, 2, 0, 1, 2, 3]
+    drive()
+    record_spent(tiny())
+    assert status(capsys)[:2] == ("failed", ExitCode.RETRIES_SPENT)
 
 
 @pytest.mark.parametrize(("by", "after_s", "expected"), [("maskwright stop", 5.0, True), ("maskwright stop", -5.0, False), ("SIGTERM", 5.0, False)])
