@@ -1,9 +1,11 @@
 """The seam to Slurm: gives a job to sbatch, asks squeue and sacct what became of it, ends it (starts their processes)."""
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from launcher.clusters.slurm import LOG, SCRIPT, JobScript
 from launcher.taken_jobs import JobState
 
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"}
-_RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
+_OVER = {"COMPLETED", "FAILED", "OUT_OF_MEMORY", "CANCELLED", "TIMEOUT", "DEADLINE", "NODE_FAIL", "BOOT_FAIL", "PREEMPTED", "REVOKED"}
+"""Whatever else a Slurm says, now or in a later release, something may still come of the job."""
 _OUT_OF_REACH = ("contact slurm controller", "timed out", "connection refused", "munge", "communication", "configuration source", "slurm.conf")
 """In what Slurm's commands complain of: nothing is wrong with the job."""
 _NO_OUTPUT = 128 + 53
@@ -20,6 +23,10 @@ _NO_OUTPUT = 128 + 53
 _NOT_SHARED = (
     "error: the machine that was to drive the run could not write the output of its job into the run's folder\n"
     "Use storage that all machines of the cluster and the one that submits share."
+)
+_OUT_OF_MEMORY = (
+    "error: the job took more memory than Slurm gives it\n"
+    "Ask for more in the cluster file: options: [--mem=0] is all that a machine has, where the job has it alone (--exclusive)."
 )
 _TAIL_BYTES = 4096
 _THEIRS = ("SBATCH_", "SCANCEL_", "SQUEUE_", "SACCT_", "SLURM_")
@@ -29,6 +36,10 @@ _NEEDED = {"SLURM_CONF", "SLURM_JWT"}
 ASKED_EVERY_S = 2.0
 """Everybody's jobs are scheduled by who answers: one process asks it no more often."""
 _answers: dict[str, tuple[float, JobState]] = {}
+_NAME = "cluster-name"
+"""In the submission's folder: of the Slurm that has the job. Another one knows nothing of it."""
+known_name: list[str] = []
+"""Of the Slurm that this machine belongs to, once it has answered."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +58,30 @@ class SlurmJobs:
 
     @classmethod
     def connect(cls, folder: Path, submitted_at: float, answer_s: float) -> "SlurmJobs":
-        """Make sure of the Slurm that this machine belongs to.
+        """Make sure of the Slurm that this machine belongs to; a process asks once.
 
         Raises:
-            UnreachableError: it belongs to none, or that does not answer.
+            UnreachableError: it belongs to none, that does not answer, or it is another one than the submission was for.
         """
         jobs = cls(folder, submitted_at, answer_s)
-        jobs.call("scontrol", "ping")
+        here = jobs.name()
+        with suppress(FileNotFoundError):
+            if (there := (folder / _NAME).read_text()) != here:
+                raise UnreachableError(
+                    f"the job is on the Slurm cluster {there}, this machine belongs to {here}", "Give the command on a machine of that cluster."
+                )
         return jobs
+
+    def name(self) -> str:
+        """Of this Slurm.
+
+        Raises:
+            UnreachableError: it does not answer.
+        """
+        if not known_name:
+            found = re.search(r"^ClusterName\s*=\s*(\S+)", self.call("scontrol", "show", "config"), re.MULTILINE)
+            known_name.append(found[1] if found else "")
+        return known_name[0]
 
     def post(self, request: JobScript, package: bytes) -> None:
         """Hand a job over.
@@ -64,6 +91,7 @@ class SlurmJobs:
         """
         folder = Path(request.folder)
         (folder / request.package).write_bytes(package)
+        (folder / _NAME).write_text(self.name())
         script = folder / SCRIPT
         script.write_text(request.script)
         self.call("sbatch", "--parsable", str(script))
@@ -149,12 +177,14 @@ def job_state(name: str, exit_code: int, printed: str) -> JobState:
 
     A number of the command that was killed by signal n is 128 + n, as in a shell.
     """
-    if name in _WAITING or name in _RUNNING:
+    if name not in _OVER:
         return JobState("waiting" if name in _WAITING else "running")
     if name == "FAILED" and exit_code == _NO_OUTPUT:
         return JobState("ended", exit_code=int(ExitCode.STORAGE), message=_NOT_SHARED)
     if name in {"COMPLETED", "FAILED"}:
         return JobState("ended", exit_code=exit_code, message=printed)
+    if name == "OUT_OF_MEMORY":
+        return JobState("ended", message=_OUT_OF_MEMORY)
     if name == "CANCELLED":
         return JobState("ended", was_stopped=True)
     return JobState("ended", was_lost=True, message=name)

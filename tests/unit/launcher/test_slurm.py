@@ -70,6 +70,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SlurmCommands:
     Path("run.yaml").write_text(yaml.safe_dump(tiny_config()))
     Path("slurm.yaml").write_text(yaml.safe_dump(SMALLEST))
     found = SlurmCommands(tmp_path / "bin", monkeypatch)
+    monkeypatch.setattr(slurm_jobs, "known_name", [])
+    found.answer("scontrol", "Configuration data as of today\nClusterName             = here\n")
     found.answer("sbatch", "17\n")
     found.queue("PENDING")
     return found
@@ -290,6 +292,7 @@ def test_nobody_drives_such_a_cluster_from_outside(verb: list[str], slurm: Slurm
         ("FAILED", 9, "", "interrupted", ExitCode.INTERRUPTED, "was killed (exit code 137)"),
         ("TIMEOUT", 0, "", "interrupted", ExitCode.INTERRUPTED, "ended by its cluster: TIMEOUT"),
         ("NODE_FAIL", 1, "", "interrupted", ExitCode.INTERRUPTED, "ended by its cluster: NODE_FAIL"),
+        ("OUT_OF_MEMORY", 0, "", "failed", ExitCode.FAILED, "more memory than Slurm gives it"),
     ],
 )
 def test_what_became_of_a_job_that_never_drove(
@@ -324,11 +327,22 @@ def test_a_slurm_that_is_down_leaves_it_open(slurm: SlurmCommands, capsys: pytes
 
 
 def test_a_slurm_that_is_down_is_said_before_anything_is_written(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its ping says so on stdout, and then asks for help between stars."""
-    slurm.answer("scontrol", "Slurmctld(primary) at head is DOWN\n*****\n** RESTORE SLURMCTLD DAEMON TO SERVICE **\n", error="")
+    slurm.answer("scontrol", error="slurm_load_ctl_conf error: Unable to contact slurm controller (connect failure)\n")
     assert submit() == ExitCode.UNREACHABLE
-    assert "at head is DOWN" in capsys.readouterr().err
+    assert "Unable to contact slurm controller" in capsys.readouterr().err
     assert not Path("storage").exists()
+
+
+def test_another_slurm_is_not_asked_for_the_job(slurm: SlurmCommands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which would know no such job, and so say that nothing comes of it."""
+    assert submit() == 0
+    monkeypatch.setattr(slurm_jobs, "known_name", [])
+    slurm.answer("scontrol", "ClusterName = elsewhere\n")
+    slurm.queue("")
+    state, code, cause = status(capsys)
+    assert (state, code) == ("submitted", ExitCode.RUNNING)
+    assert "the Slurm cluster here, this machine belongs to elsewhere" in cause
+    assert not slurm.calls("squeue")
 
 
 def test_what_waits_is_taken_out_of_the_queue(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,8 +438,9 @@ def test_who_stops_a_run_is_told_that_it_is_stopped(slurm: SlurmCommands, capsys
         ("COMPLETED", 0, JobState("ended", exit_code=0, message="said")),
         ("FAILED", 12, JobState("ended", exit_code=12, message="said")),
         ("CANCELLED", 0, JobState("ended", was_stopped=True)),
-        ("OUT_OF_MEMORY", 0, JobState("ended", was_lost=True, message="OUT_OF_MEMORY")),
-        ("SOMETHING_NEW", 0, JobState("ended", was_lost=True, message="SOMETHING_NEW")),
+        ("REVOKED", 0, JobState("ended", was_lost=True, message="REVOKED")),
+        ("DEADLINE", 0, JobState("ended", was_lost=True, message="DEADLINE")),
+        ("SOMETHING_NEW", 0, JobState("running")),
     ],
 )
 def test_slurms_names_for_states(name: str, code: int, expected: JobState) -> None:
