@@ -17,10 +17,20 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from data_pipeline.errors import ExitCode
+from data_pipeline.errors import ExitCode, MaskwrightError
 from data_pipeline.storage import Location
 from launcher.clusters.ray_node import LOOK_S, LOOPBACK, address_towards, ending, free_ports, own_address, place
-from launcher.clusters.requeueing import JobEnd, count_start, goes_back, idle_starts, is_stopped, put_back, record_spent, waits_again
+from launcher.clusters.requeueing import (
+    JobEnd,
+    count_start,
+    goes_back,
+    idle_starts,
+    is_stopped,
+    put_back,
+    record_spent,
+    require_programs,
+    waits_again,
+)
 from launcher.submission import submission_folder
 from trainer.runlog import RunFolder
 
@@ -34,7 +44,11 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
     """Drive the run on the whole allocation, until it ends or the job is told to; the job's exit code.
 
     A run that had to end because the job did waits again, which is said before Ray takes its time to end, and the job goes back into the queue.
+
+    Raises:
+        EnvironmentMismatchError: this machine has no commands of Slurm.
     """
+    require_programs()
     run, job, is_alone = RunFolder(Location(root)), int(os.environ["SLURM_JOB_ID"]), os.environ["SLURM_JOB_NUM_NODES"] == "1"
     address, started_at, start = LOOPBACK if is_alone else own_address(), time.time(), count_start(run, number)
     port = free_ports(address, job)
@@ -55,7 +69,7 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
         end = replace(end, by_person=is_stopped(run, started_at), is_restart=_restarts() > 0, idle_starts=idle_starts(run, start))
         is_back = goes_back(end) and waits_again(run, number)
     if is_back:
-        put_back(str(job))
+        put_back(str(job), 120.0)
     elif end.is_spent:
         record_spent(run)
     return end.exit_code
@@ -146,7 +160,11 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(wanted, note)
     if arguments[0] == "--node":
         return run_node(arguments[1], told)
-    return run_allocation(arguments[0], int(arguments[1]), told)
+    try:
+        return run_allocation(arguments[0], int(arguments[1]), told)
+    except MaskwrightError as error:
+        print(f"error: {error.cause}\n{error.remedy}", file=sys.stderr, flush=True)
+        return int(error.exit_code)
 
 
 if __name__ == "__main__":

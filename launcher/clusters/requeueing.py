@@ -1,11 +1,14 @@
 """When a job on Slurm goes back into the queue as it ends (pure), and how (reads and writes the run folder, starts Slurm's commands)."""
 
+import shutil
 import signal
-import subprocess
+import socket
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from data_pipeline.errors import ExitCode, MaskwrightError, NotFoundError
+from data_pipeline.errors import EnvironmentMismatchError, ExitCode, MaskwrightError, NotFoundError
+from launcher.clusters.slurm_jobs import call_slurm
 from launcher.control import read_stop
 from launcher.policy import MAX_FAILURES_WITHOUT_PROGRESS
 from launcher.run_status import committed_steps
@@ -16,6 +19,10 @@ _SAVED = {ExitCode.INTERRUPTED, -signal.SIGTERM}
 """How a driver ends that was told to."""
 _LOST = {*_SAVED, ExitCode.UNREACHABLE, ExitCode.ENVIRONMENT}
 """And one whose Ray has gone."""
+PAUSE_S = 5.0
+"""Between two tries to put a job back."""
+_ANSWER_S = 20.0
+_PROGRAMS = ("squeue", "scontrol", "srun")
 _STARTS = "starts.json"
 """In the submission's folder."""
 
@@ -122,12 +129,34 @@ def waits_again(run: RunFolder, number: int) -> bool:
     return True
 
 
-def put_back(job: str) -> None:
-    """Put a job that runs back into the queue; one that Slurm cancels, or has put back by itself, is left alone."""
-    if _is_running(job) and subprocess.run(["scontrol", "requeue", job], check=False).returncode == 0:
-        print(f"job {job} goes back into the queue", flush=True)
+def put_back(job: str, allowed_s: float) -> None:
+    """Put a job that runs back into the queue; one that Slurm cancels, or has put back by itself, is left alone.
+
+    A Slurm that does not answer, such as one that is just started anew, is asked again for so many seconds. The submission waits either way.
+    """
+    deadline = time.monotonic() + allowed_s
+    while True:
+        try:
+            if call_slurm(_ANSWER_S, "squeue", "--noheader", f"--jobs={job}", "--format=%T").strip() == "RUNNING":
+                call_slurm(_ANSWER_S, "scontrol", "requeue", job)
+                print(f"job {job} goes back into the queue", flush=True)
+            return
+        except MaskwrightError as error:
+            print(f"job {job} is not back in the queue yet: {error.cause}", flush=True)
+        if time.monotonic() >= deadline:
+            print(f"error: job {job} could not be put back into the queue\nRun `maskwright resume`.", flush=True)
+            return
+        time.sleep(PAUSE_S)
 
 
-def _is_running(job: str) -> bool:
-    done = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() == "RUNNING"
+def require_programs() -> None:
+    """See, before anything is trained, that the machine has what the end of the job takes.
+
+    Raises:
+        EnvironmentMismatchError: it has not.
+    """
+    if lacks := [program for program in _PROGRAMS if shutil.which(program) is None]:
+        raise EnvironmentMismatchError(
+            f"{socket.gethostname()} has no {', '.join(lacks)} in PATH, with which a job goes back into the queue",
+            "Put Slurm's programs into the PATH that a login there has.",
+        )

@@ -139,32 +139,37 @@ class SlurmJobs:
         return job_state(name, exit_code, self.log("")[-_TAIL_BYTES:])
 
     def call(self, program: str, *arguments: str) -> str:
-        """What one of Slurm's commands prints.
+        """What one of Slurm's commands prints; raises as `call_slurm`."""
+        return call_slurm(self.answer_s, program, *arguments)
 
-        Raises:
-            UnreachableError: there is no Slurm here, or it does not answer. ConfigError: it refuses.
-        """
-        try:
-            done = subprocess.run(
-                [program, *arguments],
-                env=commands_environment(os.environ),
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=self.answer_s,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
-        except FileNotFoundError as error:
-            raise UnreachableError(
-                f"this machine belongs to no Slurm: there is no {program} in PATH",
-                "Submit from a login node of the cluster, or with another --cluster.",
-            ) from error
-        except subprocess.TimeoutExpired as error:
-            raise UnreachableError(f"Slurm does not answer: {program} took over {self.answer_s:g} s", "Try again later (`sinfo`).") from error
-        if done.returncode == 0:
-            return done.stdout
-        raise _complaint(program, done.stderr.splitlines() or done.stdout.splitlines()[:1])
+
+def call_slurm(answer_s: float, program: str, *arguments: str) -> str:
+    """What one of Slurm's commands prints, which may take so many seconds.
+
+    Raises:
+        UnreachableError: there is no Slurm here, or it does not answer. ConfigError: it refuses.
+    """
+    try:
+        done = subprocess.run(
+            [program, *arguments],
+            env=commands_environment(os.environ),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=answer_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+    except FileNotFoundError as error:
+        raise UnreachableError(
+            f"this machine belongs to no Slurm: there is no {program} in PATH",
+            "Submit from a login node of the cluster, or with another --cluster.",
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise UnreachableError(f"Slurm does not answer: {program} took over {answer_s:g} s", "Try again later (`sinfo`).") from error
+    if done.returncode == 0:
+        return done.stdout
+    raise _complaint(program, done.stderr.splitlines() or done.stdout.splitlines()[:1])
 
 
 def commands_environment(environment: Mapping[str, str]) -> dict[str, str]:

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "scontrol")
+PROGRAMS = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
 _PROGRAM = """\
 #!/bin/bash
 name=${0##*/} here=${0%/*}
 printf '%s\\n' "$name $*" >> "$here/calls"
 env > "$here/$name.environment"
 [ -e "$here/$name.out" ] && cat "$here/$name.out"
+[ -e "$here/$name.once" ] && { rm "$here/$name.once"; echo down >&2; exit 1; }
 [ -e "$here/$name.err" ] && { cat "$here/$name.err" >&2; exit 1; }
 exit 0
 """
@@ -34,6 +35,10 @@ class SlurmCommands:
         (self.folder / f"{program}.err").unlink(missing_ok=True)
         if error is not None:
             (self.folder / f"{program}.err").write_text(error)
+
+    def fail_once(self, program: str) -> None:
+        """At its next call."""
+        (self.folder / f"{program}.once").touch()
 
     def queue(self, state: str, status: int = 0) -> None:
         """What squeue tells of every job; nothing where `state` is empty."""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from data_pipeline.errors import ConfigError, ExitCode
 from data_pipeline.storage import Location
 from launcher import cli
 from launcher.cluster_config import ElasticCluster, SlurmCluster, duration_s
-from launcher.clusters import allocation, slurm_jobs
+from launcher.clusters import allocation, requeueing, slurm_jobs
 from launcher.clusters.ray_node import free_ports, resources
 from launcher.clusters.requeueing import JobEnd, count_start, goes_back, idle_starts, is_stopped, put_back, record_spent, waits_again
 from launcher.clusters.slurm import JobScript, job_script, quoted
@@ -496,8 +497,40 @@ def test_who_stops_a_run_while_its_job_ends_does_not_want_it_back(by: str, after
 @pytest.mark.parametrize(("state", "is_put_back"), [("RUNNING", True), ("COMPLETING", False), ("PENDING", False), ("", False)])
 def test_what_slurm_cancels_or_has_put_back_is_left_alone(state: str, is_put_back: bool, slurm: SlurmCommands) -> None:
     slurm.answer("squeue", f"{state}\n")
-    put_back("17")
+    put_back("17", 0.0)
     assert slurm.calls("scontrol") == (["requeue 17"] if is_put_back else [])
+
+
+@pytest.mark.parametrize("program", ["squeue", "scontrol"])
+def test_a_slurm_that_does_not_answer_is_asked_again(
+    program: str, slurm: SlurmCommands, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be started anew just then."""
+    monkeypatch.setattr(requeueing, "PAUSE_S", 0.0)
+    slurm.answer("squeue", "RUNNING\n")
+    slurm.fail_once(program)
+    put_back("17", 60.0)
+    assert slurm.calls("scontrol")[-1:] == ["requeue 17"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"job 17 is not back in the queue yet: Slurm does not answer: {program}: down",
+        "job 17 goes back into the queue",
+    ]
+    slurm.answer(program, error="down\n")
+    put_back("17", 0.0)
+    assert "error: job 17 could not be put back" in capsys.readouterr().out
+
+
+def test_a_machine_without_the_commands_of_the_end_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        assert allocation.main(["/nowhere", "1"]) == ExitCode.ENVIRONMENT
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2
+    assert "has no squeue, scontrol, srun in PATH" in lines[0]
 
 
 def test_a_submission_that_was_given_up_does_not_wait_again(slurm: SlurmCommands) -> None:
