@@ -171,8 +171,8 @@ class SlurmCluster(ElasticCluster):
     """GPUs of each machine. Null: none are asked for."""
     cpus_per_task: int | None = Field(default=None, ge=1)
     """CPUs of each machine, where one task runs: Ray. Null: what Slurm gives by itself, a single one unless `--exclusive` is among the options."""
-    grace_s: int = Field(default=120, ge=30, le=3600)
-    """Seconds before its time limit at which the job saves a checkpoint and goes back into the queue."""
+    grace_s: int = Field(default=120, ge=120, le=3600)
+    """Seconds before its time limit at which the job saves a checkpoint and goes back into the queue. The last 60 of them are for Ray to end in."""
     options: tuple[Annotated[str, Field(pattern=SBATCH_OPTION)], ...] = ()
     """Further options for sbatch, in their long form: --constraint=h100, --exclusive, --mem=0."""
 

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from data_pipeline.errors import NotFoundError
 from trainer.runlog import RunFolder
 
+GRACE_VARIABLE = "MASKWRIGHT_GRACE_S"
+"""In the environment of a driver: seconds that it has to save in when a signal tells it to end."""
+
 
 @dataclass(frozen=True)
 class StopRequest:

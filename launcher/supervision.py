@@ -16,7 +16,7 @@ from launcher.aside import Aside
 from launcher.cluster_config import Cluster
 from launcher.clusters.local import Machine, Workers
 from launcher.clusters.opening import OpenCluster, open_cluster
-from launcher.control import Grace, StopRequest, read_stop, request_stop
+from launcher.control import GRACE_VARIABLE, Grace, StopRequest, read_stop, request_stop
 from launcher.elastic import Pace, Work
 from launcher.lease import Lease
 from trainer.runlog import RunFolder
@@ -27,13 +27,19 @@ POLL_S = 0.25
 ANSWER_S = 2.0
 """How long the main thread waits for storage at a time: longer than any healthy one takes, and signals are obeyed while a dead one hangs."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CTRL_C_GRACE_S = 60.0
+SIGNAL_GRACE_S = 60.0
+"""What a run has to save in after a signal, where the environment says nothing else."""
 
 
 class CtrlCError(InterruptedRunError):
     """Ctrl-C ended the run; it can be resumed."""
 
     exit_code = ExitCode.CTRL_C
+
+
+def signal_grace_s() -> float:
+    """What a run has to save in after a signal: as whoever started its driver says, who knows how long that may live on."""
+    return float(os.environ.get(GRACE_VARIABLE, SIGNAL_GRACE_S))
 
 
 def nothing_left() -> Sequence[Work]:
@@ -215,7 +221,7 @@ class Supervisor:
             self._signalled_at = time.monotonic()
             if self.saves_on_stop():
                 self.say(f"{self._signal_name()}: saving a checkpoint, then stopping (Ctrl-C again ends at once)")
-        if time.monotonic() > self._signalled_at + CTRL_C_GRACE_S:
+        if time.monotonic() > self._signalled_at + signal_grace_s():
             cause = f"{self._signal_name()}: ended without saving, because storage did not take the request"
             raise self._as_ctrl_c(InterruptedRunError(cause, "Run `maskwright resume`."))
 
@@ -223,7 +229,7 @@ class Supervisor:
         """What somebody has asked for; a signal asks in the same way, so that everybody who looks for a request finds it."""
         request = read_stop(self.run)
         if request is None and self._signals:
-            return request_stop(self.run, grace_s=CTRL_C_GRACE_S, save=True, by=self._signal_name(), lease=self.lease.state.token)
+            return request_stop(self.run, grace_s=signal_grace_s(), save=True, by=self._signal_name(), lease=self.lease.state.token)
         return request
 
     def _signal_name(self) -> str:

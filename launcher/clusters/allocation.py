@@ -3,6 +3,7 @@
 `python -m launcher.clusters.allocation RUN NUMBER` is the job's command; it starts the same with `--node ADDRESS` on every other machine.
 """
 
+import math
 import os
 import secrets
 import signal
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 from data_pipeline.errors import ExitCode, MaskwrightError
 from data_pipeline.storage import Location
+from launcher.cluster_config import SlurmCluster
 from launcher.clusters.ray_node import LOOK_S, LOOPBACK, address_towards, ending, free_ports, own_address, place
 from launcher.clusters.requeueing import (
     JobEnd,
@@ -31,11 +33,15 @@ from launcher.clusters.requeueing import (
     require_programs,
     waits_again,
 )
+from launcher.config import load_cluster_config
+from launcher.control import GRACE_VARIABLE
 from launcher.submission import submission_folder
 from trainer.runlog import RunFolder
 
 _PAUSE_S = 5.0
 """Between two starts of Ray on a machine."""
+_RAY_END_S, _END_S = 60, 45
+"""Of the grace, the driver has all but so many seconds to save in; one that still lives so many before its end is killed, so that the job goes back."""
 
 Process = subprocess.Popen[bytes]
 
@@ -49,30 +55,41 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
         EnvironmentMismatchError: this machine has no commands of Slurm.
     """
     require_programs()
-    run, job, is_alone = RunFolder(Location(root)), int(os.environ["SLURM_JOB_ID"]), os.environ["SLURM_JOB_NUM_NODES"] == "1"
-    address, started_at, start = LOOPBACK if is_alone else own_address(), time.time(), count_start(run, number)
-    port = free_ports(address, job)
-    print(f"job {job} on {os.environ['SLURM_JOB_NODELIST']}, start {1 + _restarts()}: Ray at {address}:{port}", flush=True)
+    run = RunFolder(Location(root))
+    cluster = load_cluster_config(str(submission_folder(run, number) / "cluster.yaml"))
+    assert isinstance(cluster, SlurmCluster)
+    started_at, start = time.time(), count_start(run, number)
     with ExitStack() as stack:
-        token = stack.enter_context(_new_token(submission_folder(run, number).path))
-        here = stack.enter_context(place({**token, "RAY_ADDRESS": f"{address}:{port}"}))
-        head = stack.enter_context(ending(here.ray(*_head_arguments(address, port))))
-        if here.wait_for(head, told.is_set):
-            nodes = None if is_alone else stack.enter_context(ending(_start_nodes(f"{address}:{port}", token)))
-            driver = stack.enter_context(ending(here.python("-m", "launcher.submitted", root, str(number))))
-            end = _follow(driver, head, nodes, told)
-        else:
-            print("Ray did not start", flush=True)
-            end = JobEnd(int(ExitCode.INTERRUPTED if told.is_set() else ExitCode.ENVIRONMENT), told.is_set(), lost_ray=True)
-        if head.poll() is not None:
-            print(here.said(), flush=True)
+        end = _drive(stack, run, number, cluster, told)
         end = replace(end, by_person=is_stopped(run, started_at), is_restart=_restarts() > 0, idle_starts=idle_starts(run, start))
         is_back = goes_back(end) and waits_again(run, number)
     if is_back:
-        put_back(str(job), 120.0)
+        put_back(os.environ["SLURM_JOB_ID"], cluster.grace_s)
     elif end.is_spent:
         record_spent(run)
     return end.exit_code
+
+
+def _drive(stack: ExitStack, run: RunFolder, number: int, cluster: SlurmCluster, told: threading.Event) -> JobEnd:
+    """Start Ray, which `stack` ends, and drive the run with it."""
+    job, is_alone = int(os.environ["SLURM_JOB_ID"]), os.environ["SLURM_JOB_NUM_NODES"] == "1"
+    address = LOOPBACK if is_alone else own_address()
+    port = free_ports(address, job)
+    where, nodes = f"{address}:{port}", None
+    print(f"job {job} on {os.environ['SLURM_JOB_NODELIST']}, start {1 + _restarts()}: Ray at {where}", flush=True)
+    token = stack.enter_context(_new_token(submission_folder(run, number).path))
+    here = stack.enter_context(place({**token, "RAY_ADDRESS": where, GRACE_VARIABLE: str(cluster.grace_s - _RAY_END_S)}))
+    head = stack.enter_context(ending(here.ray(*_head_arguments(address, port))))
+    if here.wait_for(head, told.is_set):
+        nodes = None if is_alone else stack.enter_context(ending(_start_nodes(where, token)))
+        driver = stack.enter_context(ending(here.python("-m", "launcher.submitted", run.root.url, str(number))))
+        end = follow(driver, lambda: _why_to_end(head, nodes, told.is_set()), cluster.grace_s - _END_S)
+    else:
+        print("Ray did not start", flush=True)
+        end = JobEnd(int(ExitCode.INTERRUPTED if told.is_set() else ExitCode.ENVIRONMENT), told.is_set(), lost_ray=True)
+    if head.poll() is not None:
+        print(here.said(), flush=True)
+    return end
 
 
 def run_node(address: str, told: threading.Event) -> int:
@@ -87,31 +104,37 @@ def run_node(address: str, told: threading.Event) -> int:
     return int(ExitCode.INTERRUPTED)
 
 
-def _follow(driver: Process, head: Process, nodes: Process | None, told: threading.Event) -> JobEnd:
-    """Wait for the driver, which is told to save and end when the job is, or when Ray has ended."""
-    cause = None
-    while (code := driver.poll()) is None:
-        if cause is None and (cause := _why_to_end(head, nodes, told.is_set())):
-            print(f"{cause.words}: the run is told to save and end", flush=True)
-            driver.terminate()
-        time.sleep(LOOK_S)
-    cause = cause or _why_to_end(head, nodes, told.is_set())
-    return JobEnd(code, cause is not None and cause.by_slurm, cause is not None and not cause.by_slurm)
-
-
-class _Cause(NamedTuple):
+class Cause(NamedTuple):
     """Why a driver is told to end."""
 
     words: str
     by_slurm: bool = False
 
 
-def _why_to_end(head: Process, nodes: Process | None, is_told: bool) -> _Cause | None:
+def follow(driver: Process, why_to_end: Callable[[], Cause | None], allowed_s: float) -> JobEnd:
+    """Wait for the driver, which is told to save and end when there is a cause, and killed if it still lives so many seconds later."""
+    cause, deadline = None, math.inf
+    while (code := driver.poll()) is None:
+        if cause is None and (cause := why_to_end()):
+            print(f"{cause.words}: the run is told to save and end", flush=True)
+            deadline = time.monotonic() + allowed_s
+            driver.terminate()
+        if time.monotonic() >= deadline:
+            print(f"the run did not end within {allowed_s:g} s and is killed", flush=True)
+            driver.kill()
+            code = driver.wait() and -signal.SIGTERM  # what counts is that it had to end
+            break
+        time.sleep(LOOK_S)
+    cause = cause or why_to_end()
+    return JobEnd(code, cause is not None and cause.by_slurm, cause is not None and not cause.by_slurm)
+
+
+def _why_to_end(head: Process, nodes: Process | None, is_told: bool) -> Cause | None:
     if is_told or (nodes is not None and nodes.poll() == ExitCode.INTERRUPTED):  # those were: `scancel --signal` without `--batch`, or preemption
-        return _Cause("Slurm ends the job", by_slurm=True)
+        return Cause("Slurm ends the job", by_slurm=True)
     if nodes is not None and nodes.poll() is not None:
-        return _Cause(f"Ray on the other machines has ended (exit code {nodes.poll()})")
-    return _Cause("Ray's head has ended") if head.poll() is not None else None
+        return Cause(f"Ray on the other machines has ended (exit code {nodes.poll()})")
+    return Cause("Ray's head has ended") if head.poll() is not None else None
 
 
 def _restarts() -> int:

@@ -155,6 +155,7 @@ def test_paths_are_quoted_as_sbatch_reads_them() -> None:
         {"time_limit": "1h"},
         {"time_limit": 43200},
         {"time_limit": "1", "grace_s": 3600},
+        {"grace_s": 60},
         {"time_limit": "4:19", "grace_s": 140},
         {"nodes": 0},
         {"environment": {"venv": "venv"}},
@@ -499,6 +500,30 @@ def test_what_slurm_cancels_or_has_put_back_is_left_alone(state: str, is_put_bac
     slurm.answer("squeue", f"{state}\n")
     put_back("17", 0.0)
     assert slurm.calls("scontrol") == (["requeue 17"] if is_put_back else [])
+
+
+@pytest.mark.parametrize(
+    ("trap", "cause", "expected"),
+    [
+        ("", allocation.Cause("Slurm ends the job", by_slurm=True), JobEnd(-15, by_slurm=True)),
+        ("trap '' TERM;", allocation.Cause("Slurm ends the job", by_slurm=True), JobEnd(-15, by_slurm=True)),
+        ("trap '' TERM;", allocation.Cause("Ray's head has ended"), JobEnd(-15, lost_ray=True)),
+        ("exit 12;", None, JobEnd(12)),
+    ],
+)
+def test_a_driver_that_does_not_end_in_time_is_killed(
+    trap: str, cause: allocation.Cause | None, expected: JobEnd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the job goes back into the queue before Slurm kills it."""
+    monkeypatch.setattr(allocation, "LOOK_S", 0.01)
+    driver = subprocess.Popen(["bash", "-c", f"{trap} echo; read -t 60 <> <(:)"], stdout=subprocess.PIPE)
+    try:
+        assert driver.stdout is not None
+        driver.stdout.readline()  # the trap is set
+        assert allocation.follow(driver, lambda: cause, 0.3) == expected
+    finally:
+        driver.kill()
+        driver.communicate()
 
 
 @pytest.mark.parametrize("program", ["squeue", "scontrol"])

@@ -21,7 +21,7 @@ from data_pipeline.storage import Location
 from launcher import supervision
 from launcher.cluster_config import ClusterConfig
 from launcher.clusters.local import Machine, Workers
-from launcher.control import Grace, StopRequest, clear_stop, read_stop, request_stop
+from launcher.control import GRACE_VARIABLE, Grace, StopRequest, clear_stop, read_stop, request_stop
 from launcher.lease import Lease
 from launcher.progress import Notices, RecordsTail, TrainingProgress, TrialProgress, clock, human
 from launcher.supervision import CtrlCError, RayOnDemand, Supervisor
@@ -145,9 +145,26 @@ def test_ctrl_c_again_ends_a_command_whose_ray_does_not_end(run: RunFolder) -> N
     assert command.exitcode == -signal.SIGINT
 
 
+def test_who_started_the_driver_says_what_it_has_to_save_in(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Slurm it is the grace of the cluster file."""
+    monkeypatch.setenv(GRACE_VARIABLE, "840")
+    with Lease.acquire(run) as lease:
+        interrupt(0.1)
+
+        def stages() -> str:
+            while read_stop(run) is None:
+                time.sleep(0.01)
+            return "saved"
+
+        supervise(run, lease, stages, saves=True)
+    request = read_stop(run)
+    assert request is not None
+    assert request.grace_s == 840.0
+
+
 def test_a_signal_ends_the_run_in_time_though_storage_hangs(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervision, "ANSWER_S", 0.2)
-    monkeypatch.setattr(supervision, "CTRL_C_GRACE_S", 1.0)
+    monkeypatch.setattr(supervision, "SIGNAL_GRACE_S", 1.0)
     never = threading.Event()
     with Lease.acquire(run) as lease, dead_storage():
         interrupt(0.2)
