@@ -75,7 +75,7 @@ def _drive(stack: ExitStack, run: RunFolder, number: int, cluster: SlurmCluster,
     job, is_alone = int(os.environ["SLURM_JOB_ID"]), os.environ["SLURM_JOB_NUM_NODES"] == "1"
     address = LOOPBACK if is_alone else own_address()
     port = free_ports(address, job)
-    where, nodes = f"{address}:{port}", None
+    where = f"{address}:{port}"
     print(f"job {job} on {os.environ['SLURM_JOB_NODELIST']}, start {1 + _restarts()}: Ray at {where}", flush=True)
     token = stack.enter_context(_new_token(submission_folder(run, number).path))
     here = stack.enter_context(place({**token, "RAY_ADDRESS": where, GRACE_VARIABLE: str(cluster.grace_s - _RAY_END_S)}))
@@ -83,7 +83,12 @@ def _drive(stack: ExitStack, run: RunFolder, number: int, cluster: SlurmCluster,
     if here.wait_for(head, told.is_set):
         nodes = None if is_alone else stack.enter_context(ending(_start_nodes(where, token)))
         driver = stack.enter_context(ending(here.python("-m", "launcher.submitted", run.root.url, str(number))))
-        end = follow(driver, lambda: _why_to_end(head, nodes, told.is_set()), cluster.grace_s - _END_S)
+
+        def why() -> Cause | None:
+            others = nodes.poll() if nodes is not None else None
+            return why_to_end(head.poll(), others, is_told=told.is_set(), is_elastic=cluster.min_workers is not None)
+
+        end = follow(driver, why, cluster.grace_s - _END_S)
     else:
         print("Ray did not start", flush=True)
         end = JobEnd(int(ExitCode.INTERRUPTED if told.is_set() else ExitCode.ENVIRONMENT), told.is_set(), lost_ray=True)
@@ -111,11 +116,11 @@ class Cause(NamedTuple):
     by_slurm: bool = False
 
 
-def follow(driver: Process, why_to_end: Callable[[], Cause | None], allowed_s: float) -> JobEnd:
+def follow(driver: Process, why: Callable[[], Cause | None], allowed_s: float) -> JobEnd:
     """Wait for the driver, which is told to save and end when there is a cause, and killed if it still lives so many seconds later."""
     cause, deadline = None, math.inf
     while (code := driver.poll()) is None:
-        if cause is None and (cause := why_to_end()):
+        if cause is None and (cause := why()):
             print(f"{cause.words}: the run is told to save and end", flush=True)
             deadline = time.monotonic() + allowed_s
             driver.terminate()
@@ -125,16 +130,20 @@ def follow(driver: Process, why_to_end: Callable[[], Cause | None], allowed_s: f
             code = driver.wait() and -signal.SIGTERM  # what counts is that it had to end
             break
         time.sleep(LOOK_S)
-    cause = cause or why_to_end()
+    cause = cause or why()
     return JobEnd(code, cause is not None and cause.by_slurm, cause is not None and not cause.by_slurm)
 
 
-def _why_to_end(head: Process, nodes: Process | None, is_told: bool) -> Cause | None:
-    if is_told or (nodes is not None and nodes.poll() == ExitCode.INTERRUPTED):  # those were: `scancel --signal` without `--batch`, or preemption
+def why_to_end(head: int | None, nodes: int | None, *, is_told: bool, is_elastic: bool) -> Cause | None:
+    """Why a driver has to end (pure), by the exit codes of Ray's head and of the srun that keeps it on the other machines, None where they live.
+
+    An elastic run goes on without other machines, down to `min_workers`: sizing decides.
+    """
+    if is_told or nodes == ExitCode.INTERRUPTED:  # those were told: `scancel --signal` without `--batch`, or preemption
         return Cause("Slurm ends the job", by_slurm=True)
-    if nodes is not None and nodes.poll() is not None:
-        return Cause(f"Ray on the other machines has ended (exit code {nodes.poll()})")
-    return Cause("Ray's head has ended") if head.poll() is not None else None
+    if nodes is not None and not is_elastic:
+        return Cause(f"Ray on the other machines has ended (exit code {nodes})")
+    return Cause("Ray's head has ended") if head is not None else None
 
 
 def _restarts() -> int:

@@ -503,6 +503,23 @@ def test_what_slurm_cancels_or_has_put_back_is_left_alone(state: str, is_put_bac
 
 
 @pytest.mark.parametrize(
+    ("head", "nodes", "is_told", "is_elastic", "expected"),
+    [
+        (None, None, False, False, None),
+        (None, None, True, True, "Slurm ends the job"),
+        (None, 75, False, True, "Slurm ends the job"),
+        (None, 137, False, False, "Ray on the other machines has ended (exit code 137)"),
+        (None, 137, False, True, None),  # two machines, the second lost: srun has no task left, the run shrinks
+        (1, 137, False, True, "Ray's head has ended"),
+    ],
+)
+def test_why_a_driver_is_told_to_end(head: int | None, nodes: int | None, is_told: bool, is_elastic: bool, expected: str | None) -> None:
+    cause = allocation.why_to_end(head, nodes, is_told=is_told, is_elastic=is_elastic)
+    assert (cause and cause.words) == expected
+    assert (cause is not None and cause.by_slurm) == (expected == "Slurm ends the job")
+
+
+@pytest.mark.parametrize(
     ("trap", "cause", "expected"),
     [
         ("", allocation.Cause("Slurm ends the job", by_slurm=True), JobEnd(-15, by_slurm=True)),
