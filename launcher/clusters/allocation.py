@@ -21,7 +21,7 @@ from typing import NamedTuple
 from data_pipeline.errors import ExitCode, MaskwrightError
 from data_pipeline.storage import Location
 from launcher.cluster_config import SlurmCluster
-from launcher.clusters.ray_node import LOOK_S, LOOPBACK, address_towards, ending, free_ports, own_address, place
+from launcher.clusters.ray_node import LOOK_S, LOOPBACK, address_towards, answers, ending, free_ports, own_address, place
 from launcher.clusters.requeueing import (
     JobEnd,
     count_start,
@@ -40,6 +40,8 @@ from trainer.runlog import RunFolder
 
 _PAUSE_S = 5.0
 """Between two starts of Ray on a machine."""
+HEAD_S = 60.0
+"""A head that cannot be reached for so long is gone."""
 _RAY_END_S, _END_S = 60, 45
 """Of the grace, the driver has all but so many seconds to save in; one that still lives so many before its end is killed, so that the job goes back."""
 
@@ -98,14 +100,27 @@ def _drive(stack: ExitStack, run: RunFolder, number: int, cluster: SlurmCluster,
 
 
 def run_node(address: str, told: threading.Event) -> int:
-    """Keep a node of Ray on this machine until told to end: one that ends by itself is started again."""
+    """Keep a node of Ray on this machine until told to end: one that ends by itself is started again, while there is a head.
+
+    With `--no-kill` a job outlives the machine that drives it; then the others put it back into the queue, each of them, which is once.
+    """
     with place({"RAY_ADDRESS": address}) as here:
-        while not told.is_set():
-            with ending(here.ray(f"--address={address}", f"--node-ip-address={address_towards(address)}")) as ray:
-                while ray.poll() is None and not told.is_set():
-                    told.wait(LOOK_S)
-            if not told.wait(_PAUSE_S):
-                print(here.said(), flush=True)
+        words = (f"--address={address}", f"--node-ip-address={address_towards(address)}")
+        return keep_node(lambda: here.ray(*words), here.said, address, told)
+
+
+def keep_node(start: Callable[[], Process], said: Callable[[], str], address: str, told: threading.Event) -> int:
+    """Start a node again and again that belongs to the head at `address`; `said` is what it has printed."""
+    while not told.is_set():
+        with ending(start()) as ray:
+            while ray.poll() is None and not told.is_set():
+                told.wait(LOOK_S)
+        if not answers(address, HEAD_S, told.is_set):
+            print(f"Ray's head at {address} is gone", flush=True)
+            put_back(os.environ["SLURM_JOB_ID"], HEAD_S)
+            return int(ExitCode.UNREACHABLE)
+        if not told.wait(_PAUSE_S):
+            print(said(), flush=True)
     return int(ExitCode.INTERRUPTED)
 
 

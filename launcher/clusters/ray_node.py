@@ -18,6 +18,7 @@ _START_S = 180.0
 """For Ray, from a cold file system on a busy machine."""
 _END_S = 20.0
 """For what is told to end; then it is killed."""
+_CONNECT_S = 5.0
 _STARTED = "Ray runtime started"
 """What `ray start` prints when it takes work."""
 _NODE_ENVIRONMENT = {
@@ -112,6 +113,19 @@ def free_ports(address: str, job: int) -> int:
                     probe.bind((address, number))
             return port
     raise OSError(f"no free port at {address}")
+
+
+def answers(address: str, within_s: float, told: Callable[[], bool]) -> bool:
+    """Whether somebody listens at an address, now or in so many seconds. When this job is `told` to end, it does not matter."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + within_s
+    while not told():
+        with suppress(OSError), socket.create_connection((host, int(port)), timeout=_CONNECT_S):
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(LOOK_S)
+    return True
 
 
 def own_address() -> str:

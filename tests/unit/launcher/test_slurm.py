@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from data_pipeline.storage import Location
 from launcher import cli
 from launcher.cluster_config import ElasticCluster, SlurmCluster, duration_s
 from launcher.clusters import allocation, requeueing, slurm_jobs
-from launcher.clusters.ray_node import free_ports, resources
+from launcher.clusters.ray_node import answers, free_ports, resources
 from launcher.clusters.requeueing import JobEnd, count_start, goes_back, idle_starts, is_stopped, put_back, record_spent, waits_again
 from launcher.clusters.slurm import JobScript, job_script, quoted
 from launcher.clusters.slurm_jobs import job_state
@@ -584,6 +585,18 @@ def test_a_submission_that_was_given_up_does_not_wait_again(slurm: SlurmCommands
     revoke(tiny(), newest())
     assert not waits_again(tiny(), 1)
     assert newest_submission(tiny()) is None
+
+
+def test_a_machine_whose_head_is_gone_puts_the_job_back(slurm: SlurmCommands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--no-kill` nobody else does: the machine that drives is lost, and the job runs on."""
+    monkeypatch.setattr(allocation, "HEAD_S", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    slurm.answer("squeue", "RUNNING\n")
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        address = f"127.0.0.1:{head.getsockname()[1]}"
+        assert answers(address, 0.0, lambda: False)
+    assert allocation.keep_node(lambda: subprocess.Popen(["true"]), str, address, threading.Event()) == ExitCode.UNREACHABLE
+    assert slurm.calls("scontrol") == ["requeue 17"]
 
 
 def test_jobs_of_one_machine_take_different_ports() -> None:
