@@ -5,14 +5,16 @@
 
 import math
 import os
+import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -33,6 +35,7 @@ from launcher.clusters.requeueing import (
     require_programs,
     waits_again,
 )
+from launcher.clusters.slurm_jobs import call_slurm
 from launcher.config import load_cluster_config
 from launcher.control import GRACE_VARIABLE
 from launcher.submission import submission_folder
@@ -40,6 +43,7 @@ from trainer.runlog import RunFolder
 
 _PAUSE_S = 5.0
 """Between two starts of Ray on a machine."""
+_ANSWER_S = 20.0
 HEAD_S = 60.0
 """A head that cannot be reached for so long is gone."""
 _RAY_END_S, _END_S = 60, 45
@@ -54,7 +58,7 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
     A run that had to end because the job did waits again, which is said before Ray takes its time to end, and the job goes back into the queue.
 
     Raises:
-        EnvironmentMismatchError: this machine has no commands of Slurm.
+        EnvironmentMismatchError: this machine has no commands of Slurm, or no address for the others.
     """
     require_programs()
     run = RunFolder(Location(root))
@@ -75,7 +79,7 @@ def run_allocation(root: str, number: int, told: threading.Event) -> int:
 def _drive(stack: ExitStack, run: RunFolder, number: int, cluster: SlurmCluster, told: threading.Event) -> JobEnd:
     """Start Ray, which `stack` ends, and drive the run with it."""
     job, is_alone = int(os.environ["SLURM_JOB_ID"]), os.environ["SLURM_JOB_NUM_NODES"] == "1"
-    address = LOOPBACK if is_alone else own_address()
+    address = LOOPBACK if is_alone else own_address(own_names())
     port = free_ports(address, job)
     where = f"{address}:{port}"
     print(f"job {job} on {os.environ['SLURM_JOB_NODELIST']}, start {1 + _restarts()}: Ray at {where}", flush=True)
@@ -163,6 +167,15 @@ def why_to_end(head: int | None, nodes: int | None, *, is_told: bool, is_elastic
 
 def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def own_names() -> Iterator[str]:
+    """What this machine is called: by itself, by Slurm, by who sends to it for Slurm, and by whom it would send to abroad."""
+    node = os.environ["SLURMD_NODENAME"]
+    yield from (socket.gethostname(), node)
+    with suppress(MaskwrightError):
+        yield from re.findall(r"\bNodeAddr=(\S+)", call_slurm(_ANSWER_S, "scontrol", "show", "node", node, "--oneliner"))
+    yield address_towards("8.8.8.8:53")
 
 
 def _head_arguments(address: str, port: int) -> Sequence[str]:

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.errors import EnvironmentMismatchError
 from launcher.clusters.local import OBJECT_STORE_BYTES, RAY_ENVIRONMENT, session_folder
 
 LOOK_S = 0.25
@@ -128,13 +129,21 @@ def answers(address: str, within_s: float, told: Callable[[], bool]) -> bool:
     return True
 
 
-def own_address() -> str:
-    """Where other machines reach this one: what its name stands for, or from where it would send abroad."""
-    with suppress(OSError):
-        found = socket.gethostbyname(socket.gethostname())
-        if not found.startswith("127."):
-            return found
-    return address_towards("8.8.8.8:53")
+def own_address(names: Iterable[str]) -> str:
+    """Where other machines reach this one: what the first of its names stands for that means more than the machine itself.
+
+    Raises:
+        EnvironmentMismatchError: none of them does.
+    """
+    for name in names:
+        with suppress(OSError):
+            found = socket.gethostbyname(name)
+            if not found.startswith("127."):
+                return found
+    raise EnvironmentMismatchError(
+        f"machine {socket.gethostname()} knows no address of its own at which the other machines of the job reach it",
+        "Let its name stand for one on every machine (DNS or /etc/hosts), or use a single machine (nodes: 1).",
+    )
 
 
 def address_towards(other: str) -> str:

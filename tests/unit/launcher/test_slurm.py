@@ -17,12 +17,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError, ExitCode
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
 from launcher import cli
 from launcher.cluster_config import ElasticCluster, SlurmCluster, duration_s
 from launcher.clusters import allocation, requeueing, slurm_jobs
-from launcher.clusters.ray_node import answers, free_ports, resources
+from launcher.clusters.ray_node import answers, free_ports, own_address, resources
 from launcher.clusters.requeueing import JobEnd, count_start, goes_back, idle_starts, is_stopped, put_back, record_spent, waits_again
 from launcher.clusters.slurm import JobScript, job_script, quoted
 from launcher.clusters.slurm_jobs import job_state
@@ -605,6 +605,18 @@ def test_jobs_of_one_machine_take_different_ports() -> None:
     with socket.create_server(("127.0.0.1", first + 1)):
         assert free_ports("127.0.0.1", 40_017) == first + 2
     assert all(20_000 <= free_ports("127.0.0.1", job) < 32_000 for job in (1, 5_999, 6_000, 10**9))
+
+
+def test_the_head_has_an_address_that_the_others_reach(slurm: SlurmCommands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of a machine often stands for 127.0.1.1 there, and not every machine has a way abroad."""
+    monkeypatch.setenv("SLURMD_NODENAME", "localhost")
+    slurm.answer("scontrol", "NodeName=n1 Arch=x86_64 NodeAddr=192.0.2.7 NodeHostName=n1 Version=22.05.8\n")
+    assert list(allocation.own_names())[1:3] == ["localhost", "192.0.2.7"]
+    slurm.answer("scontrol", error="down\n")
+    assert list(allocation.own_names())[1] == "localhost"
+    assert own_address(["localhost", "127.0.1.1", "192.0.2.7"]) == "192.0.2.7"
+    with pytest.raises(EnvironmentMismatchError, match=socket.gethostname()):
+        own_address(["localhost", "127.0.1.1"])
 
 
 def test_ray_takes_what_the_job_has_of_the_machines() -> None:
