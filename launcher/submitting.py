@@ -195,7 +195,7 @@ def asked_status(status: RunStatus, run: RunFolder) -> RunStatus:
             return status
         return replace(status, cause=f"whether it still waits is not known: {error.cause}", remedy=error.remedy)
     if state.is_alive:
-        return replace(status, state="submitted", exit_code=int(ExitCode.RUNNING), cause="", remedy="")
+        return replace(status, state="submitted", exit_code=int(ExitCode.RUNNING), cause=state.message, remedy="")
     if not submission.waits(run):
         return read_status(run)
     end = end_of(submission, state)

@@ -17,6 +17,7 @@ class JobState:
     exit_code: int | None = None
     """Of its command, if that has ended by itself."""
     message: str = ""
+    """What its command has printed last; of one that waits, why."""
 
     @property
     def is_alive(self) -> bool:

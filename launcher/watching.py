@@ -32,7 +32,7 @@ def statuses(run: RunFolder) -> Iterator[RunStatus]:
     silent_since = math.inf
     while True:
         found, now = status_of(run), time.monotonic()
-        is_silent = found.state == "submitted" and found.cause
+        is_silent = found.state == "submitted" and found.remedy  # a cause alone is why it waits
         silent_since = min(silent_since, now) if is_silent else math.inf
         if now - silent_since > SILENCE_S:
             raise UnreachableError(found.cause, found.remedy)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from data_pipeline.errors import ConfigError, ExitCode, UnreachableError
 from launcher.clusters.slurm import LOG, SCRIPT, JobScript
@@ -35,7 +36,9 @@ _NEEDED = {"SLURM_CONF", "SLURM_JWT"}
 """How they find Slurm, and who we are."""
 ASKED_EVERY_S = 2.0
 """Everybody's jobs are scheduled by who answers: one process asks it no more often."""
-_answers: dict[str, tuple[float, JobState]] = {}
+_MOST_SELDOM_S = 30.0
+"""And ever more seldom for what waits, which may take days."""
+_answers: dict[str, "_Answer"] = {}
 _NAME = "cluster-name"
 """In the submission's folder: of the Slurm that has the job. Another one knows nothing of it."""
 known_name: list[str] = []
@@ -97,11 +100,17 @@ class SlurmJobs:
         self.call("sbatch", "--parsable", str(script))
 
     def look(self, job: str) -> JobState:
-        """What became of a job; an answer may be `ASKED_EVERY_S` seconds old."""
-        asked_at, state = _answers.get(job, (0.0, JobState("unknown")))
-        if time.monotonic() - asked_at > ASKED_EVERY_S or not state.is_alive:
-            state = self._ask(job)
-            _answers[job] = time.monotonic(), state
+        """What became of a job; an answer may be `ASKED_EVERY_S` seconds old, of a job that has waited for long `_MOST_SELDOM_S`."""
+        last = _answers.get(job)
+        if last is not None and time.monotonic() < last.good_until:
+            return last.state
+        state = self._ask(job)
+        if not state.is_alive:
+            _answers.pop(job, None)
+            return state
+        waits_still = last is not None and last.state.state == state.state == "waiting"
+        good_s = min(_MOST_SELDOM_S, 2 * last.good_s) if last is not None and waits_still else ASKED_EVERY_S
+        _answers[job] = _Answer(state, good_s, time.monotonic() + good_s)
         return state
 
     def log(self, job: str) -> str:
@@ -118,10 +127,10 @@ class SlurmJobs:
         self.call("scancel", f"--name={job}")
 
     def _ask(self, job: str) -> JobState:
-        queue = self.call("squeue", "--noheader", "--states=all", f"--name={job}", "--Format=State:.40,exit_code:.40")
-        if queue.strip():
-            name, status = queue.split()[-2:]
-            return self._told(name, _exit_code(int(status)))
+        queue = self.call("squeue", "--noheader", "--states=all", f"--name={job}", "--Format=State:.40,exit_code:.40,Reason:.100")
+        if lines := queue.strip().splitlines():
+            name, status, *reason = lines[-1].split(maxsplit=2)
+            return self._told(name, _exit_code(int(status)), "".join(reason))
         since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.submitted_at - 60))
         wanted = ["--noheader", "--parsable2", "--allocations", "--format=State,ExitCode", f"--starttime={since}", f"--name={job}"]
         try:
@@ -135,12 +144,18 @@ class SlurmJobs:
         status, _, number = code.partition(":")
         return self._told(name.split()[0], int(status) or 128 * bool(int(number)) + int(number))
 
-    def _told(self, name: str, exit_code: int) -> JobState:
-        return job_state(name, exit_code, self.log("")[-_TAIL_BYTES:])
+    def _told(self, name: str, exit_code: int, reason: str = "") -> JobState:
+        return job_state(name, exit_code, self.log("")[-_TAIL_BYTES:], reason)
 
     def call(self, program: str, *arguments: str) -> str:
         """What one of Slurm's commands prints; raises as `call_slurm`."""
         return call_slurm(self.answer_s, program, *arguments)
+
+
+class _Answer(NamedTuple):
+    state: JobState
+    good_s: float
+    good_until: float
 
 
 def call_slurm(answer_s: float, program: str, *arguments: str) -> str:
@@ -177,13 +192,15 @@ def commands_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(_THEIRS) or name in _NEEDED}
 
 
-def job_state(name: str, exit_code: int, printed: str) -> JobState:
-    """What Slurm's name for the state of a job means (pure); `printed` is the end of what it has printed.
+def job_state(name: str, exit_code: int, printed: str, reason: str = "") -> JobState:
+    """What Slurm's name for the state of a job means (pure); `printed` is the end of what it has printed, `reason` why it waits.
 
     A number of the command that was killed by signal n is 128 + n, as in a shell.
     """
+    if name in _WAITING:
+        return JobState("waiting", message="" if reason in {"", "None"} else f"Slurm lets it wait: {reason.strip()}")
     if name not in _OVER:
-        return JobState("waiting" if name in _WAITING else "running")
+        return JobState("running")
     if name == "FAILED" and exit_code == _NO_OUTPUT:
         return JobState("ended", exit_code=int(ExitCode.STORAGE), message=_NOT_SHARED)
     if name in {"COMPLETED", "FAILED"}:

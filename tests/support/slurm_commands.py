@@ -40,9 +40,9 @@ class SlurmCommands:
         """At its next call."""
         (self.folder / f"{program}.once").touch()
 
-    def queue(self, state: str, status: int = 0) -> None:
+    def queue(self, state: str, status: int = 0, reason: str = "None") -> None:
         """What squeue tells of every job; nothing where `state` is empty."""
-        self.answer("squeue", f"{state:>40}{status:>40}\n" if state else "")
+        self.answer("squeue", f"{state:>40}{status:>40}{reason:>100}\n" if state else "")
 
     def environment(self, program: str) -> dict[str, str]:
         """In which a program was called last; values of one line."""

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,32 @@ def test_the_packages_run_from_their_zip(slurm: SlurmCommands) -> None:
     assert done.stdout.strip() == f"{package}/launcher/clusters/allocation.py", done.stderr
 
 
+def test_why_a_job_waits_is_told(slurm: SlurmCommands, capsys: pytest.CaptureFixture[str]) -> None:
+    assert submit() == 0
+    slurm.queue("PENDING", reason="Nodes required for job are DOWN")
+    assert status(capsys) == ("submitted", ExitCode.RUNNING, "Slurm lets it wait: Nodes required for job are DOWN")
+
+
+def test_what_waits_for_long_is_asked_for_ever_more_seldom(slurm: SlurmCommands, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(slurm_jobs, "ASKED_EVERY_S", 2.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    jobs = slurm_jobs.SlurmJobs(slurm.folder, 0.0, 60.0)
+
+    def asked(seconds: int) -> int:
+        before = len(slurm.calls("squeue"))
+        for _ in range(seconds):
+            jobs.look("tiny-that-waits")
+            now[0] += 1.0
+        return len(slurm.calls("squeue")) - before
+
+    assert asked(60) == 5, "after 0, 2, 6, 14 and 30 seconds"
+    assert asked(60) == 2
+    slurm.queue("RUNNING")
+    assert asked(60) == 30
+    assert not slurm.calls("scontrol")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -434,8 +461,8 @@ def test_who_stops_a_run_is_told_that_it_is_stopped(slurm: SlurmCommands, capsys
 @pytest.mark.parametrize(
     ("name", "code", "expected"),
     [
-        ("CONFIGURING", 0, JobState("waiting")),
-        ("REQUEUE_HOLD", 0, JobState("waiting")),
+        ("CONFIGURING", 0, JobState("waiting", message="Slurm lets it wait: Priority")),
+        ("REQUEUE_HOLD", 0, JobState("waiting", message="Slurm lets it wait: Priority")),
         ("COMPLETING", 0, JobState("running")),
         ("SUSPENDED", 0, JobState("running")),
         ("COMPLETED", 0, JobState("ended", exit_code=0, message="said")),
@@ -447,7 +474,7 @@ def test_who_stops_a_run_is_told_that_it_is_stopped(slurm: SlurmCommands, capsys
     ],
 )
 def test_slurms_names_for_states(name: str, code: int, expected: JobState) -> None:
-    assert job_state(name, code, "said") == expected
+    assert job_state(name, code, "said", "Priority") == expected
 
 
 @pytest.mark.parametrize(
