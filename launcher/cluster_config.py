@@ -133,6 +133,7 @@ _OURS = (
     "open-mode",
     "output",
     "partition",
+    "propagate",
     "requeue",
     "signal",
     "test-only",

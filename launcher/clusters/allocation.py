@@ -43,11 +43,13 @@ from trainer.runlog import RunFolder
 
 _PAUSE_S = 5.0
 """Between two starts of Ray on a machine."""
+END_NODES = signal.SIGUSR1
+"""srun hands it on to its tasks, which tidy up; at SIGTERM it kills them."""
 _ANSWER_S = 20.0
 HEAD_S = 60.0
 """A head that cannot be reached for so long is gone."""
 _RAY_END_S, _END_S = 60, 45
-"""Of the grace, the driver has all but so many seconds to save in; one that still lives so many before its end is killed, so that the job goes back."""
+"""Of the grace, the driver has all but so many seconds to save in; one that still lives so many before its end is killed: the job has to go back."""
 
 Process = subprocess.Popen[bytes]
 
@@ -87,7 +89,7 @@ def _drive(stack: ExitStack, run: RunFolder, number: int, cluster: SlurmCluster,
     here = stack.enter_context(place({**token, "RAY_ADDRESS": where, GRACE_VARIABLE: str(cluster.grace_s - _RAY_END_S)}))
     head = stack.enter_context(ending(here.ray(*_head_arguments(address, port))))
     if here.wait_for(head, told.is_set):
-        nodes = None if is_alone else stack.enter_context(ending(_start_nodes(where, token)))
+        nodes = None if is_alone else stack.enter_context(ending(_start_nodes(where, token), by=END_NODES))
         driver = stack.enter_context(ending(here.python("-m", "launcher.submitted", run.root.url, str(number))))
 
         def why() -> Cause | None:
@@ -216,7 +218,7 @@ def main(arguments: Sequence[str]) -> int:
         del number, frame
         told.set()
 
-    for wanted in (signal.SIGTERM, signal.SIGINT):
+    for wanted in (signal.SIGTERM, signal.SIGINT, *([END_NODES] if arguments[0] == "--node" else [])):
         signal.signal(wanted, note)
     if arguments[0] == "--node":
         return run_node(arguments[1], told)

@@ -1,6 +1,7 @@
 """A node of Ray on this machine, for the length of a job that a batch system has started here (starts and ends processes)."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ _STARTED = "Ray runtime started"
 _NODE_ENVIRONMENT = {
     "RAY_raylet_start_wait_time_s": f"{_START_S:.0f}",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # the run has saved, or cannot: nothing is left to wait for
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill for what others take on a shared machine; Slurm keeps the job to its own
 }
 _FOREIGN = ("SLURM", "SBATCH", "SRUN", "PMI")
 """Variables whose names begin so mean nothing to Ray, and much to libraries which look for a launcher of their own."""
@@ -86,12 +88,12 @@ def place(own: Mapping[str, str]) -> Generator[Place]:
 
 
 @contextmanager
-def ending(process: subprocess.Popen[bytes]) -> Generator[subprocess.Popen[bytes]]:
-    """A process that ends with the block: asked to, and killed if it does not."""
+def ending(process: subprocess.Popen[bytes], by: signal.Signals = signal.SIGTERM) -> Generator[subprocess.Popen[bytes]]:
+    """A process that ends with the block: asked to by a signal, and killed if it does not."""
     try:
         yield process
     finally:
-        process.terminate()
+        process.send_signal(by)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_END_S)
         process.kill()

@@ -140,9 +140,10 @@ def put_back(job: str, allowed_s: float) -> None:
             if call_slurm(_ANSWER_S, "squeue", "--noheader", f"--jobs={job}", "--format=%T").strip() == "RUNNING":
                 call_slurm(_ANSWER_S, "scontrol", "requeue", job)
                 print(f"job {job} goes back into the queue", flush=True)
-            return
         except MaskwrightError as error:
             print(f"job {job} is not back in the queue yet: {error.cause}", flush=True)
+        else:
+            return
         if time.monotonic() >= deadline:
             print(f"error: job {job} could not be put back into the queue\nRun `maskwright resume`.", flush=True)
             return

@@ -80,6 +80,7 @@ def _options(submission: Submission, cluster: SlurmCluster, log: str) -> Iterato
         yield "--no-kill"  # a lost machine shrinks the run
     yield f"--signal=B:TERM@{cluster.grace_s}"
     yield "--export=NONE"  # what is secret here stays here
+    yield "--propagate=NONE"  # the limits of a login node, as for open files, are too low for Ray
     yield "--chdir=/"
     yield "--open-mode=append"
     yield f"--output={quoted(log)}"

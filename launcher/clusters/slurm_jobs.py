@@ -130,7 +130,7 @@ class SlurmJobs:
         queue = self.call("squeue", "--noheader", "--states=all", f"--name={job}", "--Format=State:.40,exit_code:.40,Reason:.100")
         if lines := queue.strip().splitlines():
             name, status, *reason = lines[-1].split(maxsplit=2)
-            return self._told(name, _exit_code(int(status)), "".join(reason))
+            return self._told(name, _exit_code(int(status)), "".join(reason).strip().removesuffix("None"))
         since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.submitted_at - 60))
         wanted = ["--noheader", "--parsable2", "--allocations", "--format=State,ExitCode", f"--starttime={since}", f"--name={job}"]
         try:
@@ -197,10 +197,9 @@ def job_state(name: str, exit_code: int, printed: str, reason: str = "") -> JobS
 
     A number of the command that was killed by signal n is 128 + n, as in a shell.
     """
-    if name in _WAITING:
-        return JobState("waiting", message="" if reason in {"", "None"} else f"Slurm lets it wait: {reason.strip()}")
     if name not in _OVER:
-        return JobState("running")
+        waits = name in _WAITING
+        return JobState("waiting" if waits else "running", message=f"Slurm lets it wait: {reason}" if waits and reason else "")
     if name == "FAILED" and exit_code == _NO_OUTPUT:
         return JobState("ended", exit_code=int(ExitCode.STORAGE), message=_NOT_SHARED)
     if name in {"COMPLETED", "FAILED"}:

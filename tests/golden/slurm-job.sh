@@ -5,6 +5,7 @@
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
 #SBATCH --export=NONE
+#SBATCH --propagate=NONE
 #SBATCH --chdir=/
 #SBATCH --open-mode=append
 #SBATCH --output="/shared/my runs/tiny/submissions/0001/job.log"
@@ -28,6 +29,7 @@ exec /opt/venv/bin/python -P -m launcher.clusters.allocation '/shared/my runs/ti
 #SBATCH --no-kill
 #SBATCH --signal=B:TERM@300
 #SBATCH --export=NONE
+#SBATCH --propagate=NONE
 #SBATCH --chdir=/
 #SBATCH --open-mode=append
 #SBATCH --output="/shared/my runs/tiny/submissions/0001/job.log"

@@ -1,4 +1,4 @@
-"""Slurm's commands as far as we use them, without a Slurm: programs that note how they were called, and in which environment, and answer what they are told to."""
+"""Slurm's commands as far as we use them, without a Slurm: programs that note their words and environment and answer what they are told to."""
 
 import os
 from pathlib import Path

@@ -22,7 +22,7 @@ from data_pipeline.errors import ConfigError, EnvironmentMismatchError, ExitCode
 from data_pipeline.storage import Location
 from launcher import cli
 from launcher.cluster_config import ElasticCluster, SlurmCluster, duration_s
-from launcher.clusters import allocation, requeueing, slurm_jobs
+from launcher.clusters import allocation, ray_node, requeueing, slurm_jobs
 from launcher.clusters.ray_node import answers, free_ports, own_address, resources
 from launcher.clusters.requeueing import JobEnd, count_start, goes_back, idle_starts, is_stopped, put_back, record_spent, waits_again
 from launcher.clusters.slurm import JobScript, job_script, quoted
@@ -590,7 +590,9 @@ def test_a_slurm_that_does_not_answer_is_asked_again(
     assert "error: job 17 could not be put back" in capsys.readouterr().out
 
 
-def test_a_machine_without_the_commands_of_the_end_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_machine_without_the_commands_of_the_end_is_refused_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -624,6 +626,22 @@ def test_a_machine_whose_head_is_gone_puts_the_job_back(slurm: SlurmCommands, mo
         assert answers(address, 0.0, lambda: False)
     assert allocation.keep_node(lambda: subprocess.Popen(["true"]), str, address, threading.Event()) == ExitCode.UNREACHABLE
     assert slurm.calls("scontrol") == ["requeue 17"]
+
+
+def test_a_node_is_told_to_end_by_the_signal_that_srun_hands_on() -> None:
+    """At SIGTERM srun kills its tasks, whose files would stay."""
+    with ray_node.ending(
+        subprocess.Popen(["bash", "-c", "trap 'exit 9' USR1; echo; read -t 60 <> <(:)"], stdout=subprocess.PIPE), by=allocation.END_NODES
+    ) as nodes:
+        assert nodes.stdout is not None
+        nodes.stdout.readline()
+    nodes.stdout.close()
+    assert nodes.returncode == 9
+
+
+def test_ray_does_not_kill_for_what_others_take_on_a_shared_machine() -> None:
+    with ray_node.place({}) as here:
+        assert here.environment["RAY_memory_monitor_refresh_ms"] == "0"
 
 
 def test_jobs_of_one_machine_take_different_ports() -> None:
