@@ -59,7 +59,7 @@ class Submission:
 
 
 def submission_folder(run: RunFolder, number: int) -> Location:
-    """Folder of a submission: submission.json, and the run.yaml and cluster.yaml it was made with."""
+    """Folder of a submission: submission.json, the run.yaml and cluster.yaml it was made with, and what its driver is given (inside.yaml)."""
     return run.root / "submissions" / f"{number:04d}"
 
 

@@ -44,6 +44,8 @@ _ANSWER_S = 60.0
 """And to who submits."""
 _HANDOVER_S = 60.0
 """So long after its submission a job may be on its way to the cluster, with its packages."""
+_INSIDE = "inside.yaml"
+"""In the submission's folder: the cluster as its driver sees it, which is on one of its machines."""
 _NO_PYTHON = {126, 127}
 """What a shell says of a command that it cannot start."""
 
@@ -76,7 +78,7 @@ def prepare_submission(config: RunConfig, cluster: Cluster, *, verb: str, overri
     number = next_number(run)
     folder = submission_folder(run, number)
     what = [str(folder / "run.yaml")] if verb == "run" else [run.root.url, *(word for override in overrides for word in ("--set", override))]
-    arguments = [verb, *what, "--cluster", str(folder / _inside_file(where))]
+    arguments = [verb, *what, "--cluster", str(folder / _INSIDE)]
     submission = Submission(
         number, new_job_name(run, number), dashboard, arguments, os.getcwd(), newest_lease(run), socket.gethostname(), time.time(), cluster.kind
     )
@@ -116,16 +118,11 @@ def _write_configs(prepared: Prepared) -> None:
     run, submission = prepared.run, prepared.submission
     folder = submission_folder(run, submission.number)
     (folder / "run.yaml").write_bytes(dump_yaml(prepared.config))
-    (folder / _inside_file(prepared.cluster)).write_bytes(dump_yaml(prepared.cluster.inside()))
+    (folder / _INSIDE).write_bytes(dump_yaml(prepared.cluster.inside()))
     (folder / "cluster.yaml").write_bytes(dump_yaml(prepared.cluster))
     if not run.config.exists():
         run.config.write_bytes(dump_yaml(prepared.config))
         cluster_file(run).write_bytes(dump_yaml(prepared.cluster))
-
-
-def _inside_file(cluster: ElasticCluster) -> str:
-    """Name of the file that describes the cluster to the driver, which is on one of its machines."""
-    return "cluster.yaml" if cluster.inside() is cluster else "inside.yaml"
 
 
 def pending_submission(run: RunFolder) -> Submission | None:

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from data_pipeline.errors import ConfigError, UnreachableError, UsageError
-from launcher.cluster_config import Cluster, ElasticCluster, RayCluster, SlurmCluster
+from launcher.cluster_config import Cluster, ElasticCluster, RayCluster
 from launcher.clusters.kubectl import KubeRayJobs, address_of, rayjob_request
 from launcher.clusters.ray_jobs import RayJobs
 from launcher.clusters.ray_up import ray_up_request
@@ -16,25 +16,22 @@ from launcher.submission import Submission, submission_folder
 from launcher.taken_jobs import Jobs, Request
 from trainer.runlog import RunFolder
 
-C = TypeVar("C", bound=ElasticCluster)
-R = TypeVar("R", bound=Request)
-
 
 @dataclass(frozen=True)
-class Taker(Generic[C, R]):
-    """How runs are given to the clusters of one kind."""
+class Taker:
+    """How runs are given to the clusters of one kind, each in its own words: what `request` makes, `connect` takes."""
 
-    dashboard: Callable[[C], str]
-    """The address that jobs are sent to; empty where the machine that submits knows its cluster. Raises ConfigError where the file should say it."""
-    request: Callable[[RunFolder, Submission, C, str], R]
+    request: Callable[[RunFolder, Submission, Any, str], Request]
     """The request for a submission whose packages lie in a file of that name (pure)."""
-    connect: Callable[[RunFolder, Submission, float], Jobs[R]]
+    connect: Callable[[RunFolder, Submission, float], Jobs[Any]]
     """The jobs of the cluster that a submission is for, which may take so many seconds for each answer. Raises UnreachableError."""
+    dashboard: Callable[[Any], str] = lambda _: ""
+    """The address that jobs are sent to; empty where the machine that submits knows its cluster. Raises ConfigError where the file should say it."""
     begins_anew: bool = False
     """Whether the cluster may begin a job again by itself, as when a machine was lost."""
 
 
-def taker_of(kind: str) -> Taker[Any, Any]:
+def taker_of(kind: str) -> Taker:
     """How runs are given to clusters of a kind.
 
     Raises:
@@ -66,11 +63,6 @@ def _slurm_jobs(run: RunFolder, submission: Submission, answer_s: float) -> Slur
     return SlurmJobs.connect(submission_folder(run, submission.number).path, submission.time, answer_s)
 
 
-def _no_dashboard(cluster: SlurmCluster) -> str:
-    del cluster
-    return ""
-
-
 def _connect_up(_: RunFolder, submission: Submission, answer_s: float) -> RayJobs:
     try:
         return RayJobs.connect(submission.dashboard, answer_s)
@@ -79,9 +71,9 @@ def _connect_up(_: RunFolder, submission: Submission, answer_s: float) -> RayJob
         raise UnreachableError(error.cause, remedy) from error
 
 
-TAKERS: Mapping[str, Taker[Any, Any]] = {
-    "ray": Taker(_dashboard, job_request, lambda _, submission, answer_s: RayJobs.connect(submission.dashboard, answer_s)),
-    "slurm": Taker(_no_dashboard, job_script, _slurm_jobs, begins_anew=True),
-    "kuberay": Taker(address_of, rayjob_request, lambda _, submission, answer_s: KubeRayJobs.connect(submission.dashboard, answer_s)),
-    "ray_up": Taker(lambda cluster: cluster.dashboard.rstrip("/"), ray_up_request, _connect_up),
+TAKERS: Mapping[str, Taker] = {
+    "ray": Taker(job_request, lambda _, submission, answer_s: RayJobs.connect(submission.dashboard, answer_s), _dashboard),
+    "slurm": Taker(job_script, _slurm_jobs, begins_anew=True),
+    "kuberay": Taker(rayjob_request, lambda _, submission, answer_s: KubeRayJobs.connect(submission.dashboard, answer_s), address_of),
+    "ray_up": Taker(ray_up_request, _connect_up, lambda cluster: cluster.dashboard.rstrip("/")),
 }

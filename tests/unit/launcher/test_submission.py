@@ -97,7 +97,7 @@ def status(capsys: pytest.CaptureFixture[str]) -> tuple[str, int, str]:
 
 def a_submission(run: RunFolder, number: int = 1, lease: int = 0) -> Submission:
     folder = submission_folder(run, number)
-    arguments = ["run", str(folder / "run.yaml"), "--cluster", str(folder / "cluster.yaml")]
+    arguments = ["run", str(folder / "run.yaml"), "--cluster", str(folder / "inside.yaml")]
     return Submission(number, f"{run.root.name}-12e7b4af-{number:04d}", "http://head:8265", arguments, "/home/me/texts", lease, "laptop", 1.5)
 
 
@@ -546,7 +546,7 @@ def test_a_submitted_run_is_resumed_where_it_ran(api: JobsApi) -> None:
     assert invoke("resume", "tiny", "--storage", "storage", "--set", "schedule.steps=40") == 0
     submission = newest_submission(tiny())
     assert submission is not None
-    cluster = str(submission_folder(tiny(), 2) / "cluster.yaml")
+    cluster = str(submission_folder(tiny(), 2) / "inside.yaml")
     assert submission.arguments == ["resume", str(tiny().root), "--set", "schedule.steps=40", "--cluster", cluster]
     assert list(api.jobs)[1:] == [submission.job]
 
@@ -565,7 +565,7 @@ def test_what_nobody_drove_is_resumed_as_it_was_meant(is_stopped: bool, api: Job
     submission = newest_submission(tiny())
     assert submission is not None
     folder = submission_folder(tiny(), 3)
-    assert submission.arguments == ["run", str(folder / "run.yaml"), "--cluster", str(folder / "cluster.yaml")]
+    assert submission.arguments == ["run", str(folder / "run.yaml"), "--cluster", str(folder / "inside.yaml")]
     config = load_run_config(str(folder / "run.yaml"))
     assert (config.schedule.steps, config.schedule.warmup_steps) == (40, 7)
 
