@@ -18,7 +18,7 @@ from trainer.runlog import RunFolder
 _SAVED = {ExitCode.INTERRUPTED, -signal.SIGTERM}
 """How a driver ends that was told to."""
 _LOST = {*_SAVED, ExitCode.UNREACHABLE, ExitCode.ENVIRONMENT}
-"""And one whose Ray has gone."""
+"""And one whose Ray has gone, as it may with the job."""
 PAUSE_S = 5.0
 """Between two tries to put a job back."""
 _ANSWER_S = 20.0
@@ -63,9 +63,8 @@ def goes_back(end: JobEnd) -> bool:
 
 
 def _can_go_on(end: JobEnd) -> bool:
-    if end.by_slurm:
-        return end.code in _SAVED
-    return (end.lost_ray and end.code in _LOST) or (end.is_restart and end.code == ExitCode.CONFLICT)
+    had_to_end = end.by_slurm or end.lost_ray
+    return (had_to_end and end.code in _LOST) or (end.is_restart and end.code == ExitCode.CONFLICT)
 
 
 @dataclass(frozen=True)

@@ -485,6 +485,7 @@ def test_slurms_names_for_states(name: str, code: int, expected: JobState) -> No
         (JobEnd(75, by_slurm=True, idle_starts=4), False, 11),
         (JobEnd(75, by_slurm=True, by_person=True, idle_starts=4), False, 75),
         (JobEnd(-15, by_slurm=True), True, 75),
+        (JobEnd(4, by_slurm=True), True, 4),  # Ray on the other machines was told, too
         (JobEnd(75, by_slurm=True, by_person=True), False, 75),
         (JobEnd(75), False, 75),  # maskwright stop
         (JobEnd(0, by_slurm=True), False, 0),
