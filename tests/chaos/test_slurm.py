@@ -6,6 +6,8 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ class Submitter:
     def __init__(self, slurm: Slurm, name: str) -> None:
         self.slurm, self.folder = slurm, slurm.folder.parent / name
         self.run = self.folder / "storage/tiny"
-        self.token, self.followed = "", ""
+        self.token, self.followed, self.environment = "", "", b""
         schedule = {"steps": STEPS, "warmup_steps": 5}
         write_run(
             self.folder, schedule=schedule, checkpoint={"every_steps": 10, "keep_last": 3}, validation={"every_steps": STEPS, "micro_batches": 1}
@@ -78,6 +80,15 @@ class Submitter:
     def log(self) -> str:
         return "\n".join(file.read_text(errors="replace") for file in sorted(self.run.glob("submissions/*/job.log")))
 
+    def driver_environment(self) -> bytes:
+        """Of the process that drives the run; empty while there is none."""
+        for pid in self.slurm.processes():
+            with suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"launcher.submitted" in words and str(self.run).encode() in words:
+                    return Path(f"/proc/{pid}/environ").read_bytes()
+        return b""
+
     def losses(self) -> list[float]:
         """Of each step the one of its last attempt."""
         records = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
@@ -93,10 +104,12 @@ def undisturbed(slurm: Slurm) -> Submitter:
     user = Submitter(slurm, "undisturbed")
     command = user.command("submit", "run.yaml", "--cluster", "slurm.yaml", "--follow").start()
     try:
-        command.wait_until(lambda: list(user.run.glob("submissions/0001/token")), PATIENCE_S)
+        command.wait_until(lambda: any(token.stat().st_size == 64 for token in user.run.glob("submissions/0001/token")), PATIENCE_S)
         (token,) = user.run.glob("submissions/0001/token")
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         user.token = token.read_text()
+        command.wait_until(user.driver_environment, PATIENCE_S)
+        user.environment = user.driver_environment()
         assert command.wait(PATIENCE_S) == 0, command.text()
     finally:
         command.kill_everything()
@@ -122,6 +135,7 @@ def test_what_is_secret_is_told_nobody(slurm: Slurm, undisturbed: Submitter) -> 
     for word in (SECRET, undisturbed.token):
         assert word not in told + script + undisturbed.followed
         assert not any(word.encode() in data for data in written)
+    assert SECRET.encode() not in undisturbed.environment, "what is secret where a run is submitted stays there"
 
 
 @pytest.mark.full
@@ -151,6 +165,25 @@ def test_a_signal_to_the_steps_puts_the_job_back_into_the_queue(slurm: Slurm, un
     slurm.call("scancel", "--signal=TERM", slurm.job(job))
     user.wait_for("requeue", lambda: slurm.restarts(job) == 1)
     user.wait_for("end", lambda: slurm.state(job) == "COMPLETED")
+    assert user.losses() == undisturbed.losses()
+
+
+@pytest.mark.full
+def test_a_job_that_is_requeued_by_hand_waits_again(slurm: Slurm, undisturbed: Submitter) -> None:
+    """`scontrol requeue`, as in preemption: Slurm puts the job back by itself and soon kills it. Nobody is told that the run has stopped."""
+    user = Submitter(slurm, "requeued")
+    job = user.submit()
+    user.wait_for("step", lambda: user.step() >= 12)
+    slurm.call("scontrol", "requeue", slurm.job(job))
+    states: set[str] = set()
+
+    def has_ended() -> bool:
+        states.add(user.status()["state"])
+        return slurm.state(job) == "COMPLETED"
+
+    user.wait_for("end", has_ended)
+    assert slurm.restarts(job) == 1
+    assert states <= {"running", "submitted", "finished"}
     assert user.losses() == undisturbed.losses()
 
 
