@@ -631,9 +631,8 @@ def test_a_machine_whose_head_is_gone_puts_the_job_back(slurm: SlurmCommands, mo
 
 def test_a_node_is_told_to_end_by_the_signal_that_srun_hands_on() -> None:
     """At SIGTERM srun kills its tasks, whose files would stay."""
-    with ray_node.ending(
-        subprocess.Popen(["bash", "-c", "trap 'exit 9' USR1; echo; read -t 60 <> <(:)"], stdout=subprocess.PIPE), by=allocation.END_NODES
-    ) as nodes:
+    tidies_up = "trap 'exit 9' USR1; exec 3<> <(:); echo; while :; do read -t 0.05 -u 3; done"
+    with ray_node.ending(subprocess.Popen(["bash", "-c", tidies_up], stdout=subprocess.PIPE), by=allocation.END_NODES) as nodes:
         assert nodes.stdout is not None
         nodes.stdout.readline()
     nodes.stdout.close()
