@@ -50,11 +50,7 @@ def job_request(run: RunFolder, submission: Submission, cluster: RayCluster, pac
     Raises:
         ConfigError: the storage has credentials in its address, or there is no such constraints file.
     """
-    if redacted(run.root.url) != run.root.url:
-        raise ConfigError(
-            f"storage {redacted(run.root.url)} has credentials in its address, which everybody on the cluster could read",
-            "Give them to the machines of the cluster by their environment or a file, and leave them out of storage.",
-        )
+    require_no_credentials(run)
     python = cluster.environment.python if cluster.environment else "python"
     pip = cluster.environment.pip if cluster.environment else None
     return JobRequest(
@@ -63,6 +59,19 @@ def job_request(run: RunFolder, submission: Submission, cluster: RayCluster, pac
         runtime_env=runtime_env_of(package, requirements(pip) if pip is not None else ()),
         metadata={"run": run.root.name},
     )
+
+
+def require_no_credentials(run: RunFolder) -> None:
+    """To be asked before anything is made of a run's storage: whoever may look at the cluster reads what it is asked for.
+
+    Raises:
+        ConfigError: the storage has credentials in its address.
+    """
+    if redacted(run.root.url) != run.root.url:
+        raise ConfigError(
+            f"storage {redacted(run.root.url)} has credentials in its address, which everybody on the cluster could read",
+            "Give them to the machines of the cluster by their environment or a file, and leave them out of storage.",
+        )
 
 
 def runtime_env_of(package: str, packages: Sequence[str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from data_pipeline.errors import ConfigError, UnreachableError
 from data_pipeline.storage import Location
 from launcher.cluster_config import KubeRayCluster
 from launcher.clusters.kuberay import SUBMITTER, Software, rayjob, rayjob_name
+from launcher.job_request import require_no_credentials
 from launcher.requirements import requirements
 from launcher.submission import Submission, submission_folder
 from launcher.taken_jobs import JobState
@@ -52,8 +53,9 @@ def rayjob_request(run: RunFolder, submission: Submission, cluster: KubeRayClust
     """The request for a submission: its packages travel through the run's storage, which all pods see.
 
     Raises:
-        ConfigError: pods do not see the storage, or Ray fetches no packages from there.
+        ConfigError: the storage has credentials in its address, pods do not see it, or Ray fetches no packages from there.
     """
+    require_no_credentials(run)
     file = submission_folder(run, submission.number) / package
     url = f"file://{file.path}" if file.is_local else file.url
     if not file.is_local and not url.startswith(_FETCHED):

@@ -14,6 +14,7 @@ from launcher.cluster_environment import KubernetesSecret
 from launcher.cluster_machines import HeadPod
 from launcher.job_request import runtime_env_of
 from launcher.submission import Submission
+from trainer.redaction import redacted
 from trainer.runlog import RunFolder
 
 _OBJECT_STORE_BYTES = 512 * 2**20
@@ -107,7 +108,8 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
 
 def _require_reachable(run: RunFolder, cluster: KubeRayCluster) -> None:
     if not _PLAIN.fullmatch(run.root.url):
-        raise ConfigError(f"storage {run.root.url} has characters that a shell would change", "Choose one of letters, digits and ._/:@=+- only.")
+        cause = f"storage {redacted(run.root.url)} has characters that a shell would change"
+        raise ConfigError(cause, "Choose one of letters, digits and ._/:@=+- only.")
     if run.root.is_local and (cluster.claim is None or not run.root.path.is_relative_to(cluster.claim.path)):
         seen = f"below {cluster.claim.path}, where the claim is mounted" if cluster.claim else "an object store, as the cluster file has no claim"
         raise ConfigError(f"pods do not see storage {run.root.parent.url}: expected {seen}", "Set storage, or claim in the cluster file.")

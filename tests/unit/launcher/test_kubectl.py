@@ -186,3 +186,12 @@ def test_packages_lie_where_ray_fetches_them() -> None:
     assert request.package.url in request.artefact
     with pytest.raises(ConfigError, match="Ray fetches no packages from"):
         rayjob_request(RunFolder(Location("memory://runs/tiny")), a_submission(), cluster, "maskwright-0.zip")
+
+
+@pytest.mark.parametrize("query", ["", "?a=$(id)"])
+def test_credentials_in_the_address_of_the_storage_reach_no_request_and_no_error(query: str) -> None:
+    cluster = validate_cluster(CLUSTER, "test")
+    assert isinstance(cluster, KubeRayCluster)
+    with pytest.raises(ConfigError, match="has credentials in its address") as caught:
+        rayjob_request(RunFolder(Location(f"s3://AKIAKEY:hunter2secret@bucket/runs/tiny{query}")), a_submission(), cluster, "maskwright-0.zip")
+    assert "hunter2secret" not in f"{caught.value.cause}{caught.value.remedy}"
