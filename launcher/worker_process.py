@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -102,8 +103,9 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
                 _log.info("stopped as asked: %s", error.cause)
                 return
             _log.exception("rank %d failed", rank)
-            if (told := without_hidden(str(error))) != str(error):  # Ray keeps logs of its own
-                raise RuntimeError(told) from None
+            text = "".join(traceback.format_exception(error))  # Ray keeps logs of its own, of all that led to an error
+            if without_hidden(text) != text:
+                raise RuntimeError(without_hidden(str(error))) from None
             raise
 
 

@@ -1,7 +1,7 @@
 """Leaves secrets out of what is shown or logged (remembers those that this process was given)."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")
@@ -47,8 +47,19 @@ def redacted(text: str) -> str:
     return _ASSIGNMENTS.sub(r"\1(redacted)", _SECRET_LINES.sub(r"\1(redacted)", text))
 
 
+def without_hidden_values(value: Any) -> Any:
+    """`without_hidden` of every text in nested dicts and lists."""
+    return _changed(value, without_hidden)
+
+
 def redacted_values(value: Any) -> Any:
-    """The same of every text in nested dicts."""
+    """`redacted` of every text in nested dicts and lists."""
+    return _changed(value, redacted)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {key: redacted_values(item) for key, item in value.items()}
-    return redacted(value) if isinstance(value, str) else value
+        return {key: _changed(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_changed(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value

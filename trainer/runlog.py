@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from data_pipeline.lines import last_lines
 from data_pipeline.storage import Location
+from trainer.redaction import without_hidden_values
 
 STORE_EVERY_S = 5.0
 """How long records of steps are held back for a store: `status` is no later than that."""
@@ -146,8 +147,11 @@ class MetricsWriter:
 
 
 def event_line(kind: str, *, attempt: int, step: int | None = None, **details: Any) -> str:
-    """The record of something that happens now, for who appends it more than once until storage takes it. See `RunFolder.append_event`."""
-    return json.dumps({"time": time.time(), "kind": kind, "attempt": attempt, "step": step, **details})
+    """The record of something that happens now, for who appends it more than once until storage takes it. See `RunFolder.append_event`.
+
+    It has no value of a secret that this process was given, whatever the details say.
+    """
+    return json.dumps({"time": time.time(), "kind": kind, "attempt": attempt, "step": step, **without_hidden_values(details)})
 
 
 def records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -122,7 +122,11 @@ def entry_leaks(context: RunContext, seen: str) -> None:
     Path(seen).write_text(json.dumps([os.environ["PLANTED"], os.environ["OTHER_KEY"]]))
     print("printed", os.environ["PLANTED"], os.environ["OTHER_KEY"])
     logging.getLogger("tracker").warning("logged in with %s", os.environ["OTHER_KEY"])
-    raise ValueError(f"the tracker does not know {os.environ['PLANTED']}")
+    context.run.append_event("tracker_failed", attempt=1, causes=[f"the tracker does not know {os.environ['PLANTED']}"])
+    try:
+        raise ValueError(f"the tracker does not know {os.environ['PLANTED']}")
+    except ValueError as error:
+        raise RuntimeError("the tracker is of no use") from error
 
 
 def what_ray_sees(task: WorkerTask, told: str) -> None:
@@ -148,10 +152,12 @@ def test_a_rank_has_its_secrets_and_nothing_that_it_leaves_behind_does(tmp_path:
     log = run.rank_log(1, 0).read_bytes().decode()
     assert "printed (redacted) (redacted)" in log
     assert "logged in with (redacted)" in log
-    assert "the tracker does not know (redacted)" in told.read_text()
+    assert "the tracker is of no use" in told.read_text()
+    assert run.read_events()[-1]["causes"] == ["the tracker does not know (redacted)"]
     failure = read_failure(run, 1)
     assert failure is not None
-    assert failure.cause == "rank 0: ValueError: the tracker does not know (redacted)"
+    assert failure.cause == "rank 0: RuntimeError: the tracker is of no use"
+    assert "the tracker does not know (redacted)" in failure.traceback
     files = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     assert len(files) >= 3
     assert not [path for path, data in files.items() if SECRET.encode() in data or OTHER.encode() in data]
