@@ -137,16 +137,16 @@ class KubeRayJobs:
 
 
 def state_of(status: Mapping[str, Any]) -> JobState:
-    """What the status of a RayJob says (pure)."""
-    deployment, job = str(status.get("jobDeploymentStatus", "")), status.get("jobStatus", "")
+    """What the status of a RayJob says (pure). A driver that has ended says so before the operator draws its conclusions."""
+    deployment, job = str(status.get("jobDeploymentStatus", "")), str(status.get("jobStatus", ""))
     message, reason = str(status.get("message", "")), str(status.get("reason", ""))
-    if deployment in _WAITING:
-        return JobState("waiting")
-    if deployment == "Running":
-        return JobState("running" if job == "RUNNING" else "waiting")
     if job == "STOPPED":
         return JobState("ended", was_stopped=True)
-    if deployment == "Complete":
+    if job == "SUCCEEDED" or deployment == "Complete":
         return JobState("ended", exit_code=0)
+    if job != "FAILED" and deployment in _WAITING:
+        return JobState("waiting")
+    if job != "FAILED" and deployment == "Running":
+        return JobState("running" if job == "RUNNING" else "waiting")
     code = _EXIT_CODE.search(message)
-    return JobState("ended", was_lost=reason in _LOST, exit_code=int(code[1]) if code else None, message=message or reason or deployment)
+    return JobState("ended", was_lost=reason in _LOST, exit_code=int(code[1]) if code else None, message=message or reason or job or deployment)

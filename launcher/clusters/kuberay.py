@@ -60,8 +60,8 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
     """The manifest that runs a submission on a Ray cluster of its own.
 
     Pods ask for what they may use and no more, run as one user that is not root, and have no token of Kubernetes. Ray's ports answer only to
-    the token that the operator makes for this cluster. Nobody starts a failed job again: the driver retries by itself, and a run that was
-    stopped is to stay so.
+    the token that the operator makes for this cluster. Nobody starts a failed job or its submitter again: the driver retries by itself, and a run
+    that was stopped is to stay so. The cost: where the submitter's pod is lost, the run ends with it, and is to be resumed.
 
     Raises:
         ConfigError: storage that pods do not see, or whose address a shell would change.
@@ -85,6 +85,7 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
             "runtimeEnvYAML": yaml.safe_dump(runtime_env, sort_keys=False),
             "submissionMode": "K8sJobMode",
             "backoffLimit": 0,
+            "submitterConfig": {"backoffLimit": 0},  # of the submitter's Job, at 2 by default: one that is lost ends the run, which is then resumed
             "shutdownAfterJobFinishes": True,
             "submitterPodTemplate": {"spec": {"restartPolicy": "Never", **_pod(cluster, [_submitter(image)])}},
             "rayClusterSpec": {

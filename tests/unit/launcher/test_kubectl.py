@@ -35,6 +35,9 @@ CLUSTER: dict[str, Any] = {
 }
 
 
+FAILED = "Job entrypoint command failed with exit code 7"
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a run that is not there yet, in a volume that is claimed."""
@@ -167,6 +170,9 @@ def test_kubernetes_that_cannot_be_asked(
         ({"jobDeploymentStatus": "Initializing"}, JobState("waiting")),
         ({"jobDeploymentStatus": "Running", "jobStatus": "PENDING"}, JobState("waiting")),
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING"}, JobState("running")),
+        ({"jobDeploymentStatus": "Running", "jobStatus": "SUCCEEDED"}, JobState("ended", exit_code=0)),
+        ({"jobDeploymentStatus": "Running", "jobStatus": "STOPPED"}, JobState("ended", was_stopped=True)),
+        ({"jobDeploymentStatus": "Running", "jobStatus": "FAILED", "message": FAILED}, JobState("ended", exit_code=7, message=FAILED)),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, JobState("ended", exit_code=0)),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, JobState("ended", was_stopped=True)),
         ({"jobDeploymentStatus": "ValidationFailed", "message": "no"}, JobState("ended", message="no")),
