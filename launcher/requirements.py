@@ -1,5 +1,6 @@
 """What the machines of a cluster install where its environment is `pip` (reads installed distributions and a constraints file)."""
 
+import re
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
 
@@ -58,12 +59,39 @@ def _needs(requirement: Requirement) -> Iterator[Requirement]:
 
 
 def _releases(path: str) -> dict[NormalizedName, str]:
-    """Specifier of each package in a constraints file."""
+    """Specifier of each package in a constraints file: of those lines that are meant for a platform like this one."""
     try:
-        lines = Location.at(path).read_bytes().decode().splitlines()
-        found = [Requirement(line.partition(" #")[0]) for line in map(str.strip, lines) if line and line[0] not in "#-"]
-    except (MaskwrightError, OSError, UnicodeDecodeError, InvalidRequirement) as error:
+        text = Location.at(path).read_bytes().decode()
+        found = [each for number, line in _lines(text) if (each := _constraint(line, number)) is not None]
+    except (MaskwrightError, OSError, UnicodeDecodeError, ValueError) as error:
         cause = error.cause if isinstance(error, MaskwrightError) else error
         remedy = "Give the path of a file as `pip freeze` makes."
         raise ConfigError(f"environment.pip: the constraints file {path} cannot be read: {cause}", remedy) from error
     return {canonicalize_name(each.name): str(each.specifier) for each in found}
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Lines with the number of their first, those that a backslash continues put together, without comments and hashes."""
+    begun, number = "", 0
+    for last, line in enumerate(text.splitlines(), 1):
+        number = number if begun else last
+        begun += re.sub(r"(^|\s)#.*", "", line)
+        if begun.endswith("\\"):
+            begun = begun[:-1] + " "
+            continue
+        if stripped := re.sub(r"\s--hash=\S+", "", " " + begun).strip():
+            yield number, stripped
+        begun = ""
+
+
+def _constraint(line: str, number: int) -> Requirement | None:
+    """What a line says; None where that is meant for another platform. Raises ValueError where it says what no node could be told."""
+    if line.startswith("-"):
+        raise ValueError(f"line {number} is an option of pip, {line.split()[0]}, which nodes are not given")
+    try:
+        found = Requirement(line)
+    except InvalidRequirement as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if found.url is not None:
+        raise ValueError(f"line {number} has a URL for {found.name}: expected a release, as {found.name}==1.0")
+    return found if found.marker is None or found.marker.evaluate() else None
