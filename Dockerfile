@@ -18,7 +18,8 @@ RUN apt-get update \
         ca-certificates g++ ninja-build rsync wget "python${PYTHON}" "python${PYTHON}-dev" "python${PYTHON}-venv" \
     && rm -rf /var/lib/apt/lists/* \
     && userdel --remove ubuntu \
-    && useradd --uid 1000 --user-group --create-home --shell /bin/bash maskwright
+    && useradd --uid 1000 --user-group --create-home --shell /bin/bash maskwright \
+    && install --directory --owner=maskwright --group=maskwright --mode=0700 /home/maskwright/.ray
 
 FROM base AS wheel
 WORKDIR /source
@@ -40,7 +41,9 @@ COPY --from=wheel /wheels /opt/maskwright/wheels
 RUN "python${PYTHON}" -m venv /opt/maskwright/venv \
     && /opt/maskwright/venv/bin/pip install --no-cache-dir --constraint /opt/maskwright/constraints.txt \
         ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "$(echo /opt/maskwright/wheels/*.whl)[s3,zst]" boto3 ${PACKAGES}
-ENV PATH=/opt/maskwright/venv/bin:$PATH \
+# HOME: Ray's cluster launcher copies the token to where the image says that it is.
+ENV HOME=/home/maskwright \
+    PATH=/opt/maskwright/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     TOKENIZERS_PARALLELISM=false \
     RAY_USAGE_STATS_ENABLED=0

@@ -253,7 +253,7 @@ class RayUpCluster(ElasticCluster):
     environment: Annotated[Environment, only("image", "pip", because="a new machine has no virtual environment")]
     """`{image: REF}`, run by Docker on each machine; or `{pip: FILE}`: each machine installs everything when it starts."""
     ssh_user: str = Field(default="ubuntu", pattern=r"^[a-z_][a-z0-9_-]*$")
-    """Who logs in."""
+    """Who logs in. With an image, a user whose number is 1000, as that of the image's: the token that Ray copies is only its owner's to read."""
     ssh_private_key: str | None = None
     """File of the key to log in with. Null: clouds get a new one; on premise what SSH uses."""
     head: Machines | None = None

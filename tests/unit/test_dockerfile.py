@@ -46,6 +46,9 @@ def test_every_installation_is_pinned() -> None:
 def test_nothing_runs_as_root_or_on_whatever_is_newest() -> None:
     assert having("USER")[-1] == "1000:1000"
     assert INSTRUCTIONS.index(["USER", "1000:1000"]) > max(index for index, (name, _) in enumerate(INSTRUCTIONS) if name == "RUN")
+    (home,) = re.findall(r"\bHOME=(\S+)", " ".join(having("ENV")))  # of Ray's token; without it Ray takes /root
+    assert [part for run in having("RUN") for part in run.split("&&") if f"{home}/.ray" in part and "--owner=maskwright" in part]
+    assert having("WORKDIR")[-1] == home
     stages = {"cpu", "cuda", "base", "wheel", "node", "${DEVICE}"}
     for image in (line.split()[0] for line in having("FROM")):
         assert image in stages or re.fullmatch(r"[a-z/]+:[\w.-]*\d[\w.-]*", image)
