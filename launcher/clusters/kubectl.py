@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +26,9 @@ _MARGIN_S = 5.0
 """For kubectl itself, beside what the API server may take."""
 _FETCHED = ("s3://", "gs://")
 """Stores that Ray fetches packages from."""
+_ANSWER = re.compile(r"Error from server|The \S+ .* is invalid")
+"""How lines begin in which kubectl tells the answer of an API server."""
+_REFUSED = re.compile(r"\((Forbidden|BadRequest|Invalid)\)|The \S+ .* is invalid|strict decoding error")
 _GROUP = "/apis/ray.io/v1"
 _EXIT_CODE = re.compile(r"failed with exit code (-?\d+)")
 _WAITING = {"", "New", "Initializing", "Waiting", "Retrying", "Suspending", "Suspended"}
@@ -95,10 +99,23 @@ class KubeRayJobs:
         return jobs
 
     def post(self, request: RayJobRequest, package: bytes) -> None:
-        """Put the packages into storage, and create the RayJob. An operator that does not know all that it says, such as tokens, does not get it."""
+        """Put the packages into storage, and create the RayJob. An operator that does not know all that it says, such as tokens, does not get it.
+
+        Raises:
+            ConfigError: Kubernetes refuses it. UnreachableError: whether there is one now is not known; it is deleted where that can be asked for.
+        """
         request.package.write_bytes(package)
         url = f"{_GROUP}/namespaces/{self.place.partition('@')[0]}/rayjobs?fieldValidation=Strict"
-        self._ask("create", "--raw", url, "--filename=-", given=json.dumps(request.manifest))
+        try:
+            self._ask("create", "--raw", url, "--filename=-", given=json.dumps(request.manifest))
+        except UnreachableError as error:
+            if _REFUSED.search(error.cause):
+                raise ConfigError(error.cause, _remedy_of(error.cause)) from error
+            name = request.manifest["metadata"]["name"]
+            with suppress(UnreachableError):
+                self._delete(name)
+            remedy = f"It may have been created and cost money: `{' '.join(self._kubectl())} delete rayjob {name}`, then submit again."
+            raise UnreachableError(error.cause, remedy) from error
 
     def look(self, job: str) -> JobState:
         """What became of a RayJob."""
@@ -108,23 +125,30 @@ class KubeRayJobs:
     def log(self, job: str) -> str:
         """What its driver has printed; nothing before it was submitted inside."""
         try:
-            return self._ask("logs", f"job/{rayjob_name(job)}", f"--container={SUBMITTER}")
+            return self._ask("logs", f"job/{rayjob_name(job)}", f"--container={SUBMITTER}", "--pod-running-timeout=1s")
         except UnreachableError as error:
-            if re.search(r"NotFound|waiting to start|PodInitializing|ContainerCreating", error.cause):
+            if re.search(r"NotFound|waiting to start|PodInitializing|ContainerCreating|timed out waiting", error.cause):
                 return ""
             raise
 
     def end(self, job: str) -> None:
         """Delete a RayJob: the operator tells its driver to stop, which saves, and then takes the pods away."""
-        self._ask("delete", "rayjobs.ray.io", rayjob_name(job), "--ignore-not-found", "--wait=false")
+        self._delete(rayjob_name(job))
+
+    def _delete(self, name: str) -> None:
+        self._ask("delete", "rayjobs.ray.io", name, "--ignore-not-found", "--wait=false")
+
+    def _kubectl(self) -> list[str]:
+        namespace, _, context = self.place.partition("@")
+        return ["kubectl", f"--namespace={namespace}", *([f"--context={context}"] if context else [])]
 
     def _ask(self, *arguments: str, given: str | None = None) -> str:
-        namespace, _, context = self.place.partition("@")
-        where = [f"--namespace={namespace}", f"--request-timeout={self.answer_s:.0f}s", *([f"--context={context}"] if context else [])]
-        command = ["kubectl", *where, *arguments]
-        remedy = f"Look whether `{' '.join(command[:2])} get rayjobs` works; `context` in the cluster file names another Kubernetes."
+        command = [*self._kubectl(), f"--request-timeout={self.answer_s:.0f}s", *arguments]
+        remedy = f"Look whether `{' '.join(self._kubectl())} get rayjobs` works; `context` in the cluster file names another Kubernetes."
+        nothing = subprocess.DEVNULL if given is None else None  # else a plug-in for credentials may wait for what a person types
+        limit_s = self.answer_s + _MARGIN_S
         try:
-            done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=self.answer_s + _MARGIN_S, check=False)
+            done = subprocess.run(command, input=given, stdin=nothing, capture_output=True, text=True, timeout=limit_s, check=False)
         except FileNotFoundError:
             cause = "there is no kubectl on this machine, through which Kubernetes is asked"
             raise UnreachableError(cause, "Install it, with a configuration that leads to the cluster.") from None
@@ -132,8 +156,18 @@ class KubeRayJobs:
             raise UnreachableError(f"Kubernetes does not answer kubectl within {self.answer_s:.0f} s", remedy) from None
         if done.returncode == 0:
             return done.stdout
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        raise UnreachableError(f"Kubernetes does not do what kubectl asks: {lines[-1][:300]}", remedy)
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        first = next((number for number, line in enumerate(lines) if _ANSWER.match(line)), len(lines) - 1)
+        raise UnreachableError(f"Kubernetes does not do what kubectl asks: {' '.join(lines[first:])[:300]}", remedy)
+
+
+def _remedy_of(refusal: str) -> str:
+    """What to do about what Kubernetes says of a RayJob."""
+    if "(Forbidden)" in refusal:
+        return "Ask for the right to create rayjobs.ray.io there, or choose another namespace or context in the cluster file."
+    if "authOptions" in refusal or "submitterConfig" in refusal:
+        return "Install the KubeRay operator and its resource definitions, 1.5.1 or later."
+    return "Correct the cluster file; `maskwright submit CONFIG --cluster FILE --dry-run` prints what Kubernetes is asked for."
 
 
 def state_of(status: Mapping[str, Any]) -> JobState:

@@ -17,6 +17,8 @@ class KubernetesApi:
         self.log: str | None = None
         """Of the submitter; None: it has not started."""
         self.knows_rayjobs = True
+        self.refusal: tuple[int, str, str] | None = None
+        """What who creates is told: status, reason and message. From 500 on the RayJob is there all the same."""
         self.asked: dict[str, str] = {}
         """The last path of each method."""
 
@@ -86,8 +88,9 @@ class KubernetesApi:
                 found = (200, resources("ray.io/v1", ("rayjobs", "RayJob"))) if self.knows_rayjobs else (404, "404 page not found")
             case "POST", _ if path == own:
                 job = json.loads(body)
-                self.jobs[job["metadata"]["name"]] = job
-                found = 201, job
+                if self.refusal is None or self.refusal[0] >= 500:
+                    self.jobs[job["metadata"]["name"]] = job
+                found = (201, job) if self.refusal is None else (self.refusal[0], failure(*self.refusal[1:], code=self.refusal[0]))
             case "GET", _ if path.startswith(own) and name in self.jobs:
                 found = 200, self.jobs[name]
             case "DELETE", _ if path.startswith(own) and name in self.jobs:
@@ -106,8 +109,8 @@ class KubernetesApi:
         return found
 
 
-def failure(reason: str, message: str) -> dict[str, Any]:
-    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": message, "code": 404}
+def failure(reason: str, message: str, code: int = 404) -> dict[str, Any]:
+    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "message": message, "code": code}
 
 
 def resources(group: str, *kinds: tuple[str, str]) -> dict[str, Any]:

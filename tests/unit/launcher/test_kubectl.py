@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_pipeline.errors import ConfigError, ExitCode
 from data_pipeline.storage import Location
 from launcher import cli, submitting
 from launcher.cluster_config import KubeRayCluster
-from launcher.clusters.kubectl import rayjob_request, state_of
+from launcher.clusters.kubectl import KubeRayJobs, rayjob_request, state_of
 from launcher.clusters.kuberay import rayjob_name
 from launcher.config import validate_cluster
 from launcher.lease import Lease
@@ -201,3 +202,55 @@ def test_credentials_in_the_address_of_the_storage_reach_no_request_and_no_error
     with pytest.raises(ConfigError, match="has credentials in its address") as caught:
         rayjob_request(RunFolder(Location(f"s3://AKIAKEY:hunter2secret@bucket/runs/tiny{query}")), a_submission(), cluster, "maskwright-0.zip")
     assert "hunter2secret" not in f"{caught.value.cause}{caught.value.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "remedy"),
+    [
+        ((403, "Forbidden", "rayjobs.ray.io is forbidden: User me cannot create resource"), "Ask for the right"),
+        ((400, "BadRequest", 'strict decoding error: unknown field "spec.rayClusterSpec.authOptions"'), "1.5.1 or later"),
+        ((422, "Invalid", "RayJob.ray.io x is invalid: spec.backoffLimit: Invalid value"), "Correct the cluster file"),
+    ],
+)
+def test_a_rayjob_that_kubernetes_refuses_is_an_error_of_the_file(
+    refusal: tuple[int, str, str], remedy: str, api: KubernetesApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.refusal = refusal
+    assert submit() == ExitCode.CONFIG
+    cause, what_to_do = capsys.readouterr().err.strip().splitlines()
+    assert refusal[2].rpartition(":")[2] in cause
+    assert remedy in what_to_do
+
+
+def test_a_rayjob_whose_creation_had_no_answer_is_deleted_and_named(api: KubernetesApi, capsys: pytest.CaptureFixture[str]) -> None:
+    api.refusal = (504, "Timeout", "request did not complete")
+    assert submit() == ExitCode.UNREACHABLE
+    assert re.search(r"`kubectl --namespace=research .*delete rayjob tiny-\S+-0001`", capsys.readouterr().err)
+    assert (api.asked["DELETE"].rpartition("/")[2].startswith("tiny-"), api.jobs) == (True, {})
+
+
+def a_kubectl(does: str, monkeypatch: pytest.MonkeyPatch) -> KubeRayJobs:
+    Path("kubectl").write_text(f"#!/bin/sh\n{does}\n")
+    Path("kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{Path.cwd()}:{os.environ['PATH']}")
+    return KubeRayJobs("research", 5.0)
+
+
+def test_kubectl_is_given_nothing_of_what_a_person_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs, (reads, writes), own = a_kubectl("cat", monkeypatch), os.pipe(), os.dup(0)
+    os.write(writes, b"typed ahead")
+    os.close(writes)
+    os.dup2(reads, 0)
+    try:
+        assert jobs.log("tiny-0001") == ""
+    finally:
+        os.dup2(own, 0)
+        os.close(reads)
+        os.close(own)
+
+
+@pytest.mark.parametrize("said", ["timed out waiting for the condition", "container is waiting to start: ContainerCreating"])
+def test_the_log_of_a_pod_that_is_not_there_yet_is_empty_and_not_waited_for(said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = a_kubectl(f'echo "$@" > asked; echo "error: {said}" >&2; exit 1', monkeypatch)
+    assert jobs.log("tiny-0001") == ""
+    assert "--pod-running-timeout=1s" in Path("asked").read_text().split()
