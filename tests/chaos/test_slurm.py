@@ -60,7 +60,8 @@ class Submitter:
 
     def submit(self) -> str:
         """The name of the job."""
-        return json.loads(self.call("submit", "run.yaml", "--cluster", "slurm.yaml", "--json").splitlines()[-1])["submission"]
+        said = self.call("submit", "run.yaml", "--cluster", "slurm.yaml", "--json")
+        return json.loads(said.splitlines()[-1])["submission"]  # what people read comes first, on stderr
 
     def status(self) -> dict[str, Any]:
         return json.loads(self.call("status", "tiny", "--json"))
