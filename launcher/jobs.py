@@ -4,6 +4,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 
@@ -171,7 +172,7 @@ def record_end(job: Job, error: BaseException) -> None:
         job.lease.beat()
         if not job.lease.lost.is_set():
             asked = read_stop(job.run) if kind == "stopped" else None
-            by = {"by": asked.by} if asked is not None else {}
+            by: dict[str, Any] = {"by": asked.by} if asked is not None else {}
             job.run.append_event(kind, attempt=job.attempt, stage=job.stage, exit_code=int(code), cause=cause, remedy=remedy, **by)
         driver_log(job.run).append_line(redacted("".join(traceback.format_exception(error))))
 
