@@ -208,7 +208,7 @@ class KubeRayCluster(ElasticCluster):
     environment: Annotated[Environment, only("image", "pip", because="pods start from an image")]
     """`{image: REF}`; or `{pip: FILE}`: Ray's own image, and each pod installs the rest when it starts."""
     context: str | None = Field(default=None, pattern=r"^[\w./:@-]+$")
-    """Of kubectl: which Kubernetes. Null: the current one."""
+    """Of kubectl: which Kubernetes. Null: the one that is current when the run is submitted."""
     namespace: Label = "default"
     """Where everything is made."""
     num_nodes: int = Field(default=1, ge=1)

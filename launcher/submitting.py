@@ -96,6 +96,7 @@ def submit(prepared: Prepared, say: Callable[[str], None]) -> Jobs[Any]:
     Raises:
         UnreachableError: the cluster does not answer, or not to us. ConflictError: somebody drives the run, or it waits already.
     """
+    prepared = _named(prepared)
     run, submission = prepared.run, prepared.submission
     jobs = taker_of(submission.kind).connect(run, submission, _ANSWER_S)
     if (lease := proven_holder(run, say)) is not None:
@@ -112,6 +113,13 @@ def submit(prepared: Prepared, say: Callable[[str], None]) -> Jobs[Any]:
         raise
     record_posted(run, submission, packing_s=prepared.packing_s, upload_s=time.monotonic() - started_at)
     return jobs
+
+
+def _named(prepared: Prepared) -> Prepared:
+    """For the one cluster that it goes to, whatever this machine takes for its own later."""
+    taker = taker_of(prepared.submission.kind)
+    cluster = taker.named(prepared.cluster, _ANSWER_S)
+    return replace(prepared, cluster=cluster, submission=replace(prepared.submission, dashboard=taker.dashboard(cluster)))
 
 
 def _write_configs(prepared: Prepared) -> None:

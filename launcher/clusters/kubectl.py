@@ -14,7 +14,7 @@ import yaml
 
 from data_pipeline.errors import ConfigError, UnreachableError
 from data_pipeline.storage import Location
-from launcher.cluster_config import KubeRayCluster
+from launcher.cluster_config import NAMESPACE, KubeRayCluster
 from launcher.clusters.kuberay import SUBMITTER, Software, rayjob, rayjob_name
 from launcher.job_request import require_no_credentials
 from launcher.requirements import requirements
@@ -74,6 +74,22 @@ def address_of(cluster: KubeRayCluster) -> str:
     return cluster.namespace if cluster.context is None else f"{cluster.namespace}@{cluster.context}"
 
 
+def with_context(cluster: KubeRayCluster, answer_s: float) -> KubeRayCluster:
+    """The cluster with the context that kubectl has now, where its file names none: what runs there is found there later, whatever is current then.
+
+    Raises:
+        ConfigError: that context has a name which a cluster file cannot give. UnreachableError: there is no kubectl.
+    """
+    if cluster.context is not None:
+        return cluster
+    context = KubeRayJobs(address_of(cluster), answer_s).current_context()
+    named = cluster.model_copy(update={"context": context or None})
+    if not re.fullmatch(NAMESPACE, address_of(named)):
+        cause = f"kubectl's current context {context!r} has characters that no cluster file may have"
+        raise ConfigError(cause, "Give it another name: `kubectl config rename-context`.")
+    return named
+
+
 @dataclass(frozen=True)
 class KubeRayJobs:
     """The RayJobs of a namespace. Every method raises UnreachableError when kubectl does not get an answer."""
@@ -97,6 +113,15 @@ class KubeRayJobs:
                 raise
             raise UnreachableError("Kubernetes there knows no RayJobs", "Install the KubeRay operator, 1.5.1 or later.") from error
         return jobs
+
+    def current_context(self) -> str:
+        """Of kubectl; empty where there is none, as in a pod that has the rights of its service account."""
+        try:
+            return self._ask("config", "current-context").strip()
+        except UnreachableError as error:
+            if "current-context is not set" in error.cause:
+                return ""
+            raise
 
     def post(self, request: RayJobRequest, package: bytes) -> None:
         """Put the packages into storage, and create the RayJob. An operator that does not know all that it says, such as tokens, does not get it.

@@ -6,7 +6,7 @@ from typing import Any
 
 from data_pipeline.errors import ConfigError, UnreachableError, UsageError
 from launcher.cluster_config import Cluster, ElasticCluster, RayCluster
-from launcher.clusters.kubectl import KubeRayJobs, address_of, rayjob_request
+from launcher.clusters.kubectl import KubeRayJobs, address_of, rayjob_request, with_context
 from launcher.clusters.ray_jobs import RayJobs
 from launcher.clusters.ray_up import ray_up_request
 from launcher.clusters.slurm import job_script
@@ -27,6 +27,8 @@ class Taker:
     """The jobs of the cluster that a submission is for, which may take so many seconds for each answer. Raises UnreachableError."""
     dashboard: Callable[[Any], str] = lambda _: ""
     """The address that jobs are sent to; empty where the machine that submits knows its cluster. Raises ConfigError where the file should say it."""
+    named: Callable[[Any, float], Any] = lambda cluster, _: cluster
+    """The cluster, with what its file leaves to the machine that submits; within so many seconds. Raises UnreachableError."""
     begins_anew: bool = False
     """Whether the cluster may begin a job again by itself, as when a machine was lost."""
 
@@ -74,6 +76,6 @@ def _connect_up(_: RunFolder, submission: Submission, answer_s: float) -> RayJob
 TAKERS: Mapping[str, Taker] = {
     "ray": Taker(job_request, lambda _, submission, answer_s: RayJobs.connect(submission.dashboard, answer_s), _dashboard),
     "slurm": Taker(job_script, _slurm_jobs, begins_anew=True),
-    "kuberay": Taker(rayjob_request, lambda _, submission, answer_s: KubeRayJobs.connect(submission.dashboard, answer_s), address_of),
+    "kuberay": Taker(rayjob_request, lambda _, submission, answer_s: KubeRayJobs.connect(submission.dashboard, answer_s), address_of, with_context),
     "ray_up": Taker(ray_up_request, _connect_up, lambda cluster: cluster.dashboard.rstrip("/")),
 }

@@ -15,7 +15,7 @@ from data_pipeline.errors import ConfigError, ExitCode
 from data_pipeline.storage import Location
 from launcher import cli, submitting
 from launcher.cluster_config import KubeRayCluster
-from launcher.clusters.kubectl import KubeRayJobs, rayjob_request, state_of
+from launcher.clusters.kubectl import KubeRayJobs, rayjob_request, state_of, with_context
 from launcher.clusters.kuberay import rayjob_name
 from launcher.config import validate_cluster
 from launcher.lease import Lease
@@ -97,7 +97,8 @@ def test_a_run_is_created_seen_followed_and_ended(api: KubernetesApi, monkeypatc
     assert submit() == 0
     submission = newest_submission(tiny())
     assert submission is not None
-    assert (submission.kind, submission.dashboard) == ("kuberay", "research")
+    assert (submission.kind, submission.dashboard) == ("kuberay", "research@here")
+    assert yaml.safe_load((tiny().root / "submissions" / "0001" / "cluster.yaml").read_bytes())["context"] == "here"
     name = rayjob_name(submission.job)
     assert list(api.jobs) == [name]
     assert "fieldValidation=Strict" in api.asked["POST"]
@@ -254,3 +255,22 @@ def test_the_log_of_a_pod_that_is_not_there_yet_is_empty_and_not_waited_for(said
     jobs = a_kubectl(f'echo "$@" > asked; echo "error: {said}" >&2; exit 1', monkeypatch)
     assert jobs.log("tiny-0001") == ""
     assert "--pod-running-timeout=1s" in Path("asked").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("does", "given", "context"),
+    [("echo here", None, "here"), ("exit 1", "there", "there"), ('echo "error: current-context is not set" >&2; exit 1', None, None)],
+)
+def test_a_submission_names_its_kubernetes(does: str, given: str | None, context: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    a_kubectl(does, monkeypatch)
+    cluster = validate_cluster({**CLUSTER, "context": given}, "test")
+    assert isinstance(cluster, KubeRayCluster)
+    assert with_context(cluster, 5.0).context == context
+
+
+def test_a_context_that_no_cluster_file_may_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_kubectl("echo 'my context'", monkeypatch)
+    cluster = validate_cluster(CLUSTER, "test")
+    assert isinstance(cluster, KubeRayCluster)
+    with pytest.raises(ConfigError, match="current context 'my context'"):
+        with_context(cluster, 5.0)
