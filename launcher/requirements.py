@@ -87,7 +87,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 def _constraint(line: str, number: int) -> Requirement | None:
     """What a line says; None where that is meant for another platform. Raises ValueError where it says what no node could be told."""
     if line.startswith("-"):
-        raise ValueError(f"line {number} is an option of pip, {line.split()[0]}, which nodes are not given")
+        raise ValueError(f"line {number} is an option of pip, {line.split(maxsplit=1)[0]}, which nodes are not given")
     try:
         found = Requirement(line)
     except InvalidRequirement as error:

@@ -87,10 +87,7 @@ class KubernetesApi:
             case "GET", "/apis/ray.io/v1":
                 found = (200, resources("ray.io/v1", ("rayjobs", "RayJob"))) if self.knows_rayjobs else (404, "404 page not found")
             case "POST", _ if path == own:
-                job = json.loads(body)
-                if self.refusal is None or self.refusal[0] >= 500:
-                    self.jobs[job["metadata"]["name"]] = job
-                found = (201, job) if self.refusal is None else (self.refusal[0], failure(*self.refusal[1:], code=self.refusal[0]))
+                found = self._created(json.loads(body))
             case "GET", _ if path.startswith(own) and name in self.jobs:
                 found = 200, self.jobs[name]
             case "DELETE", _ if path.startswith(own) and name in self.jobs:
@@ -107,6 +104,11 @@ class KubernetesApi:
             case _:
                 pass
         return found
+
+    def _created(self, job: dict[str, Any]) -> tuple[int, Any]:
+        if self.refusal is None or self.refusal[0] >= 500:
+            self.jobs[job["metadata"]["name"]] = job
+        return (201, job) if self.refusal is None else (self.refusal[0], failure(*self.refusal[1:], code=self.refusal[0]))
 
 
 def failure(reason: str, message: str, code: int = 404) -> dict[str, Any]:

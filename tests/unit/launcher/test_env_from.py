@@ -123,10 +123,7 @@ def entry_leaks(context: RunContext, seen: str) -> None:
     print("printed", os.environ["PLANTED"], os.environ["OTHER_KEY"])
     logging.getLogger("tracker").warning("logged in with %s", os.environ["OTHER_KEY"])
     context.run.append_event("tracker_failed", attempt=1, causes=[f"the tracker does not know {os.environ['PLANTED']}"])
-    try:
-        raise ValueError(f"the tracker does not know {os.environ['PLANTED']}")
-    except ValueError as error:
-        raise RuntimeError("the tracker is of no use") from error
+    raise RuntimeError("the tracker is of no use") from ValueError(f"the tracker does not know {os.environ['PLANTED']}")
 
 
 def what_ray_sees(task: WorkerTask, told: str) -> None:
