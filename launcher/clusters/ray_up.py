@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.errors import ConfigError
 from launcher.cluster_config import RayUpCluster
 from launcher.cluster_machines import LocalProvider, Machines
 from launcher.job_request import JobRequest, job_request
@@ -37,11 +38,21 @@ def ray_up_request(run: RunFolder, submission: Submission, cluster: RayUpCluster
     """The request for a submission, and the file that starts its cluster.
 
     Raises:
-        ConfigError: as of `job_request`, or there is no such constraints file.
+        ConfigError: as of `job_request`, there is no such constraints file, or containers do not see the storage.
     """
+    _require_seen(run, cluster)
     job = job_request(run, submission, cluster.inside(), package)
     pip = cluster.environment.pip
     return RayUpRequest(**job.to_json(), launcher_file=ray_up_file(cluster, requirements(pip) if pip is not None else ()))
+
+
+def _require_seen(run: RunFolder, cluster: RayUpCluster) -> None:
+    """A container has of its machine's folders only the shared one."""
+    folder = cluster.shared_folder
+    if cluster.environment.image is None or not run.root.is_local or (folder is not None and run.root.path.is_relative_to(folder)):
+        return
+    seen = f"below {folder}, the shared_folder" if folder is not None else "an object store, as the cluster file has no shared_folder"
+    raise ConfigError(f"containers do not see storage {run.root.parent.url}: expected {seen}", "Set storage, or shared_folder in the cluster file.")
 
 
 def ray_up_file(cluster: RayUpCluster, packages: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.storage import Location
 from launcher.cluster_config import KubeRayCluster, RayUpCluster
 from launcher.clusters.kuberay import Software, rayjob, rayjob_name
-from launcher.clusters.ray_up import ray_up_file
+from launcher.clusters.ray_up import ray_up_file, ray_up_request
 from launcher.config import load_cluster_config, validate_cluster
 from launcher.submission import Submission
 from trainer.runlog import RunFolder
@@ -161,3 +162,23 @@ def test_ray_listens_to_nobody_without_the_token(changes: dict[str, Any]) -> Non
     assert all("RAY_AUTH_MODE=token ray start" in command for command in starts)
     assert "--dashboard-host=127.0.0.1" in starts[0]
     assert found["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+@pytest.mark.parametrize(
+    ("changes", "storage", "said"),
+    [
+        ({}, "/shared/runs/tiny", "an object store"),
+        ({"shared_folder": "/shared"}, "/sharedelse/runs/tiny", "below /shared"),
+        ({"shared_folder": "/shared"}, "/shared/runs/tiny", None),
+        ({}, "s3://bucket/runs/tiny", None),
+    ],
+)
+def test_storage_that_containers_do_not_see_is_refused(changes: dict[str, Any], storage: str, said: str | None) -> None:
+    found = validate_cluster({**load_cluster_config("ray-up").model_dump(mode="json"), **changes}, "test")
+    assert isinstance(found, RayUpCluster)
+    asked = partial(ray_up_request, RunFolder(Location(storage)), a_submission(), found, "maskwright-0.zip")
+    if said is None:
+        assert asked().launcher_file["docker"]["image"]
+        return
+    with pytest.raises(ConfigError, match=said):
+        asked()
