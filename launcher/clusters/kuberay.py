@@ -61,7 +61,8 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
 
     Pods ask for what they may use and no more, run as one user that is not root, and have no token of Kubernetes. Ray's ports answer only to
     the token that the operator makes for this cluster. Nobody starts a failed job or its submitter again: the driver retries by itself, and a run
-    that was stopped is to stay so. The cost: where the submitter's pod is lost, the run ends with it, and is to be resumed.
+    that was stopped is to stay so. The cost: where the submitter's pod is lost, the run ends with it, and is to be resumed. The
+    operator submits when all of `num_nodes` are ready, and waits for that without limit.
 
     Raises:
         ConfigError: storage that pods do not see, or whose address a shell would change.
