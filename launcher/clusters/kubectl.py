@@ -157,7 +157,7 @@ class KubeRayJobs:
             raise
 
     def end(self, job: str) -> None:
-        """Delete a RayJob: the operator tells its driver to stop, which saves, and then takes the pods away."""
+        """Delete a RayJob: its pods are taken away within seconds, saved or not. What is to be saved is saved by `stop` before, through storage."""
         self._delete(rayjob_name(job))
 
     def _delete(self, name: str) -> None:
