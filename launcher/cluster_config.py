@@ -212,7 +212,7 @@ class KubeRayCluster(ElasticCluster):
     namespace: Label = "default"
     """Where everything is made."""
     num_nodes: int = Field(default=1, ge=1)
-    """Pods that train. The first start waits for all of them without limit, whatever `min_workers` and `wait_s` say: KubeRay submits to no other cluster."""
+    """Pods that train. The first start waits for all of them without limit, whatever `min_workers` and `wait_s` say: so does KubeRay."""
     cpus: int = Field(default=8, ge=1)
     """CPUs of each, asked for and never more."""
     memory: Quantity = "32Gi"
