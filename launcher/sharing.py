@@ -78,7 +78,8 @@ def _late(storage: str, tried: Sequence[NodeMeasurements], group: Sequence[str])
 def _not_exclusive(storage: str, nodes: Sequence[NodeMeasurements], group: Sequence[str]) -> Iterator[Finding]:
     """Leases and attempts are numbers that exactly one of several may claim (R10). Whoever was lost may have been that one."""
     winners = sum(each.written.won for each in nodes if each.written is not None and each.node.id in group)
-    is_known = all(each.read is not None for each in nodes if not each.node.gone)
+    lost_winner = any(each.lost and each.written is not None and each.written.won for each in nodes)
+    is_known = not lost_winner and all(each.read is not None for each in nodes if not each.node.gone)
     if winners > 1 or (winners == 0 and group and is_known):
         what = f"in {storage} {winners} of {len(group)} nodes created the file that exactly one may create: two commands could drive one run"
         remedy = "Choose a storage with exclusive creation: a POSIX file system, NFS 3 or later, or a store with conditional puts."

@@ -332,6 +332,12 @@ def test_what_one_may_create_was_created_twice() -> None:
     assert "2 of 3 nodes created the file that exactly one may create" in found.faults[0].what
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_node_may_be_lost_after_it_has_created_what_one_may_create(name: str) -> None:
+    found = verdict(**{name: well(name, lost="no answer in 65 s")})
+    assert [fault.node for fault in found.faults] == [name]
+
+
 def test_a_node_that_reads_old_contents() -> None:
     found = verdict(b=well("b", read=read("a", "c")))
     assert (found.excluded, found.code) == (("b",), ExitCode.STORAGE)

@@ -87,7 +87,7 @@ APART: dict[tuple[str, Any], Plan] = {(node.id, look_around): on_machine(node.ho
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examination, "_SHARED_S", 0.5)
+    monkeypatch.setattr(examination, "_SHARED_S", 1.0)  # waited out only where storage is not shared
     monkeypatch.setattr(node_rates, "SECONDS", 0.05)
     monkeypatch.setattr(node_rates, "_BYTES", {"gloo": 1 << 16})
 
