@@ -392,5 +392,6 @@ def test_a_save_that_fails_beside_training_ends_both_ranks_at_the_next_step(tmp_
     assert kind == StorageError.__name__
     assert cause.startswith("rank 1 could not write its part of the checkpoint: [Errno 27] File too large")
     assert 4 <= step <= 8  # step 4 is saved while the next ones are taken; the next save would have waited for it
-    assert run.checkpoints.children() == ["step-00000002"]
+    committed = [name for name in run.checkpoints.children() if "." not in name]  # a rank may end before it has removed its part of the other
+    assert committed == ["step-00000002"]
     assert run.read_events()[-1]["kind"] == "checkpoint_failed"
