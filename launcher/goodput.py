@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 USEFUL = "useful"
 CAUSES = {
     USEFUL: "training: steps that count",
-    "start_up": "start-up of the workers, until their first step",
+    "start_up": "start-up of cluster and workers, until their first step",
     "repeated": "steps that were lost and trained again",
     "down": "noticing a failure, and until the next start",
     "checkpoint": "training stood still for a checkpoint",
@@ -32,7 +32,7 @@ Seconds = NDArray[np.float64]
 
 @dataclass
 class Goodput:
-    """Seconds by cause, from the first start of a worker group to the end of the last; without the time for which somebody had stopped the run."""
+    """Seconds by cause, from when workers were first asked for to the end of the last; without the time for which somebody had stopped the run."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
     paused_s: float = 0.0
@@ -60,11 +60,11 @@ class Goodput:
 
 
 def goodput(attempts: Sequence[Attempt], history: History, events: Events) -> Goodput:
-    """Account for all time between the first attempt's start and the last one's end; of one that runs, its last step."""
-    spent, now = Goodput(), attempts[0].started_at if attempts else 0.0
+    """Account for all time between the first attempt's beginning and the last one's end; of one that runs, its last step."""
+    spent, now = Goodput(), attempts[0].asked_at if attempts else 0.0
     before: Attempt | None = None
     for attempt in attempts:
-        begin = max(now, attempt.started_at)
+        begin = max(now, attempt.asked_at)
         if before is not None and before.ended in {"stopped", "finished"}:
             spent.paused_s += begin - now
         else:

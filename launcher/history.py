@@ -99,6 +99,8 @@ class Attempt:
     world_size: int | None
     zero_stage: int | None
     device: str
+    asked_at: float
+    """When the driver began to start Ray, or to wait for nodes; `started_at` where that was not recorded."""
     started_at: float
     ended_at: float | None
     """None while it runs."""
@@ -130,6 +132,7 @@ def attempts_of(events: Events, history: History) -> list[Attempt]:
                 world_size=event.get("world_size"),
                 zero_stage=event.get("zero_stage"),
                 device=event.get("device", ""),
+                asked_at=event["time"] - event.get("cluster_s", 0.0),
                 started_at=event["time"],
                 ended_at=first.get("time"),
                 ended=told.get("ended", "running"),

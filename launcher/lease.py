@@ -47,9 +47,13 @@ class LeaseState:
         """Whether the holder is or was a process of this machine."""
         return self.machine == this_machine()
 
+    def is_dead(self) -> bool:
+        """Whether the holder is known to be dead: of another machine's processes nobody knows."""
+        return self.is_here() and process_start(self.pid) != self.pid_started
+
     def is_live(self, now: float) -> bool:
         """Whether the holder seems to be at work: it was heard of lately, by the clocks of both machines, and is not known to be dead."""
-        return now - self.time <= STALE_AFTER_S and (not self.is_here() or process_start(self.pid) == self.pid_started)
+        return now - self.time <= STALE_AFTER_S and not self.is_dead()
 
 
 def this_machine() -> str:

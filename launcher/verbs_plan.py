@@ -52,6 +52,8 @@ def plan(
         return
     show(found)
     verb = "run" if found.facts.mixture is not None else "prepare"
+    if verb == "run" and any(problem.severity == "error" for problem in found.problems):
+        return  # each has its remedy
     next_command(command(verb, config, overrides=overrides, storage=storage, cluster=cluster))
 
 

@@ -3,14 +3,15 @@
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from data_pipeline.errors import ExitCode, UnreachableError
-from launcher.lease import holder
+from launcher.lease import STALE_AFTER_S, holder, read_lease
 from launcher.run_status import RunStatus, may_begin_anew, read_status
 from trainer.runlog import RunFolder
 
 SILENCE_S = 60.0
-"""How long a cluster that is followed may not answer."""
+"""How long a cluster that is followed may not answer, and a driver on another machine not be heard of beyond its lease."""
 
 
 def status_of(run: RunFolder) -> RunStatus:
@@ -36,7 +37,16 @@ def statuses(run: RunFolder) -> Iterator[RunStatus]:
         silent_since = min(silent_since, now) if is_silent else math.inf
         if now - silent_since > SILENCE_S:
             raise UnreachableError(found.cause, found.remedy)
-        yield found
+        yield _while_in_doubt(found, run)
+
+
+def _while_in_doubt(found: RunStatus, run: RunFolder) -> RunStatus:
+    """A run whose driver has not been heard of for a little too long still runs, as far as anybody knows: its storage may be slow."""
+    lease = read_lease(run) if found.state == "interrupted" else None
+    if lease is None or lease.is_dead() or time.time() - lease.time > STALE_AFTER_S + SILENCE_S:
+        return found
+    cause = f"nothing is heard of its driver on {lease.host} just now"
+    return replace(found, state="running", exit_code=int(ExitCode.RUNNING), stage=lease.stage, cause=cause, remedy="")
 
 
 def endings(run: RunFolder) -> Iterator[bool]:

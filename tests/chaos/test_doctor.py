@@ -46,8 +46,8 @@ def on_core(number: int) -> Sequence[str]:
 
 
 @contextmanager
-def others_at_work(core: int, count: int = 4) -> Iterator[None]:
-    """Processes that take most of a core."""
+def others_at_work(core: int, count: int = 12) -> Iterator[None]:
+    """Processes that take most of a core: so many that it is the slow one also while other tests use the rest of the machine."""
     busy = [subprocess.Popen([*on_core(core), sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield

@@ -20,8 +20,8 @@ class Told:
     def event(self, time: float, kind: str, attempt: int, step: int | None = None, **details: Any) -> None:
         self.events.append({"time": time, "kind": kind, "attempt": attempt, "step": step, **details})
 
-    def start(self, time: float, attempt: int, world_size: int = 2) -> None:
-        self.event(time, "attempt_started", attempt, stage="pretrain", world_size=world_size, zero_stage=1, device="cpu")
+    def start(self, time: float, attempt: int, world_size: int = 2, **details: Any) -> None:
+        self.event(time, "attempt_started", attempt, stage="pretrain", world_size=world_size, zero_stage=1, device="cpu", **details)
 
     def step(self, time: float, attempt: int, step: int, length: float = 1.0, *, wait: float = 0.0, stall: float = 0.0) -> None:
         values = {"time": time, "step_s": length, "data_wait_s": wait, "checkpoint_stall_s": stall}
@@ -114,6 +114,18 @@ def test_an_attempt_ends_as_the_launcher_says_and_fewer_ranks_after_a_loss_are_n
     assert (first.ended, first.ended_at, first.cause, first.grew) == (ended, 5.0, "why", False)
     lost = {"shut_down": 1.0, "down": 1.0} if failure == "preemption" else {"down": 2.0}
     assert spent(found) == {"useful": 5.0, "start_up": 1.0, **lost}
+
+
+def test_starting_ray_and_waiting_for_nodes_is_start_up() -> None:
+    told = Told()
+    told.start(0.0, 1, cluster_s=30.0)
+    told.step(5.0, 1, 0)
+    told.event(6.0, "worker_failed", 1, failure="infrastructure", cause="killed")
+    told.start(20.0, 2, cluster_s=12.0)
+    told.step(25.0, 2, 0)
+    attempts, found, _ = told.read()
+    assert [(each.asked_at, each.started_at) for each in attempts] == [(-30.0, 0.0), (8.0, 20.0)]
+    assert spent(found) == {"start_up": 34.0 + 16.0, "repeated": 1.0, "down": 1.0 + 2.0, "useful": 1.0}
 
 
 def test_a_run_that_is_at_work_ends_with_its_last_step() -> None:

@@ -133,6 +133,10 @@ def test_a_prepared_corpus_is_counted(here: Path, capsys: pytest.CaptureFixture[
     assert other["epochs"] is None, "another shuffle is another corpus"
     assert cli.run(["plan", config], debug=True) == 0
     assert "next: maskwright run" in capsys.readouterr().out
+    assert cli.run(["plan", config, "-W", "100"], debug=True) == 0
+    said = capsys.readouterr().out
+    assert "error: 100 ranks exceed" in said
+    assert "next:" not in said, "it would not get past the errors"
 
 
 def test_a_mixture_is_counted_by_corpus(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

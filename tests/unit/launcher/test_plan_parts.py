@@ -130,7 +130,7 @@ def records(num_steps: int, *, rank_passes_s: float, beside_s: float) -> list[di
 
 
 def attempt(world_size: int, num_steps: int) -> Attempt:
-    return Attempt(1, world_size, 1, "cpu", 990.0, None, "running", "", None, 0, num_steps - 1, grew=False)
+    return Attempt(1, world_size, 1, "cpu", 985.0, 990.0, None, "running", "", None, 0, num_steps - 1, grew=False)
 
 
 def test_hours_of_the_same_run_are_those_of_its_steps() -> None:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,26 @@ def test_a_run_that_has_ended_is_not_waited_for(run: RunFolder, capsys: pytest.C
     assert invoke("--exit-code") == ExitCode.DIVERGED
     assert capsys.readouterr().out.startswith("failed  step 0/10  the loss is not finite\n")
     assert invoke() == ExitCode.OK
+
+
+@pytest.mark.parametrize(("unheard_s", "states"), [(31.0, ["running", "running", "interrupted"]), (91.0, ["interrupted"])])
+def test_a_driver_elsewhere_is_given_up_later_than_its_lease(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], unheard_s: float, states: Sequence[str]
+) -> None:
+    """Its storage may be slow; whoever watches would otherwise go home while it trains."""
+    lease = Lease.acquire(run)
+    run.append_event("command_started", attempt=0)
+
+    def unheard(seconds: float) -> Callable[[], object]:
+        state = replace(lease.state, machine="elsewhere", host="there", stage="pretrain", time=time.time() - seconds)
+        return lambda: run.lease.write_json(asdict(state))
+
+    unheard(unheard_s)()
+    between_looks(monkeypatch, unheard(0.0), unheard(91.0))
+    assert invoke("--json", "--exit-code") == ExitCode.INTERRUPTED
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["state"] for each in found] == states
+    assert all("there" in each["cause"] for each in found[:1] if each["state"] == "running")
 
 
 def test_ctrl_c_ends_watching_and_nothing_else(run: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
