@@ -61,7 +61,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = (),
         data["storage"] = storage
     elif "storage" not in data and STORAGE_VARIABLE in os.environ:
         data["storage"] = os.environ[STORAGE_VARIABLE]
-    return validate(RunConfig, data, os.fspath(path))
+    return validate(RunConfig, data, f"{os.fspath(path)}{' with --set' if overrides else ''}")
 
 
 def override_run_config(config: RunConfig, overrides: Sequence[str]) -> RunConfig:

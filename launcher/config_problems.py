@@ -73,6 +73,8 @@ def _expectation(message: str) -> str:
 
 
 def shown(value: Any) -> str:
+    if value is None:
+        return "nothing"
     text = repr(value)
     return f"{text if len(text) <= 60 else text[:57] + '...'} ({_KINDS.get(type(value), type(value).__name__)})"
 
@@ -84,7 +86,6 @@ _KINDS: dict[type, str] = {
     bool: "true/false",
     list: "list",
     dict: "mapping",
-    type(None): "nothing",
 }
 
 

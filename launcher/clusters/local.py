@@ -126,7 +126,7 @@ def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> G
                 try:
                     start_ray(ray, config, workers, machine, folder / f"ray{tries_left}")
                     break
-                except (RuntimeError, ConnectionError, TimeoutError, OSError, ValueError) as error:
+                except Exception as error:
                     ray.shutdown()
                     if not tries_left:
                         raise EnvironmentMismatchError(

@@ -16,11 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.errors import ConfigError, InterruptedRunError, StorageError
+from data_pipeline.errors import ConfigError, EnvironmentMismatchError, InterruptedRunError, StorageError
 from data_pipeline.storage import Location
 from launcher import rank_log
 from launcher.attempts import attempt_folder, claim_attempt, read_failure
 from launcher.cluster_config import ClusterConfig, LocalCluster
+from launcher.clusters import local
 from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
 from launcher.health import Beat
 from launcher.policy import FailureKind
@@ -82,6 +83,25 @@ def test_ray_leaves_our_handler_of_sigterm_alone(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGTERM) is ours
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_ray_that_is_late_is_started_once_more_and_then_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = "The current node timed out during startup."
+    errors, folders = iter([Exception(late), None, Exception(late), Exception(late)]), list[Path]()
+
+    def start(*arguments: Any) -> None:
+        folders.append(arguments[-1])
+        if error := next(errors):
+            raise error
+
+    monkeypatch.setattr(local, "start_ray", start)
+    shape = LocalCluster(), Workers(1, 1, False), Machine(1, 0)
+    with local.local_cluster(*shape):
+        assert folders[-1].parent.exists()
+    with pytest.raises(EnvironmentMismatchError, match=f"Ray did not start: {late}"), local.local_cluster(*shape):
+        pytest.fail("it has not started")
+    assert [folder.name for folder in folders] == ["ray1", "ray0"] * 2
+    assert not any(folder.parent.exists() for folder in folders)
 
 
 def test_interface_of_an_address() -> None:
