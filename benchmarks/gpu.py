@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from benchmarks.training import BASE, LARGE, TINY, Network, Shape, our_precision
 
 BUDGET_S = 420.0
 """No part begins later than this; the longest is meant to take about two minutes."""
+LIMIT_S = 530.0
+"""After which what was measured is shown, whatever still runs."""
 NOT_MEASURED = "not measured on a GPU"
 _MISSING = ("tenacity", "webdataset", "webdataset.tariterators", "webdataset.writer")
 """What only reading corpora and stores needs."""
@@ -131,9 +134,8 @@ PARTS: dict[str, Callable[[Session], Iterator[Claim]]] = {
 }
 
 
-def measure(session: Session, parts: Sequence[str], now: Callable[[], float] = time.monotonic) -> list[Claim]:
-    """All parts; one that fails or would begin too late is a row that says so."""
-    claims: list[Claim] = []
+def measure(session: Session, parts: Sequence[str], claims: list[Claim], now: Callable[[], float] = time.monotonic) -> None:
+    """Add the figures of all parts to `claims` as they come; a part that fails or would begin too late is a row that says so."""
     begun = now()
     for part in parts:
         if now() - begun > BUDGET_S:
@@ -142,10 +144,27 @@ def measure(session: Session, parts: Sequence[str], now: Callable[[], float] = t
         print(f"{part} ...", file=sys.stderr, flush=True)
         try:
             claims += PARTS[part](session)
+            device.free()
         except Exception as error:  # noqa: BLE001 - the other parts are worth having
             claims.append(session.claim(part, "", [], [], f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"))
-        device.free()
-    return claims
+
+
+def show(session: Session, claims: Sequence[Claim], file: Path | None) -> None:
+    """Print the table; write JSON."""
+    about = session.environment
+    print(f"{about['card'] or 'a CPU: ' + NOT_MEASURED}, driver {about.get('driver')}, torch {installed_version('torch')}, {session.precision}")
+    print("\n".join(lines(claims)), flush=True)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([claim.record() for claim in claims], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def give_up(session: Session, claims: list[Claim], file: Path | None) -> None:
+    """End the process with what there is: a kernel that hangs hears nothing else."""
+    try:
+        show(session, [*claims, session.claim("the rest", "", [], [], f"not measured: not done after {LIMIT_S:.0f} s")], file)
+    finally:
+        os._exit(1)
 
 
 def describe_device() -> dict[str, Any]:
@@ -205,13 +224,14 @@ def main() -> int:
     environment = {"command": command_line("gpu"), **describe_machine(), **about}
     precision = our_precision()
     session = Session(plan, precision, environment, _stated_peak(about["card"], precision), on_gpu)
+    claims: list[Claim] = []
+    limit = threading.Timer(LIMIT_S, give_up, (session, claims, given.json))
+    limit.daemon = True
+    limit.start()
     with process_group():
-        claims = measure(session, given.only)
-    print(f"{about['card'] or 'a CPU: ' + NOT_MEASURED}, driver {about.get('driver')}, torch {installed_version('torch')}, {session.precision}")
-    print("\n".join(lines(claims)))
-    if given.json is not None:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps([claim.record() for claim in claims], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        measure(session, given.only, claims)
+    limit.cancel()
+    show(session, claims, given.json)
     return 0
 
 

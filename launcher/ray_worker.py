@@ -75,6 +75,8 @@ def set_worker_environment(threads: int, use_gpu: bool) -> None:
         os.environ["NCCL_SOCKET_IFNAME"] = interface
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
+    if not use_gpu:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray leaves those of the machine visible
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

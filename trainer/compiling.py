@@ -99,9 +99,10 @@ def _made_up(rows: int, length: int, samples_a_row: int) -> TensorBatch:
     ids_RT, places_T = torch.zeros(rows, length, dtype=torch.int64), torch.arange(length)
     sample_ids_RT = (1 + places_T * samples_a_row // length).expand(rows, -1).clone()
     sample_ids_RT[:, -1] = 0
+    positions_RT = places_T.expand(rows, -1).contiguous()  # only memory of its own can be pinned
     starts_B = (torch.arange(rows)[:, None] * length + torch.arange(samples_a_row) * (length // samples_a_row)).flatten()
     unlabelled_B = torch.full_like(starts_B, IGNORED)
-    return TensorBatch(ids_RT, ids_RT, places_T.expand(rows, -1), sample_ids_RT, starts_B, starts_B, unlabelled_B, unlabelled_B)
+    return TensorBatch(ids_RT, ids_RT, positions_RT, sample_ids_RT, starts_B, starts_B, unlabelled_B, unlabelled_B)
 
 
 def _forward_backward(network: PretrainingNetwork, batch: TensorBatch) -> None:

@@ -27,6 +27,7 @@ def derive_deepspeed_config(config: RunConfig, world_size: int, device: str = "c
         # In fp32 at stage 0 DeepSpeed clips without telling the norm, so the engine clips.
         "gradient_clipping": 0.0 if config.zero.stage == 0 and config.precision == "fp32" else config.optimizer.clip_norm,
         "communication_data_type": "fp32",
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every pass
         "zero_optimization": _zero_optimization(config, device),
         **_precision(config),
     }

@@ -212,13 +212,16 @@ def _import_deepspeed(device: torch.device) -> Any:
     """Import and initialise DeepSpeed on top of the process group that is there."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+        os.environ.setdefault("LOCAL_RANK", "0")
+    else:
+        os.environ["LOCAL_RANK"] = str(device.index)  # by which DeepSpeed chooses a GPU; Ray may number ranks otherwise than devices
     deepspeed: Any = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # it calls names that torch renames
-    # The shared-memory all-reduce would be compiled on first use, and spins for ever when a peer is killed. Gloo does neither.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # The shared-memory all-reduce would be compiled on first use, and spins for ever when a peer is killed. Gloo does neither.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
     return deepspeed
 

@@ -16,7 +16,7 @@ from typing import Any
 
 # Imported once by the fork server: a rank then starts in milliseconds instead of the seconds that importing deepspeed takes.
 PRELOAD = ["torch", "deepspeed.runtime.zero.muon.muon_optimizer", "trainer.zero_files", "trainer.pretrain", "tests.support.distributed"]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
 GRACE_S = 10.0
 
 

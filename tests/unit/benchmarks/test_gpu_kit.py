@@ -1,8 +1,10 @@
 """The GPU kit: what it says without a GPU, of cards, of parts that fail, and of packages that are not there."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +32,8 @@ def test_a_part_that_fails_or_comes_too_late_is_a_row(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(gpu, "PARTS", {"half": half, "late": half})
     times = iter([0.0, 1.0, gpu.BUDGET_S + 1.0])
-    claims = measure(GPU, ["half", "late"], now=lambda: next(times))
+    claims: list[Claim] = []
+    measure(GPU, ["half", "late"], claims, now=lambda: next(times))
     assert [(claim.claim, claim.ours, claim.peer_version) for claim in claims] == [
         ("first", 1.0, None),
         ("half", None, "failed: no memory"),
@@ -39,6 +42,29 @@ def test_a_part_that_fails_or_comes_too_late_is_a_row(monkeypatch: pytest.Monkey
     table = list(lines(claims))
     assert len(table) == 4
     assert "failed: no memory" in table[2]
+
+
+HANGING = """
+import sys, time
+from benchmarks import gpu
+
+def hang(session):
+    yield session.claim("first", "ms", [1.0])
+    time.sleep(600)
+
+gpu.PARTS["attention"], gpu.LIMIT_S = hang, 1.0
+sys.exit(gpu.main())
+"""
+
+
+def test_a_kernel_that_hangs_does_not_take_the_figures_with_it(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HANGING, "--only", "attention", "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr[-2000:]
+    first, rest = json.loads((tmp_path / "gpu.json").read_text())
+    assert first["ours"] == 1.0
+    assert "not measured: not done after" in rest["peer_version"]
+    assert first["claim"] in done.stdout
 
 
 def test_kernels_that_a_machine_lacks_say_why() -> None:
