@@ -11,17 +11,18 @@ FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS cuda
 FROM ${DEVICE} AS base
 ARG PYTHON=3.12
 ENV DEBIAN_FRONTEND=noninteractive
-# g++ and ninja compile DeepSpeed's operators; wget and rsync are for the probes of KubeRay and for Ray's cluster launcher.
+# g++ and ninja compile DeepSpeed's operators; wget is for the probes of KubeRay, rsync and ssh for Ray's cluster launcher, which runs on the head, too.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends \
-        ca-certificates g++ ninja-build rsync wget "python${PYTHON}" "python${PYTHON}-dev" "python${PYTHON}-venv" \
+        ca-certificates g++ netbase ninja-build openssh-client rsync wget "python${PYTHON}" "python${PYTHON}-dev" "python${PYTHON}-venv" \
     && rm -rf /var/lib/apt/lists/* \
     && userdel --remove ubuntu \
     && useradd --uid 1000 --user-group --create-home --shell /bin/bash maskwright \
     && install --directory --owner=maskwright --group=maskwright --mode=0700 /home/maskwright/.ray
 
 FROM base AS wheel
+ARG PYTHON=3.12
 WORKDIR /source
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY launcher launcher
@@ -33,6 +34,7 @@ RUN "python${PYTHON}" -m venv /build \
     && /build/bin/python -m build --wheel --no-isolation --outdir /wheels
 
 FROM base AS node
+ARG PYTHON=3.12
 ARG TORCH_INDEX=
 ARG PACKAGES=
 COPY constraints.txt /opt/maskwright/constraints.txt

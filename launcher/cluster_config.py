@@ -98,6 +98,13 @@ class RayCluster(ElasticCluster):
     """Address of the dashboard, such as `http://head:8265`, through which `submit` hands a run over to the cluster. Null: only `run` works."""
     environment: Annotated[Environment | None, only("venv", "pip", because="machines that run already have their image")] = None
     """Where ranks, and the driver of a submitted run, find their libraries. Null: ranks where Ray does, that driver in the PATH of the head."""
+    metrics: bool = True
+    """Whether the run's metrics are published for Prometheus; whoever reaches the cluster's network may read them."""
+
+    @property
+    def publishes_metrics(self) -> bool:
+        """As the file says."""
+        return self.metrics
 
     def inside(self) -> "RayCluster":
         """It is what it is."""
@@ -175,7 +182,15 @@ class SlurmCluster(ElasticCluster):
     grace_s: int = Field(default=120, ge=120, le=3600)
     """Seconds before its time limit at which the job saves a checkpoint and goes back into the queue. The last 60 of them are for Ray to end in."""
     options: tuple[Annotated[str, Field(pattern=SBATCH_OPTION)], ...] = ()
-    """Further options for sbatch, in their long form: --constraint=h100, --exclusive, --mem=0."""
+    """Further options for sbatch, in their long form: --constraint=h100, --exclusive, --mem=0, --gres=gpu:h100:4 (instead of `gpus_per_node`)."""
+    setup_commands: tuple[Annotated[str, Field(pattern=r"^[ -~]+$")], ...] = ()
+    """Lines for the job's script before anything is started, such as `module load cuda`. Whoever may look at jobs can read them."""
+    metrics: bool = False
+    """Whether the run's metrics are published for Prometheus: all users of the machines' network may read them."""
+
+    def inside(self) -> RayCluster:
+        """The job's own Ray, on a network that it shares with others."""
+        return self._as_ray(metrics=self.metrics)
 
     @field_validator("time_limit", mode="before")
     @classmethod
@@ -255,7 +270,7 @@ class RayUpCluster(ElasticCluster):
     ssh_user: str = Field(default="ubuntu", pattern=r"^[a-z_][a-z0-9_-]*$")
     """Who logs in. With an image, a user whose number is 1000, as that of the image's: the token that Ray copies is only its owner's to read."""
     ssh_private_key: str | None = None
-    """File of the key to log in with. Null: clouds get a new one; on premise what SSH uses."""
+    """File of the key to log in with, which the head gets for the others. Null: clouds get a new one; a lone machine on premise what SSH uses."""
     head: Machines | None = None
     """The machine with Ray's head, on which no rank runs. On premise: not given."""
     workers: Machines | None = None
@@ -277,6 +292,8 @@ class RayUpCluster(ElasticCluster):
         for name in ("head", "workers"):
             if (getattr(self, name) is None) is not is_local:
                 raise ValueError(f"{name}: {'not given on premise: provider names the machines' if is_local else 'required, not given'}")
+        if isinstance(self.provider, LocalProvider) and self.provider.worker_ips and self.ssh_private_key is None:
+            raise ValueError("ssh_private_key: required on premise, not given: with it the head logs in to the workers")
         if isinstance(self.provider, GcpProvider) and self.workers is not None and self.workers.cpus is None:
             raise ValueError("workers.cpus: required at Google, not given")
         return self

@@ -96,7 +96,8 @@ def exchange(meeting: Meeting, rank: int, address: str) -> float:
     """
     interface = interface_of(address)
     if interface:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # as ranks have them: `ray_worker.set_worker_environment`
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
     limit = timedelta(seconds=meeting.within_s)
     shared = _c10d.TCPStore(meeting.host, meeting.port, None, is_master=False, timeout=limit, wait_for_workers=False)
     group = _group(_c10d.PrefixStore(meeting.name, shared), rank, meeting, limit)

@@ -71,8 +71,8 @@ def set_worker_environment(threads: int, use_gpu: bool) -> None:
     """Set what libraries read when they are first imported: the network interface of Ray's address, threads, DeepSpeed's device."""
     interface = interface_of(ray.util.get_node_ip_address())
     if interface:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-        os.environ["NCCL_SOCKET_IFNAME"] = interface
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # what a site has set, such as its InfiniBand, it knows better
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without the sign every name that begins so
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
     if not use_gpu:

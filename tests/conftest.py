@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from data_pipeline.config import CorpusConfig, TokenizerConfig
 from data_pipeline.executor import InProcessExecutor
@@ -12,6 +13,9 @@ from data_pipeline.storage import Location
 from tests.support.text import write_texts
 
 TINY_LENGTHS = (32, 64)
+
+settings.register_profile("no deadline", deadline=None)  # by the wall clock, which a busy machine lets run
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,6 +23,8 @@ _LONGEST_NAME = 47
 """KubeRay adds to the name of a RayJob, and Kubernetes ends at 63."""
 _OWN = len("0123456789ab-0001")
 """The end of a job's name, which no other has."""
+_BROKEN_STREAMS = 100
+"""Ends of the driver's log stream, over a run of weeks, after which the operator believes that the job has failed."""
 _PLAIN = re.compile(r"[\w./:@=+-]+")
 """What a shell leaves alone: the operator pastes entry point and runtime environment into one."""
 
@@ -60,9 +62,9 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
     """The manifest that runs a submission on a Ray cluster of its own.
 
     Pods ask for what they may use and no more, run as one user that is not root, and have no token of Kubernetes. Ray's ports answer only to
-    the token that the operator makes for this cluster. Nobody starts a failed job or its submitter again: the driver retries by itself, and a run
-    that was stopped is to stay so. The cost: where the submitter's pod is lost, the run ends with it, and is to be resumed. The
-    operator submits when all of `num_nodes` are ready, and waits for that without limit.
+    the token that the operator makes for this cluster. Nobody starts a failed job again: the driver retries by itself, and a run that was
+    stopped is to stay so. The submitter, which lives in the stream of the driver's log, is started again whenever that breaks, and finds the
+    job that it has submitted. The operator submits when all of `num_nodes` are ready, and waits for that without limit.
 
     Raises:
         ConfigError: storage that pods do not see, or whose address a shell would change.
@@ -86,7 +88,7 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
             "runtimeEnvYAML": yaml.safe_dump(runtime_env, sort_keys=False),
             "submissionMode": "K8sJobMode",
             "backoffLimit": 0,
-            "submitterConfig": {"backoffLimit": 0},  # of the submitter's Job, at 2 by default: one that is lost ends the run, which is then resumed
+            "submitterConfig": {"backoffLimit": _BROKEN_STREAMS},
             "shutdownAfterJobFinishes": True,
             "submitterPodTemplate": {"spec": {"restartPolicy": "Never", **_pod(cluster, [_submitter(image)])}},
             "rayClusterSpec": {
@@ -125,12 +127,15 @@ def _container(cluster: KubeRayCluster, image: str) -> dict[str, Any]:
     variables = [(key, source.secret) for source in cluster.env_from if isinstance(source, KubernetesSecret) for key in source.keys]
     return {
         "image": image,
-        "env": [{"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for key, secret in variables],
+        "env": [*_HOME["env"], *({"name": key, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}} for key, secret in variables)],
+        "workingDir": _HOME["workingDir"],
         "volumeMounts": mounts,
         "securityContext": _LOCKED,
     }
 
 
+_HOME: dict[str, Any] = {"env": [{"name": "HOME", "value": "/tmp"}, {"name": "USER", "value": "maskwright"}], "workingDir": "/tmp"}
+"""Whatever `user_id` is, the image may know no such user and let nobody else into its home."""
 _LOCKED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
@@ -150,11 +155,12 @@ def _ray_pod(cluster: KubeRayCluster, container: dict[str, Any], head: HeadPod |
 
 def _submitter(image: str) -> dict[str, Any]:
     """Runs `ray job submit` and prints what the driver prints."""
-    return {"name": SUBMITTER, "image": image, "resources": _resources(1, "1Gi"), "securityContext": _LOCKED}
+    return {"name": SUBMITTER, "image": image, **_HOME, "resources": _resources(1, "1Gi"), "securityContext": _LOCKED}
 
 
 def _pod(cluster: KubeRayCluster, containers: list[dict[str, Any]]) -> dict[str, Any]:
-    user = {"runAsUser": cluster.user_id, "runAsGroup": cluster.user_id, "fsGroup": cluster.user_id}
+    user: dict[str, Any] = {"runAsUser": cluster.user_id, "runAsGroup": cluster.user_id, "fsGroup": cluster.user_id}
+    user["fsGroupChangePolicy"] = "OnRootMismatch"  # or every file of the claim would be changed whenever a pod starts
     security = {"runAsNonRoot": True, **user, "seccompProfile": {"type": "RuntimeDefault"}}
     pod: dict[str, Any] = {"automountServiceAccountToken": False, "securityContext": security, "containers": containers}
     if cluster.service_account is not None:

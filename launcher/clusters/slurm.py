@@ -58,8 +58,10 @@ def job_script(run: RunFolder, submission: Submission, cluster: SlurmCluster, pa
         raise ConfigError(f"storage {str(run.root.parent)!r:.200} has characters in its name that no job can hold", "Give the folder another name.")
     lines = [f"#SBATCH {option}" for option in _options(submission, cluster, f"{folder}/{LOG}")]
     program = [cluster.environment.python, "-P", "-m", "launcher.clusters.allocation", run.root.url, str(submission.number)]
-    start = f"unset SLURM_JWT\nexport PYTHONPATH={shlex.quote(f'{folder}/{package}')}\nexec {shlex.join(program)}\n"  # a token soon grows too old
-    return JobScript(submission.job, "\n".join(["#!/bin/bash", *lines, _WHAT_IT_DOES + start]), str(folder), package)
+    no_token = "unset SLURM_JWT"  # it soon grows too old
+    start = [no_token, f"export PYTHONPATH={shlex.quote(f'{folder}/{package}')}", f"exec {shlex.join(program)}"]
+    script = "\n".join(["#!/bin/bash", *lines, _WHAT_IT_DOES + "\n".join([*cluster.setup_commands, *start, ""])])
+    return JobScript(submission.job, script, str(folder), package)
 
 
 def _options(submission: Submission, cluster: SlurmCluster, log: str) -> Iterator[str]:

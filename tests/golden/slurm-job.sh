@@ -35,6 +35,8 @@ exec /opt/venv/bin/python -P -m launcher.clusters.allocation '/shared/my runs/ti
 #SBATCH --output="/shared/my runs/tiny/submissions/0001/job.log"
 # Ray starts on the allocation, its head here and a node on every other machine (srun), and drives the run. On SIGTERM, which comes before the
 # time limit and with `scancel --batch --signal=TERM`, the run saves a checkpoint and the job goes back into the queue, to continue from there.
+module load cuda/13
+export HTTPS_PROXY=http://proxy:3128
 unset SLURM_JWT
 export PYTHONPATH='/shared/my runs/tiny/submissions/0001/maskwright-0.zip'
 exec /opt/venv/bin/python -P -m launcher.clusters.allocation '/shared/my runs/tiny' 1

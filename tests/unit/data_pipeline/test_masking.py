@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.hashing import mix64
@@ -70,14 +70,12 @@ def test_every_place_of_a_row_is_chosen_as_often(unit: MaskUnit) -> None:
         assert abs(chosen[there].mean() - 0.2) < 0.012
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([0.05, 0.15, 0.9]), st.sampled_from(UNITS))
 def test_special_tokens_are_never_chosen(seed: int, rate: float, unit: MaskUnit) -> None:
     _, _, labels = _masked(_tokens(8, seed), _masking(unit, rate))
     assert not set(labels.tolist()) & {0, 1, 2, 3, 4}
 
 
-@settings(deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 5), st.sampled_from(UNITS))
 def test_a_sample_does_not_depend_on_its_neighbours(seed: int, sample: int, unit: MaskUnit) -> None:
     tokens, masking = _tokens(6, seed), _masking(unit)

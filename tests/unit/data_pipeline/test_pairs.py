@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
@@ -27,7 +27,6 @@ def _samples(num_documents: int, sequence_length: int, seed: int, objective: Sen
     return make_samples(chunks, mix64(seed, np.arange(len(chunks))), sequence_length, objective)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.sampled_from([16, 32, 128]), st.integers(0, 10**6))
 def test_every_segment_is_used_once_and_fits(num_documents: int, sequence_length: int, seed: int) -> None:
     chunks = _chunks(num_documents, sequence_length, seed)

@@ -71,7 +71,7 @@ def _tokens(batch: MicroBatch) -> list[list[int]]:
     return [[token for token in ids[stop - length : stop].tolist() if token >= SPECIAL] for stop, length in zip(stops, batch.lengths, strict=True)]
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     st.lists(st.integers(1, 8), min_size=1, max_size=3),
     st.integers(1, 4),
@@ -113,7 +113,7 @@ def _end(corpus: CorpusIndex) -> int:
     return int(corpus.manifest["blocks"][-1].ids[-1]) + 1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 10), st.integers(1, 4), st.sets(st.integers(0, 9)), st.sampled_from(["nsp", "sop", "none"]), st.integers(0, 10**6))
 def test_around_damage_everything_else_is_read_once_and_purely(
     num_blocks: int, lanes: int, damaged: set[int], objective: SentenceObjective, seed: int

@@ -71,7 +71,7 @@ def test_transformers_encodes_as_prepare_does(folder: str) -> None:
 
 
 @given(st.lists(st.lists(st.text().map(lambda text: text.replace("\n", " ")), max_size=4), max_size=4))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @example([["the  the", " The\tthe\u00a0é\u0301 \u0301x", "日本 x\u2028y"], [], ["", "  "], ["a" * 300 + " b"]])
 def test_remembered_words_are_encoded_as_the_tokenizer_does(folder: str, documents: list[list[str]]) -> None:
     encoder = Encoder.load(Location(folder))

@@ -1,6 +1,6 @@
 """Who is measured when and with whom."""
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.assignments import doubtful_first, others_in_ring, pairings, second_looker, shard_parts, turns
@@ -9,7 +9,6 @@ from launcher.measurements import KnownNode, ShardLook
 names = st.lists(st.text("abcdefgh", min_size=1), unique=True, max_size=12)
 
 
-@settings(deadline=None)
 @given(names, st.integers(0, 15))
 def test_each_node_meets_so_many_others_once(nodes: list[str], most: int) -> None:
     rounds = pairings(nodes, most)
@@ -22,7 +21,6 @@ def test_each_node_meets_so_many_others_once(nodes: list[str], most: int) -> Non
         assert sum(node in pair for pair in met) >= min(most - len(nodes) % 2, len(nodes) - 1)
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text("abcdefgh", min_size=1), st.sampled_from("xyz")))
 def test_nodes_of_one_machine_take_turns(machines: dict[str, str]) -> None:
     found = turns(machines)
@@ -31,7 +29,6 @@ def test_nodes_of_one_machine_take_turns(machines: dict[str, str]) -> None:
         assert len({machines[node] for node in turn}) == len(turn) > 0
 
 
-@settings(deadline=None)
 @given(st.integers(0, 300), st.integers(1, 9), st.integers(1, 40))
 def test_every_shard_is_looked_at_once_where_that_is_possible(num_shards: int, num_nodes: int, most: int) -> None:
     parts = shard_parts(num_shards, num_nodes, most)
@@ -59,7 +56,6 @@ def test_this_machine_looks_again() -> None:
     assert second_looker("c", nodes[2:]) == "c"
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.sampled_from("abcdef"), st.integers(0, 9)), st.integers(0, 30))
 def test_every_node_that_found_something_wrong_has_some_of_it_looked_at_again(counts: dict[str, int], most: int) -> None:
     looks = {node: ShardLook(9, {f"{node}{nth}": "is missing" for nth in range(count)}) for node, count in counts.items()}
@@ -70,7 +66,6 @@ def test_every_node_that_found_something_wrong_has_some_of_it_looked_at_again(co
         assert {node for node, _ in chosen} == {node for node, count in counts.items() if count}
 
 
-@settings(deadline=None)
 @given(names.filter(bool), st.integers(0, 12))
 def test_others_in_the_ring(nodes: list[str], most: int) -> None:
     for node in nodes:

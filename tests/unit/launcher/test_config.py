@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ConfigError, ExitCode, NotFoundError
-from launcher.cluster_config import LocalCluster, RayCluster
+from launcher.cluster_config import LocalCluster, RayCluster, SlurmCluster
 from launcher.config import dump_yaml, example_configs, json_schema, load_cluster_config, load_run_config, override_run_config
 from launcher.config_problems import dotted_names
 from trainer.config import RunConfig
@@ -197,6 +197,11 @@ def test_on_this_machine_metrics_are_published_only_when_asked(tmp_path: Path) -
     assert load_cluster_config(str(path)).publishes_metrics
     assert not load_cluster_config("local").publishes_metrics
     assert load_cluster_config("ray").publishes_metrics
+    path.write_text("kind: slurm\nenvironment: {venv: /venv}\n")
+    on_slurm = load_cluster_config(str(path))
+    assert isinstance(on_slurm, SlurmCluster)
+    assert not on_slurm.inside().publishes_metrics, "its machines' network is everybody's"
+    assert on_slurm.model_copy(update={"metrics": True}).inside().publishes_metrics
 
 
 @pytest.mark.parametrize(
@@ -221,6 +226,8 @@ def test_on_this_machine_metrics_are_published_only_when_asked(tmp_path: Path) -
         ("kind: slurm\nenvironment: {image: a}", "environment: expected venv, found image"),
         ("kind: ray_up\nenvironment: {image: a}\nprovider: {type: aws, region: r}", "head: required, not given"),
         ("kind: ray_up\nenvironment: {image: a}\nprovider: {type: local, head_ip: h}\nhead: {config: {}}", "head: not given on premise"),
+        ("kind: ray_up\nenvironment: {image: a}\nprovider: {type: local, head_ip: h, worker_ips: [w]}", "ssh_private_key: required on premise"),
+        ('kind: slurm\nenvironment: {venv: /a}\nsetup_commands: ["a\\nb"]', "setup_commands.0: expected"),
     ],
 )
 def test_cluster_files_that_cannot_be_honoured(text: str, said: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.errors import ExitCode
@@ -199,7 +199,6 @@ def test_of_busy_gpus_it_is_said_that_they_were_not_measured() -> None:
 rates = st.dictionaries(st.sampled_from("abcdefgh"), st.floats(1e9, 1e13), max_size=8)
 
 
-@settings(deadline=None)
 @given(rates)
 def test_the_fastest_is_never_slow_and_a_far_slower_one_always_is(flops: dict[str, float]) -> None:
     alike = {node: Rate("cpu", 1, rate) for node, rate in flops.items()}
@@ -222,7 +221,6 @@ cuts = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda pa
 )
 
 
-@settings(deadline=None)
 @given(cuts)
 def test_without_those_that_are_left_out_no_link_is_cut(cut: list[Link]) -> None:
     left_out = without_cuts(cut)
@@ -266,7 +264,6 @@ def test_where_no_two_nodes_can_exchange_nobody_is_blamed() -> None:
     assert not found.excluded
 
 
-@settings(deadline=None)
 @given(st.floats(1e6, 1e12), st.floats(SLOW_LINK, 1.0))
 def test_links_of_one_rate_blame_nobody(rate: float, other: float) -> None:
     assert not verdict(links=links({"ab": rate, "bc": rate * other, "ac": rate})).findings
@@ -344,7 +341,6 @@ def test_a_node_that_reads_old_contents() -> None:
     assert "has not seen in time what 1 other nodes wrote last" in found.faults[0].what
 
 
-@settings(deadline=None)
 @given(st.permutations(["a", "b", "c", "d"]), st.integers(0, 2))
 def test_groups_are_a_partition_and_whoever_sees_somebody_is_with_them(order: list[str], num_apart: int) -> None:
     apart = order[:num_apart]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.health import (
@@ -61,7 +61,6 @@ def at(step: int, phase: str, place: int = 3, *, waits: bool = False) -> Beat:
     return Beat(step, phase, 1000, place, waits, 1.0)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.data())
 def test_a_stopped_rank_is_named_soon_and_nobody_else(world_size: int, data: st.DataObject) -> None:
     victim = data.draw(st.integers(0, world_size - 1))
@@ -75,7 +74,6 @@ def test_a_stopped_rank_is_named_soon_and_nobody_else(world_size: int, data: st.
     assert ranks.verdict.seconds <= 15
 
 
-@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(0, len(STEP_PHASES) - 1), st.booleans(), st.data())
 def test_the_hung_rank_is_named_not_those_that_wait_for_it(world_size: int, place: int, seen_to_wait: bool, data: st.DataObject) -> None:
     """Those that wait are ahead of it, or at the same place; a wait for a device is not seen, but is ahead."""
@@ -91,7 +89,6 @@ def test_the_hung_rank_is_named_not_those_that_wait_for_it(world_size: int, plac
     assert ranks.verdict.seconds < 60
 
 
-@settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.integers(1, 40), min_size=1, max_size=20), st.data())
 def test_a_slow_rank_is_not_hung(world_size: int, pauses: list[int], data: st.DataObject) -> None:
     """Whatever the pace, as long as it moves within the deadline; the others wait for it all the time."""

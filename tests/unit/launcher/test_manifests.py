@@ -71,7 +71,12 @@ GCP = {
     "head": {"config": {"machineType": "n2-standard-4"}},
     "environment": {"pip": "/home/me/constraints.txt"},
 }
-ON_PREMISE = {"provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]}, "head": None, "workers": None}
+ON_PREMISE = {
+    "provider": {"type": "local", "head_ip": "10.0.0.1", "worker_ips": ["10.0.0.2"]},
+    "head": None,
+    "workers": None,
+    "ssh_private_key": "~/.ssh/id",
+}
 FILES = {"aws": {}, "gcp": GCP, "local": ON_PREMISE}
 
 
@@ -123,7 +128,8 @@ def test_no_pod_is_root_asks_for_less_than_it_takes_or_has_a_token_of_kubernetes
         for container in pod["containers"]:
             assert container["resources"]["requests"] == container["resources"]["limits"]
             assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-            assert all("value" not in variable for variable in container.get("env", []))
+            said = {variable["name"]: variable["value"] for variable in container["env"] if "value" in variable}
+            assert said == {"HOME": "/tmp", "USER": "maskwright"}, "values that are secret come from Secrets"
 
 
 @given(st.text("Aa0._-", min_size=1, max_size=80).filter(lambda text: text[0].isalnum()), st.integers(1, 9999))

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.config import BatchConfig, ObjectiveConfig, PhaseConfig
@@ -39,7 +39,6 @@ batches = st.builds(
 )
 
 
-@settings(deadline=None)  # a loaded machine stands still now and then
 @given(batches, st.integers(1, 40))
 def test_waste_is_what_the_ranks_really_do_not_have(batch: BatchConfig, num_ranks: int) -> None:
     """By the trainer's own division of micro-batches among ranks, step by step."""
@@ -54,7 +53,6 @@ def test_waste_is_what_the_ranks_really_do_not_have(batch: BatchConfig, num_rank
     assert 0 <= found.waste < 1
 
 
-@settings(deadline=None)
 @given(batches)
 def test_sizes_are_those_that_shorten_a_step(batch: BatchConfig) -> None:
     phases = batch.phases_until(7)
@@ -72,7 +70,6 @@ def test_tokens_are_those_of_all_phases() -> None:
     assert causal.masked == 64 * 99
 
 
-@settings(deadline=None)
 @given(st.floats(0.01, 100), st.floats(3600, 1e6))
 def test_the_interval_loses_less_than_others(stall_s: float, mtbf_s: float) -> None:
     """Daly's equation 20: the time that a run of solve time 1 takes with checkpoints every tau, restarts left out."""
@@ -85,7 +82,6 @@ def test_the_interval_loses_less_than_others(stall_s: float, mtbf_s: float) -> N
     assert wall(best) <= min(wall(best * 0.8), wall(best * 1.25))
 
 
-@settings(deadline=None)
 @given(
     st.builds(CheckpointConfig, every_steps=st.integers(1, 20), keep_last=st.integers(1, 5), keep_every=st.none() | st.integers(1, 40)),
     st.integers(1, 200),

@@ -59,6 +59,7 @@ WHOLE = {
     "options": ["--constraint=h100&nvlink", "--exclusive"],
     "min_workers": 8,
     "grace_s": 300,
+    "setup_commands": ["module load cuda/13", "export HTTPS_PROXY=http://proxy:3128"],
 }
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher.start_up import PARTS, start_up, tell_start_up
@@ -47,7 +47,6 @@ def test_the_way_of_a_submitted_run() -> None:
     assert "earlier" not in tell_start_up(parts)
 
 
-@settings(deadline=None)
 @given(st.floats(-100, 100), st.floats(-100, 100))
 def test_clocks_that_differ_make_no_part_negative(driver: float, rank: float) -> None:
     parts = start_up(submitted_run(driver, rank))

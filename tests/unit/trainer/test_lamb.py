@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,7 +41,6 @@ def train(optimizer: Any, weights: list[Tensor], steps: range) -> None:
 shapes = st.lists(st.lists(st.integers(1, 5), min_size=0, max_size=3).map(tuple), min_size=1, max_size=5)
 
 
-@settings(deadline=None)  # the first step of any optimizer makes torch import half of itself
 @given(shapes, st.integers(0, 5), st.sampled_from([(torch.float32, 2e-5, 1e-6), (torch.float64, 1e-12, 0.0)]))
 def test_the_paper_s_update(shapes: list[tuple[int, ...]], num_plain: int, precision: tuple[torch.dtype, float, float]) -> None:
     dtype, rtol, atol = precision

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.activations import Kernels, Pass
@@ -34,7 +34,6 @@ jobs = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(jobs)
 def test_a_higher_stage_holds_less_state(found: Job) -> None:
     state = [rank_memory(found, stage) for stage in STAGES]
@@ -43,7 +42,6 @@ def test_a_higher_stage_holds_less_state(found: Job) -> None:
     assert all(memory.peak_bytes >= memory.weights_bytes + memory.optimizer_bytes for memory in state)
 
 
-@settings(deadline=None)
 @given(jobs, st.sampled_from(STAGES))
 def test_more_samples_never_take_less(found: Job, stage: int) -> None:
     """Of a GPU. On a CPU larger tensors may take less: from 32 MB on they leave no holes."""
@@ -52,7 +50,6 @@ def test_more_samples_never_take_less(found: Job, stage: int) -> None:
     assert rank_memory(replace(found, batch=more), stage).peak_bytes >= rank_memory(found, stage).peak_bytes
 
 
-@settings(deadline=None)
 @given(jobs, st.sampled_from(STAGES[1:]))
 def test_more_ranks_hold_less_each(found: Job, stage: int) -> None:
     few, many = (rank_memory(replace(found, world_size=size), stage) for size in (2, 16))
@@ -60,7 +57,6 @@ def test_more_ranks_hold_less_each(found: Job, stage: int) -> None:
     assert many.peak_bytes <= few.peak_bytes
 
 
-@settings(deadline=None)
 @given(jobs, st.sampled_from(STAGES))
 def test_checkpointing_takes_fewer_activations(found: Job, stage: int) -> None:
     kept, again = (rank_memory(replace(found, kernels=replace(found.kernels, checkpointing=each)), stage) for each in (False, True))
