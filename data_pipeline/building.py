@@ -34,6 +34,8 @@ _NUM_BLOCKS = 1024
 _MIN_BLOCK_TOKENS, _MAX_BLOCK_TOKENS = 8 << 10, 512 << 10
 _HASH_PARTITION_BYTES = 16 << 20
 _MAX_HASH_PARTITIONS = 4096
+_MOST_TEXT_BYTES = _MAX_HASH_PARTITIONS << 30
+"""A task holds a partition some three times over."""
 _SAMPLE_CHARACTERS = 128 << 20
 
 
@@ -95,7 +97,14 @@ class Build:
 
 
 def plan_job(folder: Location, corpus: CorpusConfig, text_bytes: int, sequence_lengths: tuple[int, ...]) -> Job:
-    """Layout of a corpus, a function of the size of its text: about 1024 blocks or more, of 8 k to 512 k tokens; pure."""
+    """Layout of a corpus, a function of the size of its text: about 1024 blocks or more, of 8 k to 512 k tokens; pure.
+
+    Raises:
+        ConfigError: there is more text than partitions that fit in memory hold.
+    """
+    if text_bytes > _MOST_TEXT_BYTES:
+        said = f"corpus.source holds {text_bytes / 1e12:.1f} TB of text, more than the {_MOST_TEXT_BYTES / 1e12:.1f} TB that one corpus may have"
+        raise ConfigError(said, "Divide it into corpora of their own, and train on all of them: `mixture`.")
     num_partitions = min(max(1, -(-text_bytes // _HASH_PARTITION_BYTES)), _MAX_HASH_PARTITIONS)
     block_tokens = min(max(text_bytes // _BYTES_PER_TOKEN // _NUM_BLOCKS, _MIN_BLOCK_TOKENS), _MAX_BLOCK_TOKENS)
     return Job(folder, corpus, num_partitions, block_tokens, sequence_lengths)

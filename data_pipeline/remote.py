@@ -49,6 +49,8 @@ _CHANGED = (404, 412)
 """What a write is answered with whose condition does not hold."""
 _RANGE_NOT_SATISFIABLE = 416
 _LONGEST_PAUSE_S = 10.0
+_CONNECTIONS = 64
+"""To a store at a time; botocore's own are ten, for which many requests would wait."""
 _GRACE_S = 2.0
 PATIENCE_S = 40.0
 """How long a small write, a listing or a look is tried: less than a rank may stand still (45 s), so that the error is this one and not a hang."""
@@ -140,8 +142,12 @@ def _options(url: str) -> dict[str, Any]:
     if url.partition("://")[0] not in ("s3", "s3a"):
         return {"use_listings_cache": False}
     configured: dict[str, Any] = conf.get("s3", {}).get("config_kwargs", {})
-    retries = {"mode": "standard", "total_max_attempts": 1}
-    return {"use_listings_cache": False, "config_kwargs": {"retries": retries, "response_checksum_validation": "when_required", **configured}}
+    ours = {
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "response_checksum_validation": "when_required",
+        "max_pool_connections": _CONNECTIONS,
+    }
+    return {"use_listings_cache": False, "config_kwargs": {**ours, **configured}}
 
 
 def deadline_of(settings: DataConfig) -> float:

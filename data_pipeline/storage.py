@@ -6,7 +6,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -228,21 +228,28 @@ class Location:
     def iter_lines(self) -> Generator[str]:
         """What `read_lines` gives, without holding all of it: a long run has a line for each of a million steps."""
         if not self.is_local:
-            for hour in self.children():
-                yield from (self / hour).read_parts((self / hour).children())
+            hours = self.children()
+            for first in range(0, len(hours), _PARTS_AT_ONCE):  # some of them, or all names of a long run would be held
+                found = self._each(hours[first : first + _PARTS_AT_ONCE], remote.names)
+                yield from self.read_parts([f"{hour}/{part}" for hour, parts in found for part in sorted(parts)])
         elif self.exists():
             with self.path.open("rb") as file:
                 yield from (line[:-1].decode(errors="replace") for line in file if line.endswith(b"\n"))
 
     def read_parts(self, names: Sequence[str]) -> Generator[str]:
         """The lines of parts in this folder of a store, many requests at a time."""
+        for _, data in self._each(names, remote.cat):
+            yield from data.decode(errors="replace").splitlines()
+
+    def _each(self, names: Sequence[str], request: Callable[[remote.Store], Coroutine[Any, Any, T]]) -> Generator[tuple[str, T]]:
+        """Names in this folder of a store, each with the answer to a request, in order; many requests at a time."""
         settings = DataConfig()
         for first in range(0, len(names), _PARTS_AT_ONCE):
-            urls = [f"{self.url}/{name}" for name in names[first : first + _PARTS_AT_ONCE]]
-            stores = [remote.Store.of(url) for url in urls]
-            reads = [remote.start(remote.with_retries(url, partial(remote.cat, store), settings)) for url, store in zip(urls, stores, strict=True)]
-            for url, read in zip(urls, reads, strict=True):
-                yield from remote.wait(read, url, settings).decode(errors="replace").splitlines()
+            some = [(name, f"{self.url}/{name}") for name in names[first : first + _PARTS_AT_ONCE]]
+            stores = [remote.Store.of(url) for _, url in some]
+            asked = [remote.start(remote.with_retries(url, partial(request, store), settings)) for (_, url), store in zip(some, stores, strict=True)]
+            for (name, url), answer in zip(some, asked, strict=True):
+                yield name, remote.wait(answer, url, settings)
 
     def remove(self) -> None:
         """Remove the file or the whole folder; nothing happens when it is not there. Errors as `write_bytes` has them."""

@@ -128,6 +128,10 @@ class MicroBatchStream:
         samples, layout = joined(parts), LAYOUTS[self.packing]
         return MicroBatch(number, samples, layout(samples.lengths, phase.sequence_length), self.mixture.vocabulary.pad, skipped)
 
+    def forget_windows(self) -> None:
+        """Give up the memory of all lanes, for who is done with them; what is asked for next is read again."""
+        self._windows.clear()
+
     def _read(self, corpus: int, phase: Phase, lane: int, start: int, stop: int) -> Iterator[tuple[Finished, tuple[SkippedBlock, ...]]]:
         """Positions [start, stop) of a lane's infinite sequence of samples of one corpus, and blocks that were found damaged on the way."""
         num_samples = self._num_samples(corpus, self.split, phase.sequence_length)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 ALL_UP_TO_SAMPLES = 1_000_000
 """A run of at most so many samples is recomputed whole: some ten seconds of one core."""
 _WINDOWS = 2000
-"""Of a longer one as many steps as need so many windows, a fortieth of a second each, but no fewer and no more than these."""
-_FEWEST, _MOST = 16, 300
+"""Of a longer one as many steps, and newest resumes, as need so many windows each, a fortieth of a second for one; within the bounds that follow."""
+_FEWEST, _MOST = 3, 300
 _AROUND = 2
-"""Steps before and after each resume that are always recomputed."""
-_MOST_RESUMES = 100
+"""Steps before and after a resume that are recomputed with it: a lane's neighbours, which lie in one window."""
+_FEWEST_RESUMES, _MOST_RESUMES = 1, 100
 _LANES_AT_ONCE = 64
 _MOST_NAMED = 20
 
@@ -107,22 +107,22 @@ def _wanted(num_steps: int, phases: tuple[Phase, ...], resumed_at: Sequence[int]
 
 def steps_to_check(num_steps: int, micro_batches: int, resumed_at: Sequence[int]) -> list[int]:
     """Steps of a long run: evenly from the first to the last, and all around the newest resumes."""
-    evenly = np.linspace(0, num_steps - 1, min(num_steps, max(_FEWEST, min(_MOST, _WINDOWS // micro_batches)))).round().astype(int).tolist()
-    around = {step + near for step in resumed_at[-_MOST_RESUMES:] for near in range(-_AROUND, _AROUND + 1)}
+    most = _WINDOWS // micro_batches
+    evenly = np.linspace(0, num_steps - 1, min(num_steps, max(_FEWEST, min(_MOST, most)))).round().astype(int).tolist()
+    newest = resumed_at[-max(_FEWEST_RESUMES, min(_MOST_RESUMES, most)) :]
+    around = {step + near for step in newest for near in range(-_AROUND, _AROUND + 1)}
     return sorted({*evenly, *(step for step in around if 0 <= step < num_steps)})
 
 
 def batch_digests(stream: "MicroBatchStream", phases: tuple[Phase, ...], steps: Sequence[int]) -> Mapping[int, int]:
     """The digest of each step's global batch. Some lanes at a time, so that memory holds only their windows."""
-    import copy
-
     digests = dict.fromkeys(steps, 0)
     for lanes in _groups(max((phase.num_micro_batches for phase in phases), default=0)):
-        own = copy.copy(stream)  # shares no window
         for step in steps:
             numbers = micro_batches_of_step(phases, step)
-            parts = ((place, own[numbers[place]].digest) for place in lanes if place < len(numbers))
+            parts = ((place, stream[numbers[place]].digest) for place in lanes if place < len(numbers))
             digests[step] = (digests[step] + step_digest(parts)) % 2**64
+        stream.forget_windows()
     return digests
 
 

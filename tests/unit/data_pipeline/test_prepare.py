@@ -261,9 +261,11 @@ def test_max_documents(texts: Path, tmp_path: Path) -> None:
 
 
 def test_layout_follows_the_size_of_the_text() -> None:
-    layouts = [plan_job(Location("/x"), CorpusConfig(), num_bytes, (128,)) for num_bytes in (0, 10**6, 10**9, 10**12, 10**14)]
+    layouts = [plan_job(Location("/x"), CorpusConfig(), num_bytes, (128,)) for num_bytes in (0, 10**6, 10**9, 10**12, 4 * 10**12)]
     assert [job.block_tokens for job in layouts] == [8192, 8192, 244140, 524288, 524288]
     assert [job.num_partitions for job in layouts] == [1, 1, 60, 4096, 4096]
+    with pytest.raises(ConfigError, match=r"holds 5\.0 TB of text, more than the 4\.4 TB"):
+        plan_job(Location("/x"), CorpusConfig(), 5 * 10**12, (128,))
 
 
 @pytest.mark.parametrize(
