@@ -80,7 +80,7 @@ def test_a_tracker_of_accelerate_hears_every_step(finished: tuple[Path, str, str
     (_, init), _, *told = [json.loads(line) for line in (folder / "trackio.jsonl").read_text().splitlines()]
     assert init["project"] == "tiny models"
     assert [step for _, (step, values) in told[:-1] if "train/loss" in values] == list(range(STEPS))
-    assert [step for _, (step, values) in told[:-1] if "validation/loss" in values] == [15, 30]
+    assert [step for _, (step, values) in told[:-1] if "validation/mlm_loss" in values] == [15, 30]
     assert told[-1][0] == "finish"
     events = (folder / "storage/tiny/events.jsonl").read_text()
     assert "tracker_failed" not in events
@@ -131,6 +131,6 @@ def test_resume_and_stop_answer_as_documented(finished: tuple[Path, str, str]) -
         assert resumed.wait() == 75
     finally:
         resumed.kill_everything()
-    code, printed = maskwright("resume", "tiny", "--set", f"schedule.steps={status['step']}", *IN_STORAGE, "--json", folder=folder)
+    code, printed = maskwright("resume", "tiny", "--set", f"schedule.steps={status['step'] + 2}", *IN_STORAGE, "--json", folder=folder)
     assert code == 0, printed
     require_documented("resume", printed)
