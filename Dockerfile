@@ -3,13 +3,14 @@
 # PyPI's torch for Linux brings CUDA along, some gigabytes that a CPU does not need: `--build-arg TORCH_INDEX=URL` names an index with
 # another build, `--build-arg PACKAGES="gcsfs …"` whatever else a store or cloud needs. Nothing here runs as root.
 ARG DEVICE=cpu
+ARG PYTHON=3.12
 
 FROM ubuntu:24.04 AS cpu
 # With nvcc and headers, of the release that the pinned torch is made with: DeepSpeed compiles the optimizer of `zero.offload_optimizer`.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS cuda
 
 FROM ${DEVICE} AS base
-ARG PYTHON=3.12
+ARG PYTHON
 ENV DEBIAN_FRONTEND=noninteractive
 # g++ and ninja compile DeepSpeed's operators; wget is for the probes of KubeRay, rsync and ssh for Ray's cluster launcher, which runs on the head, too.
 # hadolint ignore=DL3008
@@ -22,7 +23,7 @@ RUN apt-get update \
     && install --directory --owner=maskwright --group=maskwright --mode=0700 /home/maskwright/.ray
 
 FROM base AS wheel
-ARG PYTHON=3.12
+ARG PYTHON
 WORKDIR /source
 COPY constraints.txt pyproject.toml README.md LICENSE ./
 COPY launcher launcher
@@ -34,7 +35,7 @@ RUN "python${PYTHON}" -m venv /build \
     && /build/bin/python -m build --wheel --no-isolation --outdir /wheels
 
 FROM base AS node
-ARG PYTHON=3.12
+ARG PYTHON
 ARG TORCH_INDEX=
 ARG PACKAGES=
 COPY constraints.txt /opt/maskwright/constraints.txt
