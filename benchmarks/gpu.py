@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ BUDGET_S = 420.0
 LIMIT_S = 530.0
 """After which what was measured is shown, whatever still runs."""
 NOT_MEASURED = "not measured on a GPU"
+_showing = threading.Lock()
+"""Held by whoever shows the figures, for good."""
 _MISSING = ("tenacity", "webdataset", "webdataset.tariterators", "webdataset.writer")
 """What only reading corpora and stores needs."""
 
@@ -144,9 +147,10 @@ def measure(session: Session, parts: Sequence[str], claims: list[Claim], now: Ca
         print(f"{part} ...", file=sys.stderr, flush=True)
         try:
             claims += PARTS[part](session)
-            device.free()
         except Exception as error:  # noqa: BLE001 - the other parts are worth having
             claims.append(session.claim(part, "", [], [], f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"))
+        with suppress(RuntimeError):  # after some errors CUDA does nothing any more
+            device.free()
 
 
 def show(session: Session, claims: Sequence[Claim], file: Path | None) -> None:
@@ -160,11 +164,12 @@ def show(session: Session, claims: Sequence[Claim], file: Path | None) -> None:
 
 
 def give_up(session: Session, claims: list[Claim], file: Path | None) -> None:
-    """End the process with what there is: a kernel that hangs hears nothing else."""
-    try:
-        show(session, [*claims, session.claim("the rest", "", [], [], f"not measured: not done after {LIMIT_S:.0f} s")], file)
-    finally:
-        os._exit(1)
+    """End the process with what there is, unless it is shown already: a kernel that hangs hears nothing else."""
+    if _showing.acquire(blocking=False):
+        try:
+            show(session, [*claims, session.claim("the rest", "", [], [], f"not measured: not done after {LIMIT_S:.0f} s")], file)
+        finally:
+            os._exit(1)
 
 
 def describe_device() -> dict[str, Any]:
@@ -230,7 +235,7 @@ def main() -> int:
     limit.start()
     with process_group():
         measure(session, given.only, claims)
-    limit.cancel()
+    _showing.acquire()
     show(session, claims, given.json)
     return 0
 

@@ -102,9 +102,9 @@ def plan_job(folder: Location, corpus: CorpusConfig, text_bytes: int, sequence_l
     Raises:
         ConfigError: there is more text than partitions that fit in memory hold.
     """
-    if text_bytes > _MOST_TEXT_BYTES:
+    if text_bytes > _MOST_TEXT_BYTES and corpus.max_documents is None:
         said = f"corpus.source holds {text_bytes / 1e12:.1f} TB of text, more than the {_MOST_TEXT_BYTES / 1e12:.1f} TB that one corpus may have"
-        raise ConfigError(said, "Divide it into corpora of their own, and train on all of them: `mixture`.")
+        raise ConfigError(said, "Divide it into corpora of their own, and train on all of them (`mixture`), or set corpus.max_documents.")
     num_partitions = min(max(1, -(-text_bytes // _HASH_PARTITION_BYTES)), _MAX_HASH_PARTITIONS)
     block_tokens = min(max(text_bytes // _BYTES_PER_TOKEN // _NUM_BLOCKS, _MIN_BLOCK_TOKENS), _MAX_BLOCK_TOKENS)
     return Job(folder, corpus, num_partitions, block_tokens, sequence_lengths)

@@ -22,6 +22,7 @@ from data_pipeline.errors import NotFoundError, StorageError, StorageUnreachable
 from data_pipeline.remote_file import open_remote
 
 T = TypeVar("T")
+Request = Coroutine[Any, Any, T]
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
@@ -230,7 +231,7 @@ class Location:
         if not self.is_local:
             hours = self.children()
             for first in range(0, len(hours), _PARTS_AT_ONCE):  # some of them, or all names of a long run would be held
-                found = self._each(hours[first : first + _PARTS_AT_ONCE], remote.names)
+                found = self._each(hours[first : first + _PARTS_AT_ONCE], remote.names, remote.patience())
                 yield from self.read_parts([f"{hour}/{part}" for hour, parts in found for part in sorted(parts)])
         elif self.exists():
             with self.path.open("rb") as file:
@@ -238,12 +239,13 @@ class Location:
 
     def read_parts(self, names: Sequence[str]) -> Generator[str]:
         """The lines of parts in this folder of a store, many requests at a time."""
-        for _, data in self._each(names, remote.cat):
+        for _, data in self._each(names, remote.cat, DataConfig()):
             yield from data.decode(errors="replace").splitlines()
 
-    def _each(self, names: Sequence[str], request: Callable[[remote.Store], Coroutine[Any, Any, T]]) -> Generator[tuple[str, T]]:
+    def _each(
+        self, names: Sequence[str], request: Callable[[remote.Store], Coroutine[Any, Any, T]], settings: DataConfig
+    ) -> Generator[tuple[str, T]]:
         """Names in this folder of a store, each with the answer to a request, in order; many requests at a time."""
-        settings = DataConfig()
         for first in range(0, len(names), _PARTS_AT_ONCE):
             some = [(name, f"{self.url}/{name}") for name in names[first : first + _PARTS_AT_ONCE]]
             stores = [remote.Store.of(url) for _, url in some]

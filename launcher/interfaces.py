@@ -1,7 +1,16 @@
-"""Network interfaces of this machine (asks the kernel)."""
+"""Network interfaces of this machine, and the one that ranks talk through (asks the kernel, sets environment variables)."""
 
+import os
 import socket
 import struct
+
+LOOPBACK = "lo"
+
+
+def choose_interface(name: str) -> None:
+    """Have gloo and NCCL talk through one interface. Beyond the loopback what a site has set itself, such as its InfiniBand, it knows better."""
+    chosen = {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}  # without the sign NCCL takes every name that begins so
+    os.environ.update(chosen if name == LOOPBACK else {variable: os.environ.get(variable, value) for variable, value in chosen.items()})
 
 
 def interface_of(address: str) -> str | None:
@@ -9,7 +18,7 @@ def interface_of(address: str) -> str | None:
     import fcntl
 
     if address.startswith("127."):
-        return "lo"  # the whole network 127.0.0.0/8 is the loopback's, but the interface names only 127.0.0.1
+        return LOOPBACK  # the whole network 127.0.0.0/8 is the loopback's, but the interface names only 127.0.0.1
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             try:

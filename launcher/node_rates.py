@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launcher.interfaces import interface_of
+from launcher.interfaces import choose_interface, interface_of
 from launcher.measurements import Rate
 
 _c10d: Any = dist  # what lies below process groups is not in its stubs
@@ -96,8 +96,7 @@ def exchange(meeting: Meeting, rank: int, address: str) -> float:
     """
     interface = interface_of(address)
     if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # as ranks have them: `ray_worker.set_worker_environment`
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")
+        choose_interface(interface)
     limit = timedelta(seconds=meeting.within_s)
     shared = _c10d.TCPStore(meeting.host, meeting.port, None, is_master=False, timeout=limit, wait_for_workers=False)
     group = _group(_c10d.PrefixStore(meeting.name, shared), rank, meeting, limit)

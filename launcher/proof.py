@@ -106,7 +106,7 @@ def _wanted(num_steps: int, phases: tuple[Phase, ...], resumed_at: Sequence[int]
 
 
 def steps_to_check(num_steps: int, micro_batches: int, resumed_at: Sequence[int]) -> list[int]:
-    """Steps of a long run: evenly from the first to the last, and all around the newest resumes."""
+    """Steps of a long run: evenly from the first to the last, and around the newest resumes."""
     most = _WINDOWS // micro_batches
     evenly = np.linspace(0, num_steps - 1, min(num_steps, max(_FEWEST, min(_MOST, most)))).round().astype(int).tolist()
     newest = resumed_at[-max(_FEWEST_RESUMES, min(_MOST_RESUMES, most)) :]

@@ -23,7 +23,7 @@ from launcher.deaths import tell_deaths
 from launcher.group_watch import GroupWatch, Member, SaveReason, describe
 from launcher.health import is_numbered
 from launcher.heartbeats import BoardLine, RayGroup
-from launcher.interfaces import interface_of
+from launcher.interfaces import choose_interface, interface_of
 from launcher.policy import Failure, FailureKind
 from launcher.rank_log import lies_on_node
 from launcher.worker_process import WorkerTask, run_task
@@ -71,8 +71,7 @@ def set_worker_environment(threads: int, use_gpu: bool) -> None:
     """Set what libraries read when they are first imported: the network interface of Ray's address, threads, DeepSpeed's device."""
     interface = interface_of(ray.util.get_node_ip_address())
     if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # what a site has set, such as its InfiniBand, it knows better
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={interface}")  # without the sign every name that begins so
+        choose_interface(interface)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ["DS_ACCELERATOR"] = "cuda" if use_gpu else "cpu"
     if not use_gpu:

@@ -23,8 +23,8 @@ _LONGEST_NAME = 47
 """KubeRay adds to the name of a RayJob, and Kubernetes ends at 63."""
 _OWN = len("0123456789ab-0001")
 """The end of a job's name, which no other has."""
-_BROKEN_STREAMS = 100
-"""Ends of the driver's log stream, over a run of weeks, after which the operator believes that the job has failed."""
+_SUBMITTERS = 10
+"""How often the submitter may be lost, or the stream that it prints, before the operator believes that the job has failed."""
 _PLAIN = re.compile(r"[\w./:@=+-]+")
 """What a shell leaves alone: the operator pastes entry point and runtime environment into one."""
 
@@ -63,8 +63,9 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
 
     Pods ask for what they may use and no more, run as one user that is not root, and have no token of Kubernetes. Ray's ports answer only to
     the token that the operator makes for this cluster. Nobody starts a failed job again: the driver retries by itself, and a run that was
-    stopped is to stay so. The submitter, which lives in the stream of the driver's log, is started again whenever that breaks, and finds the
-    job that it has submitted. The operator submits when all of `num_nodes` are ready, and waits for that without limit.
+    stopped is to stay so. The submitter, which lives in the stream of the driver's log, is started again when that breaks: it finds the job that
+    it has submitted, or where the head was lost with it submits the same once more, which continues the run. The operator submits when all
+    of `num_nodes` are ready, and waits for that without limit.
 
     Raises:
         ConfigError: storage that pods do not see, or whose address a shell would change.
@@ -88,7 +89,7 @@ def rayjob(run: RunFolder, submission: Submission, cluster: KubeRayCluster, soft
             "runtimeEnvYAML": yaml.safe_dump(runtime_env, sort_keys=False),
             "submissionMode": "K8sJobMode",
             "backoffLimit": 0,
-            "submitterConfig": {"backoffLimit": _BROKEN_STREAMS},
+            "submitterConfig": {"backoffLimit": _SUBMITTERS},
             "shutdownAfterJobFinishes": True,
             "submitterPodTemplate": {"spec": {"restartPolicy": "Never", **_pod(cluster, [_submitter(image)])}},
             "rayClusterSpec": {

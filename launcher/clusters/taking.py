@@ -65,6 +65,10 @@ def _slurm_jobs(run: RunFolder, submission: Submission, answer_s: float) -> Slur
     return SlurmJobs.connect(submission_folder(run, submission.number).path, submission.time, answer_s)
 
 
+def _kuberay_jobs(_: RunFolder, submission: Submission, answer_s: float) -> KubeRayJobs:
+    return KubeRayJobs.connect(submission.dashboard, answer_s)
+
+
 def _connect_up(_: RunFolder, submission: Submission, answer_s: float) -> RayJobs:
     try:
         return RayJobs.connect(submission.dashboard, answer_s)
@@ -76,6 +80,6 @@ def _connect_up(_: RunFolder, submission: Submission, answer_s: float) -> RayJob
 TAKERS: Mapping[str, Taker] = {
     "ray": Taker(job_request, lambda _, submission, answer_s: RayJobs.connect(submission.dashboard, answer_s), _dashboard),
     "slurm": Taker(job_script, _slurm_jobs, begins_anew=True),
-    "kuberay": Taker(rayjob_request, lambda _, submission, answer_s: KubeRayJobs.connect(submission.dashboard, answer_s), address_of, with_context),
+    "kuberay": Taker(rayjob_request, _kuberay_jobs, address_of, with_context, begins_anew=True),
     "ray_up": Taker(ray_up_request, _connect_up, lambda cluster: cluster.dashboard.rstrip("/")),
 }

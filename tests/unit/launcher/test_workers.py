@@ -111,6 +111,18 @@ def test_interface_of_an_address() -> None:
     assert interface_of("192.0.2.254") is None or socket.gethostname()
 
 
+def test_a_site_s_own_interface_is_kept_but_not_for_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.interfaces import choose_interface
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "set for once, so that it is put back")
+    del os.environ["NCCL_SOCKET_IFNAME"]
+    choose_interface("eth1")
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("ib0", "=eth1")
+    choose_interface("lo")
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+
+
 # Entries, named by string as the launcher names the trainer's.
 
 
