@@ -23,7 +23,7 @@ GPU_CONTEXT_BYTES = 1 << 30
 CPU_PROCESS_BYTES = 700 << 20
 """What a rank's process takes on a CPU before it has a network: Python and the libraries that it imports. Measured, as its resident set under Ray."""
 ON_A_GPU = "computed; not compared with the memory of any GPU"
-ON_A_CPU = "computed; not yet compared as a whole with ranks (benchmarks/plan_memory.py does that, on a CPU)"
+ON_A_CPU = "computed; within a tenth of what ranks took in eleven configurations (benchmarks/plan_memory.py, on a CPU)"
 """What a person has to know of the peaks."""
 _ROW_FILL = 0.9
 """Share of packed rows that holds tokens, with 16 samples a micro-batch; more samples fill better."""
