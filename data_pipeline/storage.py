@@ -22,7 +22,6 @@ from data_pipeline.errors import NotFoundError, StorageError, StorageUnreachable
 from data_pipeline.remote_file import open_remote
 
 T = TypeVar("T")
-Request = Coroutine[Any, Any, T]
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}

@@ -126,7 +126,7 @@ def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> G
                 try:
                     start_ray(ray, config, workers, machine, folder / f"ray{tries_left}")
                     break
-                except Exception as error:
+                except Exception as error:  # of a part that is late Ray raises an Exception and nothing more
                     ray.shutdown()
                     if not tries_left:
                         raise EnvironmentMismatchError(
