@@ -21,8 +21,10 @@ from benchmarks.claims import Claim, Goal, make_claim, number
 from benchmarks.contestants import attention_kernels, device
 from benchmarks.contestants.training import process_group
 from benchmarks.machine import command_line, describe_machine, installed_version
+from benchmarks.planned import GOAL as PLAN_GOAL
+from benchmarks.planned import Case, planned_bytes
 from benchmarks.stand_ins import stand_in
-from benchmarks.training import BASE, LARGE, TINY, Network, Shape, our_precision
+from benchmarks.training import BASE, LARGE, TINY, Network, Shape, Work, our_precision
 
 BUDGET_S = 420.0
 """No part begins later than this; the longest is meant to take about two minutes."""
@@ -43,30 +45,51 @@ class Plan:
     rounds: int
     repeats: int
     """Of an attention kernel."""
-    steps: tuple[tuple[Network, Shape, float | None], ...]
-    """Network, micro-batch, and the goal in tokens a second on one H200."""
-    zero: tuple[Network, Shape, int]
-    """Network, micro-batch, micro-batches of a step."""
+    steps: tuple[tuple[Work, float | None], ...]
+    """What is trained, and the goal in tokens a second on one H200."""
+    zero: Work
     attention: tuple[int, tuple[int, ...], int, int]
     """Tokens, lengths of a sequence, heads, width of a head."""
+    memory: tuple[Case, ...]
+
+
+def _case(network: Network, shape: Shape, stage: int, **others: Any) -> Case:
+    return Case(network, shape, stage, **{"precision": "bf16", "attention": "varlen", **others})
 
 
 FULL = Plan(
-    seconds=10.0,
+    seconds=6.0,
     rounds=3,
     repeats=20,
-    steps=((BASE, Shape(256, 128), 0.73e6), (BASE, Shape(64, 512), 0.67e6), (LARGE, Shape(32, 512), 0.20e6)),
-    zero=(BASE, Shape(256, 128), 8),
+    steps=(
+        (Work(BASE, Shape(512, 128), 4, compiled=True), 0.73e6),
+        (Work(BASE, Shape(128, 512), 4, compiled=True), 0.67e6),
+        (Work(LARGE, Shape(64, 512), 4, compiled=True), 0.20e6),
+        (Work(BASE, Shape(512, 128), 4, compiled=True, dropout=0.0), 0.73e6),
+        (Work(BASE, Shape(128, 512), 4, compiled=True, dropout=0.0), 0.67e6),
+    ),
+    zero=Work(BASE, Shape(256, 128), 8),
     attention=(32768, (128, 512), 12, 64),
+    memory=(
+        _case(BASE, Shape(64, 128), 0),
+        _case(BASE, Shape(64, 128), 1),
+        _case(BASE, Shape(64, 128), 1, attention="sdpa"),
+        _case(BASE, Shape(64, 128), 1, checkpointing=True),
+        _case(BASE, Shape(64, 128), 1, precision="fp32", attention="eager"),
+        _case(BASE, Shape(16, 512), 2),
+        _case(BASE, Shape(64, 128), 3),
+        _case(LARGE, Shape(32, 512), 1),
+    ),
 )
 SHORT = replace(FULL, seconds=2.0, rounds=1, repeats=5)
 REDUCED = Plan(
     seconds=0.5,
     rounds=1,
     repeats=2,
-    steps=((TINY, Shape(4, 32), None), (TINY, Shape(2, 64), None)),
-    zero=(TINY, Shape(4, 32), 4),
+    steps=((Work(TINY, Shape(4, 32), 2), None), (Work(TINY, Shape(2, 64), 1, dropout=0.0), None)),
+    zero=Work(TINY, Shape(4, 32), 4),
     attention=(128, (32,), 2, 32),
+    memory=(),
 )
 
 
@@ -88,11 +111,26 @@ class Session:
         return make_claim(name if self.on_gpu else f"{name} ({NOT_MEASURED})", unit, self.environment, *values, **named)
 
 
+class Kept:
+    """Figures, which are in a file of JSON as soon as they are there."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self.claims: list[Claim] = []
+
+    def add(self, claim: Claim) -> None:
+        """Keep one more."""
+        self.claims.append(claim)
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            self._file.write_text(json.dumps([each.record() for each in self.claims], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def measure_steps(session: Session) -> Iterator[Claim]:
     """Tokens a second and MFU of optimizer steps on full rows."""
-    for network, shape, goal in session.plan.steps:
-        found = device.steps(network, shape, session.precision, session.plan.seconds)
-        name = f"{network.name}, {found.samples} x {shape.length}, {session.precision}"
+    for work, goal in session.plan.steps:
+        found = device.steps(work, session.precision, session.plan.seconds)
+        name = f"{found.work.name}, {session.precision}"
         yield session.claim(f"training {name}", "tokens/s", [found.tokens_per_s], goal=None if goal is None else Goal("ours", "≥", goal))
         if session.peak is not None:
             yield session.claim(f"MFU of {name}, of the stated peak", "of the peak", [found.flops_per_s / session.peak], goal=Goal("ours", "≥", 0.40))
@@ -102,11 +140,19 @@ def measure_steps(session: Session) -> Iterator[Claim]:
 
 def measure_zero(session: Session) -> Iterator[Claim]:
     """Our engine under ZeRO-1 against a plain torch loop with fp32 master weights."""
-    network, shape, accumulation = session.plan.zero
-    found = device.zero_and_plain(network, shape, accumulation, session.precision, session.plan.seconds, session.plan.rounds)
-    tokens = accumulation * shape.samples * shape.length
-    name = f"ZeRO-1, {network.name}, {tokens:,} tokens a step"
+    work = session.plan.zero
+    found = device.zero_and_plain(work, session.precision, session.plan.seconds, session.plan.rounds)
+    name = f"ZeRO-1, {work.network.name}, {work.accumulation * work.shape.samples * work.shape.length:,} tokens a step"
     yield session.claim(name, "tokens/s", found["ours"], found["plain"], "plain torch loop, fp32 master", goal=Goal("ratio", "≥", 0.95))
+
+
+def measure_memory(session: Session) -> Iterator[Claim]:
+    """What `plan` says of a rank's memory against the most that torch has allocated."""
+    for case in session.plan.memory:
+        planned, measured = planned_bytes(case, on_gpu=True).peak_bytes, device.peak_bytes(case)
+        sizes = {"planned_bytes": planned, "measured_peak_bytes": measured}
+        claim = session.claim(f"plan's memory, {case.name}, {case.precision}", "% off", [100 * abs(planned / measured - 1)], goal=PLAN_GOAL)
+        yield replace(claim, environment={**claim.environment, **sizes})
 
 
 def measure_attention(session: Session) -> Iterator[Claim]:
@@ -124,50 +170,50 @@ def measure_attention(session: Session) -> Iterator[Claim]:
 
 def measure_profile(session: Session) -> Iterator[Claim]:
     """The ten largest costs of a step of the first network."""
-    network, shape, _ = session.plan.steps[0]
-    for cost, share in device.profile(network, shape, session.precision, num_steps=3):
-        yield session.claim(f"share of a step of {network.name}: {cost[:90]}", "of the device's time", [share])
+    work, _ = session.plan.steps[0]
+    for cost, share in device.profile(work, session.precision, num_steps=1):
+        yield session.claim(f"share of a step of {work.name}: {cost[:90]}", "of the device's time", [share])
 
 
 PARTS: dict[str, Callable[[Session], Iterator[Claim]]] = {
     "steps": measure_steps,
     "zero": measure_zero,
+    "memory": measure_memory,
     "attention": measure_attention,
     "profile": measure_profile,
 }
 
 
-def measure(session: Session, parts: Sequence[str], claims: list[Claim], now: Callable[[], float] = time.monotonic) -> None:
+def measure(session: Session, parts: Sequence[str], claims: Kept, now: Callable[[], float] = time.monotonic) -> None:
     """Add the figures of all parts to `claims` as they come; a part that fails or would begin too late is a row that says so."""
     begun = now()
     for part in parts:
         if now() - begun > BUDGET_S:
-            claims.append(session.claim(part, "", [], [], "not measured: the time was up"))
+            claims.add(session.claim(part, "", [], [], "not measured: the time was up"))
             continue
         print(f"{part} ...", file=sys.stderr, flush=True)
         try:
-            claims += PARTS[part](session)
+            for claim in PARTS[part](session):
+                claims.add(claim)
         except Exception as error:  # noqa: BLE001 - the other parts are worth having
-            claims.append(session.claim(part, "", [], [], f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"))
+            claims.add(session.claim(part, "", [], [], f"failed: {(str(error).splitlines() or [type(error).__name__])[0][:200]}"))
         with suppress(RuntimeError):  # after some errors CUDA does nothing any more
             device.free()
 
 
-def show(session: Session, claims: Sequence[Claim], file: Path | None) -> None:
-    """Print the table; write JSON."""
+def show(session: Session, claims: Sequence[Claim]) -> None:
+    """Print the table."""
     about = session.environment
     print(f"{about['card'] or 'a CPU: ' + NOT_MEASURED}, driver {about.get('driver')}, torch {installed_version('torch')}, {session.precision}")
     print("\n".join(lines(claims)), flush=True)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([claim.record() for claim in claims], indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def give_up(session: Session, claims: list[Claim], file: Path | None) -> None:
+def give_up(session: Session, claims: Kept) -> None:
     """End the process with what there is, unless it is shown already: a kernel that hangs hears nothing else."""
     if _showing.acquire(blocking=False):
         try:
-            show(session, [*claims, session.claim("the rest", "", [], [], f"not measured: not done after {LIMIT_S:.0f} s")], file)
+            claims.add(session.claim("the rest", "", [], [], f"not measured: not done after {LIMIT_S:.0f} s"))
+            show(session, claims.claims)
         finally:
             os._exit(1)
 
@@ -229,14 +275,14 @@ def main() -> int:
     environment = {"command": command_line("gpu"), **describe_machine(), **about}
     precision = our_precision()
     session = Session(plan, precision, environment, _stated_peak(about["card"], precision), on_gpu)
-    claims: list[Claim] = []
-    limit = threading.Timer(LIMIT_S, give_up, (session, claims, given.json))
+    claims = Kept(given.json)
+    limit = threading.Timer(LIMIT_S, give_up, (session, claims))
     limit.daemon = True
     limit.start()
     with process_group():
         measure(session, given.only, claims)
     _showing.acquire()
-    show(session, claims, given.json)
+    show(session, claims.claims)
     return 0
 
 

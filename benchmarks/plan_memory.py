@@ -5,61 +5,21 @@ On a CPU: what is measured is what a process takes above that of one that has im
 
 import os
 import sys
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import Any
 
 from benchmarks.children import Contestant, run_child
-from benchmarks.claims import Claim, Goal, make_claim, number
+from benchmarks.claims import Claim, make_claim, number
 from benchmarks.harness import Options, run_benchmark
+from benchmarks.planned import GOAL, Case, planned_bytes
 from benchmarks.training import TINY, Network, Shape
-
-if TYPE_CHECKING:
-    from trainer.config import RunConfig
 
 NAME = "plan_memory"
 TITLE = "Memory of a rank: planned against measured"
-GOAL = Goal("ours", "≤", 10.0)
-"""Per cent that a plan may be off."""
 MIDDLE, MODERN, CAUSAL = Network(6, 512, 8), Network(6, 384, 6, architecture="modernbert"), Network(6, 384, 6, 16384, "gpt2")
 _MEGA = 1e6
 _TIMEOUT_S = 1500
 """Of a case, which takes half a minute of an idle machine; see `contestants.peaks`, which gives up before and says where it stood."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One configuration."""
-
-    network: Network
-    shape: Shape
-    stage: int
-    accumulation: int = 1
-    checkpointing: bool = False
-    world_size: int = 1
-    precision: str = "fp32"
-    dropout: float = 0.1
-    optimizer: str = "adamw"
-    attention: str = "eager"
-
-    @property
-    def name(self) -> str:
-        """What differs from others."""
-        parts = [f"{self.network.architecture} {self.network.name}", f"ZeRO {self.stage}", f"{self.shape.samples} x {self.shape.length}"]
-        parts += [f"accumulation {self.accumulation}"] if self.accumulation > 1 else []
-        parts += ["checkpointing"] if self.checkpointing else []
-        parts += [each for each, usual in ((self.optimizer, "adamw"), (self.attention, "eager")) if each != usual]
-        return ", ".join([*parts, f"{self.world_size} ranks"] if self.world_size > 1 else parts)
-
-    def run_config(self) -> "RunConfig":
-        """As a run would have it."""
-        from benchmarks.contestants.training import run_config
-
-        model = {"activation_checkpointing": self.checkpointing, "attention": self.attention}
-        config = run_config(
-            self.network, self.shape, precision=self.precision, dropout=self.dropout, stage=self.stage, optimizer=self.optimizer, **model
-        )
-        batch = config.batch.model_copy(update={"global_batch_size": self.shape.samples * self.accumulation * self.world_size})
-        return config.model_copy(update={"batch": batch})
 
 
 CASES = (
@@ -96,27 +56,6 @@ def main(options: Options) -> list[Claim]:
         claims.append(make_claim(f"plan's memory, {case.name}", "% off", environment, [off], goal=None if options.short else GOAL))
     options.table("Peak of a rank, in MB", ("configuration", "planned", "measured", "% off"), rows)
     return claims
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What the plan says."""
-
-    peak_bytes: int
-    parameters: int
-
-
-def planned_bytes(case: Case) -> Planned:
-    """What `plan` prints as the peak of a rank at the case's stage, on a corpus of full rows."""
-    from launcher.plan_memory import Shape as PlannedShape
-    from launcher.plan_work import MeanSample
-    from trainer.dimensions import Dimensions
-
-    config, length = case.run_config(), case.shape.length
-    network, samples = Dimensions.of(config.model, case.network.vocab_size), {length: MeanSample(float(length), is_bound=False)}
-    shape = PlannedShape(config, network, case.precision, case.world_size, on_gpu=False, samples=samples, attention=case.attention)
-    found = shape.peak(config.phases, case.stage, checkpointing=case.checkpointing)
-    return Planned(found.peak_bytes, network.parameters)
 
 
 def _contestant(case: Case) -> Contestant:

@@ -94,7 +94,8 @@ def _origins(results: Mapping[str, Sequence[Record]]) -> list[str]:
 
 def _place(environment: dict[str, Any]) -> str:
     versions = environment["versions"]
-    machine = f"{environment['cpu']}, {environment['cores']} cores, {environment['memory_gb']} GB"
+    card = f"{environment['card']}, " if environment.get("card") else ""
+    machine = f"{card}{environment['cpu']}, {environment['cores']} cores, {environment['memory_gb']} GB"
     corpus = environment.get("corpus")
     text = f", {corpus['name']} ({corpus['documents']:,} distinct documents)" if corpus else ""
     return f"{machine}, Python {versions['python']}, torch {versions['torch']}{text}"

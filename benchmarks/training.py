@@ -53,6 +53,23 @@ class Shape:
     """Different micro-batches, which take turns."""
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one rank trains: steps of `accumulation` micro-batches."""
+
+    network: Network
+    shape: Shape
+    accumulation: int = 1
+    compiled: bool = False
+    dropout: float = 0.1
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        parts = [self.network.name, f"steps of {self.accumulation} x {self.shape.samples} x {self.shape.length}", f"dropout {self.dropout:g}"]
+        return ", ".join([*parts, "compiled"] if self.compiled else parts)
+
+
 SMALL, BASE, LARGE = Network(4, 256, 4), Network(12, 768, 12), Network(24, 1024, 16)
 TINY = Network(2, 64, 2, vocab_size=1024)
 """For `--short`."""

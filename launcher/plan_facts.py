@@ -181,7 +181,8 @@ def attention_of(config: RunConfig, gpu: str | None) -> Known:
         return Known(config.model.attention, "stated: model.attention")
     found, file = _choices(config, gpu)
     if kernels := found.get("attention"):
-        return Known("eager" if "eager" in kernels.values() else "sdpa", f"measured: {file}")
+        takes_most = next(name for name in ("eager", "sdpa", "varlen") if name in kernels.values())
+        return Known(takes_most, f"measured: {file}")
     return Known("eager" if gpu is None else "sdpa", "assumed: `auto` is settled by a measurement before step 1")
 
 

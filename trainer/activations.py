@@ -7,7 +7,7 @@ predicted, are one pass: a micro-batch, or a part of it (`batch.split`).
 from dataclasses import dataclass
 
 from trainer.dimensions import Dimensions
-from trainer.tensors import Tensors
+from trainer.tensors import NOTHING, Tensors
 
 _FP32 = 4
 _HIDDEN = {"bert": 8, "modernbert": 8, "gpt2": 8}
@@ -48,7 +48,8 @@ class Kernels:
     checkpointing: bool
     """Layers keep their input only, and are computed once more in the backward pass."""
     attention: str
-    """`eager`, or `sdpa`: one kernel, which keeps no scores. On a CPU it has none for dropout, and computes in steps all the same."""
+    """`eager`, or one kernel, which keeps no scores: `sdpa`, or on a GPU `varlen`, which takes no mask. On a CPU `sdpa` has none for dropout, and
+    computes in steps all the same."""
 
     def keep_scores(self, dropout: float) -> bool:
         """Whether attention keeps its scores for the backward pass."""
@@ -129,7 +130,8 @@ def _attention(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
     rows = batch.num_places * network.num_heads
     if not kernels.keep_scores(network.dropout):
         whole = _hidden(network, batch, kernels) * (2 if network.architecture == "modernbert" else 0)
-        return Tensors.of(rows * _FP32) + _own_mask(network, batch, kernels) + whole
+        mask = NOTHING if kernels.attention == "varlen" else _own_mask(network, batch, kernels)
+        return Tensors.of(rows * _FP32) + mask + whole
     if kernels.attention == "sdpa" and kernels.element_bytes != _FP32:  # in steps on a CPU, which copies its inputs to fp32
         return Tensors.of(rows * batch.width * _FP32, 3) + _hidden(network, batch, kernels) * 3
     scores = Tensors.of(rows * batch.width * kernels.element_bytes)

@@ -1,6 +1,6 @@
 """Which kernel computes attention: a table by row length, measured on this device before step 1, and masks in the form that each kernel takes.
 
-Shape suffixes: R rows, H heads, T places of a row, W width of a head.
+Shape suffixes: R rows, H heads, T places of a row, W width of a head, S samples and stretches of padding, and one.
 """
 
 import math
@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
+from trainer.batch import bounds_of
 from trainer.config import RunConfig
 
 Table = Mapping[str, str]
@@ -24,7 +27,7 @@ _FASTER = 1.1
 _TIMINGS = 5
 _MOST_SCORES = 1 << 20
 """Scores (R x H x T x T) of a measurement, unless one row has more: some milliseconds of a core, some megabytes."""
-_MOST_SCORES_GPU = 1 << 25
+_MOST_SCORES_GPU = 1 << 28
 """The same of a GPU, which less would not fill."""
 
 
@@ -34,8 +37,9 @@ class Kernel:
 
     forward: Callable[..., tuple[Tensor, Any]]
     """As transformers calls it; stands in for each architecture's own function of the name."""
-    mask: Callable[[Tensor, torch.dtype], Tensor]
-    """From "attends to" (R, 1, 1 or T, T) and the dtype of the scores to the mask that it takes."""
+    mask: Callable[[Tensor, torch.dtype], Tensor] | None
+    """From "attends to" (R, 1, 1 or T, T) and the dtype of the scores to the mask that it takes; None of a kernel that takes `bounds_of` samples,
+    as (1, 1, 1, S)."""
 
 
 def _added(attend: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,10 +47,50 @@ def _added(attend: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
 
 
+def varlen_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """FlashAttention-2 (Dao 2023) over all samples of a micro-batch, one after the other, as transformers calls a kernel: nothing is computed between
+    samples, or between a sample and padding.
+
+    `query`, `key` and `value` (R, H, T, W) on a GPU in 16 bits; `bounds` (1, 1, 1, S) as of `bounds_of`; `sliding_window` as ModernBERT gives it, one
+    more than the places on either side. Returns (R, T, H, W).
+
+    torch's public `varlen_attn` is the same without dropout.
+    """
+    del others
+    rows, _, length, _ = query.shape
+    places = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    bounds_S, reach = bounds.flatten(), None if sliding_window is None else sliding_window - 1
+    is_causal = bool(getattr(module, "is_causal", False))
+    attended, *_ = torch.ops.aten._flash_attention_forward(
+        *places, bounds_S, bounds_S, length, length, dropout, is_causal, False, scale=scaling, window_size_left=reach, window_size_right=reach
+    )
+    return attended.unflatten(0, (rows, length)), None
+
+
+AttentionInterface.register("varlen", varlen_attention_forward)
+
 KERNELS: dict[str, Kernel] = {
     "eager": Kernel(eager_attention_forward, _added),
     "sdpa": Kernel(sdpa_attention_forward, lambda attend, dtype: attend),
+    "varlen": Kernel(varlen_attention_forward, None),
 }
+
+
+def varlen_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether the kernel of that name runs there: on GPUs since Ampere, in 16 bits."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    return width % 8 == 0 and width <= 256
 
 
 @dataclass(frozen=True)
@@ -63,7 +107,7 @@ class Shape:
     dropout: float
 
 
-def usual_kernel(device: torch.device, candidates: Sequence[str] = tuple(KERNELS)) -> str:
+def usual_kernel(device: torch.device, candidates: Sequence[str] = ("eager", "sdpa")) -> str:
     """What is taken unless another one is found to be faster: on a CPU, SDPA's bf16 kernel takes twice the time of plain matrix products."""
     return "sdpa" if device.type == "cuda" and "sdpa" in candidates else "eager"
 
@@ -94,6 +138,11 @@ def faster(seconds: Mapping[str, float], usual: str) -> str:
     return best if seconds[usual] > _FASTER * seconds[best] else usual
 
 
+def head_width(network_config: Any) -> int:
+    """Of a network of transformers."""
+    return int(getattr(network_config, "head_dim", None) or network_config.hidden_size // network_config.num_attention_heads)
+
+
 def shape_of(config: RunConfig, network_config: Any, length: int, device: torch.device) -> Shape:
     """The run's micro-batches at `length`, with fewer rows where they would take long to measure."""
     heads = int(network_config.num_attention_heads)
@@ -102,7 +151,7 @@ def shape_of(config: RunConfig, network_config: Any, length: int, device: torch.
         rows=max(1, min(config.batch.micro_batch_size // config.batch.split, most_rows)),
         heads=heads,
         length=length,
-        head_width=int(getattr(network_config, "head_dim", None) or network_config.hidden_size // heads),
+        head_width=head_width(network_config),
         packed=config.batch.row_packing == "rows" or config.objective.kind == "clm",
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision],
         dropout=config.model.dropout,
@@ -123,15 +172,14 @@ def measured(candidates: Sequence[str], shape: Shape, device: torch.device) -> d
 
 
 def _pass_of(kernel: Kernel, shape: Shape, device: torch.device) -> Callable[[], Any]:
-    """A forward and backward pass over made-up rows; every second place of two samples a row, or the last place padding."""
+    """A forward and backward pass over made-up rows: two samples a row, or one and a place of padding."""
     size = (shape.rows, shape.length, shape.heads, shape.head_width)
     query_RHTW, key_RHTW, value_RHTW = (torch.randn(size, dtype=shape.dtype, device=device, requires_grad=True).transpose(1, 2) for _ in range(3))
-    places_T = torch.arange(shape.length, device=device)
-    if shape.packed:
-        attend = (places_T[:, None] % 2 == places_T % 2).expand(shape.rows, 1, -1, -1)
-    else:
-        attend = (places_T < shape.length - 1).expand(shape.rows, 1, 1, -1)
-    mask, layer = kernel.mask(attend, shape.dtype), nn.Identity()
+    ids_T = 1 + np.arange(shape.length) * 2 // shape.length if shape.packed else np.append(np.ones(shape.length - 1), 0)
+    samples_T = torch.from_numpy(ids_T).to(device)
+    attend = (samples_T[:, None] == samples_T).expand(shape.rows, 1, -1, -1) if shape.packed else samples_T.bool().expand(shape.rows, 1, 1, -1)
+    bounds = torch.from_numpy(bounds_of(np.tile(ids_T, (shape.rows, 1)))).to(device)[None, None, None]
+    mask, layer = bounds if kernel.mask is None else kernel.mask(attend, shape.dtype), nn.Identity()
 
     def once() -> Any:
         attended_RTHW, _ = kernel.forward(layer, query_RHTW, key_RHTW, value_RHTW, mask, dropout=shape.dropout, scaling=shape.head_width**-0.5)

@@ -1,6 +1,6 @@
 """Micro-batches as tensors: made from the stream's arrays, cut into parts where memory is short (pure but for the copy to a device).
 
-Shape suffixes: B samples, R rows, T places of a row, N masked positions.
+Shape suffixes: B samples, R rows, T places of a row, N masked positions, S samples and stretches of padding, and one.
 """
 
 from dataclasses import dataclass, fields
@@ -33,6 +33,8 @@ class TensorBatch:
     """Never empty."""
     mlm_labels_N: Tensor
     nsp_labels_B: Tensor
+    bounds_S: Tensor
+    """Where samples and padding begin, as `bounds_of` says."""
 
     def to(self, device: torch.device) -> "TensorBatch":
         """This batch on `device`; copies to a GPU do not wait."""
@@ -54,6 +56,13 @@ def tensor_batches(batch: "MicroBatch", parts: int = 1) -> list[TensorBatch]:
     return batches + [_without_labels(batches[0])] * (parts - len(batches))
 
 
+def bounds_of(sample_ids_RT: NDArray[np.int64]) -> NDArray[np.int32]:
+    """(S,) Where in the flattened rows samples and padding begin, and at the end the number of places: S - 1 pieces that fill the rows."""
+    begins_RT = np.ones(sample_ids_RT.shape, np.bool_)
+    begins_RT[:, 1:] = sample_ids_RT[:, 1:] != sample_ids_RT[:, :-1]
+    return np.append(np.flatnonzero(begins_RT), sample_ids_RT.size).astype(np.int32)
+
+
 def _part(batch: "MicroBatch", tables: list[NDArray[np.int64]], first: int, last: int) -> TensorBatch:
     low, high = first * batch.layout.width, last * batch.layout.width
     positions = batch.mlm_positions
@@ -61,7 +70,8 @@ def _part(batch: "MicroBatch", tables: list[NDArray[np.int64]], first: int, last
     positions, labels = positions[masked] - low, batch.mlm_labels[masked]
     if not len(positions):  # the head must run all the same, so that its parameters stay in the graph
         positions, labels = np.zeros(1, np.int64), np.full(1, IGNORED)
-    arrays = [*(table[first:last] for table in tables), batch.starts[own] - low, positions, labels, batch.nsp_labels[own]]
+    rows = [table[first:last] for table in tables]
+    arrays = [*rows, batch.starts[own] - low, positions, labels, batch.nsp_labels[own], bounds_of(rows[-1])]
     return TensorBatch(*(_tensor(array) for array in arrays))
 
 
@@ -76,8 +86,9 @@ def _without_labels(batch: TensorBatch) -> TensorBatch:
         mlm_positions_N=torch.zeros(1, dtype=torch.int64),
         mlm_labels_N=torch.full((1,), IGNORED),
         nsp_labels_B=torch.full((1,), IGNORED),
+        bounds_S=_tensor(bounds_of(batch.sample_ids_RT[:1].numpy())),
     )
 
 
-def _tensor(array: NDArray[np.int64]) -> Tensor:
+def _tensor(array: NDArray[np.int64] | NDArray[np.int32]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array))

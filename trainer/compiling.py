@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
@@ -16,10 +17,10 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
-from trainer.batch import TensorBatch
+from trainer.batch import TensorBatch, bounds_of
 from trainer.config import RunConfig
 from trainer.networks import PretrainingNetwork
-from trainer.objectives import IGNORED
+from trainer.objectives import IGNORED, loss_sums
 
 _MOST_GRAPHS = 64
 """Of one layer: for each attention kernel, kind of mask and kind of layer one."""
@@ -34,7 +35,8 @@ def compile_layers(network: PretrainingNetwork, config: RunConfig, device: torch
     """Compile the layers of `network` for training, in place: parameters keep their names. `tell` hears of the events `compiling` and `compiled`.
 
     Each attempt compiles for the same made-up micro-batches, with rows and places left open; whatever fits none of these graphs (validation, a batch
-    of one row) runs as it would without. Dropout draws the same numbers as without. `network` has its kernels, is on `device` and in its precision.
+    of one row) runs as it would without. On a CPU dropout draws the same numbers as without. `network` has its kernels, is on `device` and in its
+    precision.
 
     Raises:
         ConfigError: transformers does not mark the layers of this architecture.
@@ -49,10 +51,13 @@ def compile_layers(network: PretrainingNetwork, config: RunConfig, device: torch
     tell("compiling", layers=len(layers))
     started_at = time.monotonic()
     shapes = (config.batch.micro_batch_size // config.batch.split, sorted(config.batch.sequence_lengths), config.batch.row_packing)
-    _configure(tag=repr((*shapes, sorted(network.kernels.items()), torch.get_num_threads())))
+    _configure(device, tag=repr((*shapes, sorted(network.kernels.items()), torch.get_num_threads())))
     for layer in layers:
         layer.compile(dynamic=True)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    if device.type == "cuda":  # a CPU gains nothing
+        network.sum_losses = torch.compile(loss_sums, dynamic=True)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler tells its own developers what it could not do
         for batch in _made_up_batches(config):
             _forward_backward(network, batch.to(device))
     torch.compiler.set_stance("eager_on_recompile")
@@ -75,12 +80,12 @@ def require_compiler(device: torch.device, which: Callable[[str], str | None] = 
         )
 
 
-def _configure(tag: str) -> None:
+def _configure(device: torch.device, tag: str) -> None:
     """Forget what this process has compiled, and let nothing but the made-up batches decide what comes out; `tag` names them in torch's cache."""
     torch._dynamo.reset()
     torch.compiler.set_stance("default")
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
-    torch._inductor.config.fallback_random = True
+    torch._inductor.config.fallback_random = device.type == "cpu"  # a GPU draws within the kernel that drops out
     torch._inductor.config.compile_threads = 1  # no processes that outlive a rank
     torch.fx.experimental._config.use_duck_shape = False  # 128 rows of 128 places: equal by chance
     torch.compiler.config.cache_key_tag = tag
@@ -102,7 +107,8 @@ def _made_up(rows: int, length: int, samples_a_row: int) -> TensorBatch:
     positions_RT = places_T.expand(rows, -1).contiguous()  # only memory of its own can be pinned
     starts_B = (torch.arange(rows)[:, None] * length + torch.arange(samples_a_row) * (length // samples_a_row)).flatten()
     unlabelled_B = torch.full_like(starts_B, IGNORED)
-    return TensorBatch(ids_RT, ids_RT, positions_RT, sample_ids_RT, starts_B, starts_B, unlabelled_B, unlabelled_B)
+    bounds_S = torch.from_numpy(bounds_of(sample_ids_RT.numpy()))
+    return TensorBatch(ids_RT, ids_RT, positions_RT, sample_ids_RT, starts_B, starts_B, unlabelled_B, unlabelled_B, bounds_S)
 
 
 def _forward_backward(network: PretrainingNetwork, batch: TensorBatch) -> None:

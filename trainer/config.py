@@ -38,9 +38,10 @@ class ModelConfig(Section):
     """Dropout of hidden states and attention probabilities, keyed by (seed, micro-batch). Exported with the model: fine-tuning uses it, too."""
     initializer_range: float = Field(default=0.02, gt=0.0)
     """Standard deviation of the initial weights. Narrow networks leave the plateau of word frequencies sooner with a larger one."""
-    attention: Literal["auto", "eager", "sdpa"] = "auto"
-    """Attention kernel: `eager` plain matrix products, `sdpa` torch's scaled_dot_product_attention. `auto`: for each sequence length what is fastest
-    forward and backward in the run's precision; measured before step 1 and kept for the whole run (`choices.json`)."""
+    attention: Literal["auto", "eager", "sdpa", "varlen"] = "auto"
+    """Attention kernel: `eager` plain matrix products, `sdpa` torch's scaled_dot_product_attention, `varlen` FlashAttention over the samples alone
+    (GPUs in 16 bits; bert, modernbert, gpt2). `auto`: for each sequence length what is fastest forward and backward in the run's precision; measured
+    before step 1 and kept for the whole run (`choices.json`)."""
     compile: bool = False
     """Compile the layers with torch.compile before step 1, which each attempt waits for: about a minute, less where torch's cache
     (`TORCHINDUCTOR_CACHE_DIR`, by default a folder of the user in the temporary one) has them. Needs a C++ compiler, on a GPU Triton. Not under

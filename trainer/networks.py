@@ -4,7 +4,7 @@ Parameters keep their transformers names, so that exported weights load in stock
 of a row, D hidden width, N places to predict, V vocabulary.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertForPreTraining, GPT2LMHeadModel, ModernBertForMaskedLM
 
 from data_pipeline.errors import ConfigError
-from trainer.attention import KERNELS, kernel_for
-from trainer.batch import TensorBatch
+from trainer.attention import KERNELS, head_width, kernel_for, varlen_runs
+from trainer.batch import TensorBatch, bounds_of
 from trainer.known_architectures import why_unknown
 from trainer.objectives import LossSums, loss_sums
 
@@ -35,18 +35,21 @@ class Rows:
     """1, 2, … for samples, 0 for padding."""
     one_each: bool
     """Whether every row holds one sample, and padding after it."""
+    bounds_S: Tensor
+    """Where samples and padding begin, as `trainer.batch.bounds_of` says."""
 
     @classmethod
     def of(cls, batch: TensorBatch) -> "Rows":
         """The rows of a micro-batch."""
         one_each = len(batch.starts_B) == len(batch.input_ids_RT)
         positions = _counting(batch.input_ids_RT) if one_each else batch.position_ids_RT
-        return cls(batch.input_ids_RT, batch.token_type_ids_RT, positions, batch.sample_ids_RT, one_each)
+        return cls(batch.input_ids_RT, batch.token_type_ids_RT, positions, batch.sample_ids_RT, one_each, batch.bounds_S)
 
     @classmethod
     def padded(cls, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> "Rows":
         """A sample a row, as a tokenizer of transformers gives them."""
-        return cls(input_ids_BT, token_type_ids_BT, _counting(input_ids_BT), attention_mask_BT, one_each=True)
+        bounds_S = torch.from_numpy(bounds_of(attention_mask_BT.numpy(force=True))).to(input_ids_BT.device)
+        return cls(input_ids_BT, token_type_ids_BT, _counting(input_ids_BT), attention_mask_BT, one_each=True, bounds_S=bounds_S)
 
     @property
     def attend(self) -> Tensor:
@@ -71,6 +74,9 @@ class PretrainingNetwork(nn.Module):
     """Whether it is told which segment a token is of."""
     is_causal: ClassVar[bool] = False
     """Whether a token attends to those before it only."""
+    takes_bounds: ClassVar[bool] = False
+    """Whether its layers hand the mask to the attention kernel as it is, so that it may be the bounds of samples."""
+    sum_losses: Callable[[Tensor, Tensor, Tensor, Tensor], LossSums] = staticmethod(loss_sums)
     kernels: Mapping[str, str] = {}
     """Attention kernels by row length, see `trainer.attention.Table`; empty for the one that the network was built with."""
     config: Any
@@ -84,7 +90,7 @@ class PretrainingNetwork(nn.Module):
         hidden_RTD = self._hidden(Rows.of(batch)).flatten(0, 1)
         first_B1D, chosen_ND = hidden_RTD.index_select(0, batch.starts_B)[:, None], hidden_RTD.index_select(0, batch.mlm_positions_N)
         token_logits_NV, pair_logits_B2 = self._token_logits(chosen_ND), self._pair_logits(first_B1D)
-        sums = loss_sums(token_logits_NV, batch.mlm_labels_N, pair_logits_B2, batch.nsp_labels_B)
+        sums = self.sum_losses(token_logits_NV, batch.mlm_labels_N, pair_logits_B2, batch.nsp_labels_B)
         return sums.mlm_loss, sums.nsp_loss, sums.mlm_correct, sums.nsp_correct
 
     def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
@@ -94,8 +100,10 @@ class PretrainingNetwork(nn.Module):
         return found | {"nsp_logits": self._pair_logits(hidden_BTD).float()} if self.has_pair_head else found
 
     def candidate_kernels(self) -> list[str]:
-        """Attention kernels that the architecture has."""
-        return list(KERNELS) if self._supports_sdpa else ["eager"]
+        """Attention kernels that the architecture has on its device in its precision."""
+        weight = next(self.parameters())
+        has_varlen = self.takes_bounds and varlen_runs(weight.device, weight.dtype, head_width(self.config))
+        return [name for name, has in (("eager", True), ("sdpa", self._supports_sdpa), ("varlen", has_varlen)) if has]
 
     def require_kernel(self, name: str) -> None:
         """Refuse an attention kernel that the architecture lacks; `auto` chooses among those that it has.
@@ -105,7 +113,8 @@ class PretrainingNetwork(nn.Module):
         """
         if name not in ("auto", *self.candidate_kernels()):
             raise ConfigError(
-                f"model.attention {name}: {self.config.model_type} has no such attention in transformers", "Set model.attention to auto or eager."
+                f"model.attention {name}: {self.config.model_type} has no such attention on this device in this precision",
+                f"Set model.attention to auto or {' or '.join(self.candidate_kernels())}.",
             )
 
     def _hidden(self, rows: Rows) -> Tensor:
@@ -126,9 +135,10 @@ class PretrainingNetwork(nn.Module):
         """(B, 2), from the first place of each of `first_BTD`; zeros where there is no such head."""
         return first_BTD.new_zeros(len(first_BTD), PAIR_CLASSES)
 
-    def _as_mask(self, attend: Tensor, dtype: torch.dtype) -> Tensor:
-        """`attend` as the attention kernel takes it."""
-        return KERNELS[self.config._attn_implementation].mask(attend, dtype)
+    def _as_mask(self, rows: Rows, attend: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+        """Which places attend to which, as the attention kernel takes it; what it does not need is not computed."""
+        mask = KERNELS[self.config._attn_implementation].mask
+        return rows.bounds_S[None, None, None] if mask is None else mask(attend(), dtype)
 
 
 class PretrainingBert(PretrainingNetwork, BertForPreTraining):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -137,11 +147,12 @@ class PretrainingBert(PretrainingNetwork, BertForPreTraining):  # pyright: ignor
     stock = BertForPreTraining
     has_pair_head = True
     takes_token_types = True
+    takes_bounds = True
 
     def _encode(self, rows: Rows) -> Tensor:
         """`BertModel.forward`, which cannot take a mask of its own for each row and pools only the first place of one."""
         embedded_RTD = self.bert.embeddings(input_ids=rows.input_ids, token_type_ids=rows.token_type_ids, position_ids=rows.position_ids)
-        return self.bert.encoder(embedded_RTD, attention_mask=self._as_mask(rows.attend, embedded_RTD.dtype)).last_hidden_state
+        return self.bert.encoder(embedded_RTD, attention_mask=self._as_mask(rows, lambda: rows.attend, embedded_RTD.dtype)).last_hidden_state
 
     def _token_logits(self, hidden: Tensor) -> Tensor:
         return self.cls.predictions(hidden)
@@ -154,15 +165,20 @@ class PretrainingModernBert(PretrainingNetwork, ModernBertForMaskedLM):  # pyrig
     """ModernBERT (Warner et al. 2024): rotary positions, and layers that attend to a window alone."""
 
     stock = ModernBertForMaskedLM
+    takes_bounds = True
 
     def _encode(self, rows: Rows) -> Tensor:
+        dtype = self.model.embeddings.tok_embeddings.weight.dtype
+        attends = {"full_attention": lambda: rows.attend, "sliding_attention": lambda: self._near(rows)}
+        masks: Any = {kind: self._as_mask(rows, attend, dtype) for kind, attend in attends.items()}
+        return self.model(input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids).last_hidden_state
+
+    def _near(self, rows: Rows) -> Tensor:
+        """(R, 1, T, T): `Rows.attend` within the window of a layer."""
         places_T = torch.arange(rows.input_ids.shape[1], device=rows.input_ids.device)
         distance_TT = (places_T[:, None] - places_T[None, :]).abs()
         near = rows.attend & (distance_TT <= self.config.sliding_window)
-        near = near | ((distance_TT == 0) & ~near.any(-1, keepdim=True))  # padding far behind its row's sample, see `Rows.attend`
-        dtype = self.model.embeddings.tok_embeddings.weight.dtype
-        masks: Any = {"full_attention": self._as_mask(rows.attend, dtype), "sliding_attention": self._as_mask(near, dtype)}
-        return self.model(input_ids=rows.input_ids, attention_mask=masks, position_ids=rows.position_ids).last_hidden_state
+        return near | ((distance_TT == 0) & ~near.any(-1, keepdim=True))  # padding far behind its row's sample, see `Rows.attend`
 
     def _token_logits(self, hidden: Tensor) -> Tensor:
         return self.decoder(self.head(hidden))
@@ -173,11 +189,15 @@ class PretrainingGPT2(PretrainingNetwork, GPT2LMHeadModel):  # pyright: ignore[r
 
     stock = GPT2LMHeadModel
     is_causal = True
+    takes_bounds = True
 
     def _encode(self, rows: Rows) -> Tensor:
         num_places = rows.input_ids.shape[1]
-        earlier_TT = torch.ones(num_places, num_places, dtype=torch.bool, device=rows.input_ids.device).tril()
-        mask = self._as_mask(rows.attend & earlier_TT, self.transformer.wte.weight.dtype)
+
+        def earlier() -> Tensor:
+            return rows.attend & torch.ones(num_places, num_places, dtype=torch.bool, device=rows.input_ids.device).tril()
+
+        mask = self._as_mask(rows, earlier, self.transformer.wte.weight.dtype)
         return self.transformer(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False).last_hidden_state
 
     def _token_logits(self, hidden: Tensor) -> Tensor:

@@ -118,8 +118,9 @@ def raise_together(error: Exception | None, what: str) -> None:
 
 
 def _summed(values: Tensor, device: torch.device) -> list[float]:
-    values = values.to(device)
-    dist.all_reduce(values)
+    if dist.get_world_size() > 1:  # else counts need not wait for the device
+        values = values.to(device)
+        dist.all_reduce(values)
     return values.tolist()
 
 

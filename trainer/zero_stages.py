@@ -132,7 +132,8 @@ def _stage_1_buckets(job: Job) -> State:
 
 
 def _stage_1_bf16(job: Job) -> State:
-    """DeepSpeed's BF16_Optimizer keeps all gradients in fp32 on every rank, and copies them to sum them."""
+    """DeepSpeed's BF16_Optimizer keeps all gradients in fp32 on every rank, to which those of a pass are added as they come, and copies them to sum
+    them."""
     part, fp32 = own_part(job, FP32_BYTES), _flat(job, FP32_BYTES)
     return State(
         weights=_flat(job, job.kernels.element_bytes),
@@ -141,7 +142,7 @@ def _stage_1_bf16(job: Job) -> State:
         buffers=NOTHING,
         carried=NOTHING,
         bucket=NOTHING,
-        grown_bytes=job.kernels.element_bytes,
+        grown_bytes=0,
         reducing=fp32,
         stepping=NOTHING,
         gathering=_gathered(job),

@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks.contestants.training import OurTraining
 from benchmarks.contestants.training_batches import micro_batches
 from benchmarks.contestants.training_peers import PlainLoop
-from benchmarks.training import Network, Shape
+from benchmarks.planned import Case
+from benchmarks.training import TINY, Work
 
 _WARM_UP_STEPS = 3
 _TOP = 10
@@ -24,82 +25,105 @@ class Rate:
     tokens_per_s: float
     flops_per_s: float
     matmul_flops_per_s: float
-    samples: int
-    """Of a micro-batch: as many as fit into memory."""
+    work: Work
+    """What was done: with micro-batches that fit into memory."""
 
 
-def steps(network: Network, shape: Shape, precision: str, seconds: float) -> Rate:
+def steps(work: Work, precision: str, seconds: float) -> Rate:
     """Optimizer steps of our trainer; where memory is short, with half as many samples, and so on."""
     import torch
 
     while True:
         try:
-            return _rate(network, shape, precision, seconds)
+            return _rate(work, precision, seconds)
         except torch.OutOfMemoryError:
-            if shape.samples == 1:
+            if work.shape.samples == 1:
                 raise
-            shape = replace(shape, samples=shape.samples // 2)
+            work = replace(work, shape=replace(work.shape, samples=work.shape.samples // 2))
         free()
 
 
-def _rate(network: Network, shape: Shape, precision: str, seconds: float) -> Rate:
+def _rate(work: Work, precision: str, seconds: float) -> Rate:
     from trainer.flops import StepFlops
     from trainer.peaks import measured_peak
     from trainer.totals import StepCounts
 
-    training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
-    batches = [[batch] for batch in micro_batches(shape, network)]
+    training, batches = _training(work, precision), _step(work)
     tokens_per_s, steps_per_s = rate(training.step, batches, seconds)
-    counts = [StepCounts.of(step, 0, stop=False, failed=False) for step in batches]
-    useful = StepFlops.of(training.engine.model)
-    flops = sum(useful.of_step(each) for each in counts) / len(counts)
+    flops = StepFlops.of(training.engine.model).of_step(StepCounts.of(batches, 0, stop=False, failed=False))
     peak = measured_peak(training.engine.device, training.engine.dtype)
-    return Rate(tokens_per_s, flops * steps_per_s, peak, shape.samples)
+    return Rate(tokens_per_s, flops * steps_per_s, peak, work)
 
 
-def zero_and_plain(network: Network, shape: Shape, accumulation: int, precision: str, seconds: float, rounds: int) -> dict[str, list[float]]:
-    """Tokens a second of our engine under ZeRO-1 and of a plain torch loop, by turns, with `accumulation` micro-batches a step."""
-    batches = list(islice(cycle(micro_batches(shape, network)), accumulation))
+def _training(work: Work, precision: str) -> OurTraining:
+    return OurTraining.build(work.network, work.shape, precision=precision, dropout=work.dropout, compile=work.compiled)
+
+
+def _step(work: Work) -> list[Any]:
+    """The micro-batches of a step."""
+    return list(islice(cycle(micro_batches(work.shape, work.network)), work.accumulation))
+
+
+def zero_and_plain(work: Work, precision: str, seconds: float, rounds: int) -> dict[str, list[float]]:
+    """Tokens a second of our engine under ZeRO-1 and of a plain torch loop, by turns."""
     found: dict[str, list[float]] = {"ours": [], "plain": []}
-    training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
-    loop = PlainLoop(network, shape, precision=precision, dropout=0.1)
+    training, batches = _training(work, precision), _step(work)
+    loop = PlainLoop(work.network, work.shape, precision=precision, dropout=work.dropout)
+    loop.model.kernels = training.engine.model.kernels
     for _ in range(rounds):
-        found["ours"].append(rate(training.step, [batches], seconds)[0])
-        found["plain"].append(rate(loop.step, [batches], seconds)[0])
+        found["ours"].append(rate(training.step, batches, seconds)[0])
+        found["plain"].append(rate(loop.step, batches, seconds)[0])
     return found
 
 
-def rate(step: Callable[[Sequence[Any]], Any], batches: Sequence[Sequence[Any]], seconds: float) -> tuple[float, float]:
+def peak_bytes(case: Case) -> int:
+    """Most that torch has allocated of a GPU's memory for a rank that is built and takes steps."""
+    import torch
+
+    _peak_bytes(replace(case, network=TINY, attention="eager"))  # takes the place of what DeepSpeed still holds of the engine before
+    free()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _peak_bytes(case)
+    free()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_bytes(case: Case) -> None:
+    model = {"attention": case.attention, "activation_checkpointing": case.checkpointing}
+    training = OurTraining.build(case.network, case.shape, precision=case.precision, dropout=case.dropout, stage=case.stage, **model)
+    for batch in micro_batches(case.shape, case.network):
+        training.step([batch])
+
+
+def rate(step: Callable[[Sequence[Any]], Any], batches: Sequence[Any], seconds: float) -> tuple[float, float]:
     """Real tokens and steps by second of wall clock, after some steps that do not count."""
-    turns = cycle(batches)
     for _ in range(_WARM_UP_STEPS):
-        step(next(turns))
+        step(batches)
     synchronize()
-    tokens, taken, started_at = 0, 0, time.perf_counter()
+    taken, started_at = 0, time.perf_counter()
     while not taken or time.perf_counter() - started_at < seconds:
-        chosen = next(turns)
-        step(chosen)
-        tokens, taken = tokens + sum(batch.num_tokens for batch in chosen), taken + 1
+        step(batches)
+        taken += 1
     synchronize()
-    elapsed_s = time.perf_counter() - started_at
-    return tokens / elapsed_s, taken / elapsed_s
+    steps_per_s = taken / (time.perf_counter() - started_at)
+    return steps_per_s * sum(batch.num_tokens for batch in batches), steps_per_s
 
 
-def profile(network: Network, shape: Shape, precision: str, num_steps: int) -> list[tuple[str, float]]:
+def profile(work: Work, precision: str, num_steps: int) -> list[tuple[str, float]]:
     """The ten largest costs of a step by their own time on the device: name, share of all."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
     from trainer.costs import costs_of
 
-    training = OurTraining.build(network, shape, precision=precision, dropout=0.1)
-    turns = cycle([batch] for batch in micro_batches(shape, network))
+    training, batches = _training(work, precision), _step(work)
     for _ in range(_WARM_UP_STEPS):
-        training.step(next(turns))
+        training.step(batches)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda() else [])]
     with profiled(activities=activities) as trace:
         for _ in range(num_steps):
-            training.step(next(turns))
+            training.step(batches)
         synchronize()
     return [(cost.name, cost.share) for cost in costs_of(trace.key_averages(), on_gpu=is_cuda())[:_TOP]]
 

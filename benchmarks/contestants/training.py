@@ -31,10 +31,17 @@ class OurTraining:
     ) -> "OurTraining":
         """The trainer's network and engine; torch.distributed is initialised. `others` as `run_config` has them."""
         from tests.support.batches import EMPTY
+        from trainer.attention import fastest_kernels
+        from trainer.compiling import compile_layers
         from trainer.engine import Engine
 
         config = run_config(network, shape, precision=precision, dropout=dropout, stage=stage, **others)
-        return cls(config, Engine.build(network_of(config, network), config), EMPTY, world_size)
+        engine = Engine.build(network_of(config, network), config)
+        if config.model.attention == "auto" and engine.device.type == "cuda":
+            engine.model.kernels = fastest_kernels(config, engine.model.config, engine.model.candidate_kernels(), engine.device)
+        if config.model.compile:
+            compile_layers(engine.model, config, engine.device)
+        return cls(config, engine, EMPTY, world_size)
 
     def step(self, batches: Sequence[Any]) -> float:
         """An optimizer step over this rank's micro-batches; returns the loss of the global batch."""

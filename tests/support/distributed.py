@@ -1,4 +1,4 @@
-"""Runs a function on several real processes joined by gloo; a test that hangs is killed and every rank's output is shown."""
+"""Runs a function on several real processes joined by gloo, or on one with a GPU; a test that hangs is killed and every rank's output is shown."""
 
 import gc
 import os
@@ -10,9 +10,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing import get_context
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Imported once by the fork server: a rank then starts in milliseconds instead of the seconds that importing deepspeed takes.
 PRELOAD = ["torch", "deepspeed.runtime.zero.muon.muon_optimizer", "trainer.zero_files", "trainer.pretrain", "tests.support.distributed"]
@@ -41,11 +41,21 @@ def run_distributed(
     os.environ.update(ENVIRONMENT)
     context = get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    return _run(context.Process, fn, world_size, (tuple(args), group_timeout_s, "gloo"), timeout_s)
+
+
+def run_on_gpu(fn: Callable[..., Any], args: Sequence[Any] = (), timeout_s: float = 60.0) -> Any:
+    """Call `fn(0, 1, *args)` on one process that has the machine's GPU, with NCCL; return its result.
+
+    Raises:
+        DistributedFailure: as `run_distributed`.
+    """
+    return _run(get_context("spawn").Process, fn, 1, (tuple(args), timeout_s, "nccl"), timeout_s)[0]
+
+
+def _run(start: Callable[..., BaseProcess], fn: Callable[..., Any], world_size: int, given: tuple[Any, ...], timeout_s: float) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        ranks = [
-            context.Process(target=_run_rank, args=(fn, rank, world_size, tuple(args), folder, group_timeout_s), daemon=False)
-            for rank in range(world_size)
-        ]
+        ranks = [start(target=_run_rank, args=(fn, rank, world_size, folder, *given), daemon=False) for rank in range(world_size)]
         try:
             for process in ranks:
                 process.start()
@@ -62,7 +72,7 @@ def run_distributed(
         return [value for _, value in outcomes]
 
 
-def _wait(ranks: list[ForkServerProcess], timeout_s: float) -> bool:
+def _wait(ranks: Sequence[BaseProcess], timeout_s: float) -> bool:
     """Wait until all have ended, or GRACE_S after the first has failed. Returns whether the time was up."""
     deadline = time.monotonic() + timeout_s
     while any(process.is_alive() for process in ranks):
@@ -74,11 +84,15 @@ def _wait(ranks: list[ForkServerProcess], timeout_s: float) -> bool:
     return False
 
 
-def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, args: tuple[Any, ...], folder: str, group_timeout_s: float) -> None:
+def _run_rank(
+    fn: Callable[..., Any], rank: int, world_size: int, folder: str, args: tuple[Any, ...], group_timeout_s: float, backend: Literal["gloo", "nccl"]
+) -> None:
     output = os.open(f"{folder}/output-{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
+    if backend == "nccl":
+        del os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"]
     import torch
     import torch.distributed as dist
 
@@ -86,7 +100,7 @@ def _run_rank(fn: Callable[..., Any], rank: int, world_size: int, args: tuple[An
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=group_timeout_s)
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=group_timeout_s)
         )
         outcome: tuple[str, Any] = ("result", fn(rank, world_size, *args))
     except BaseException as error:  # noqa: BLE001 - whatever it is, the test wants to see it
@@ -113,7 +127,7 @@ def _read_outcome(folder: Path, rank: int) -> tuple[str, Any]:
     return pickle.loads(path.read_bytes()) if path.exists() else ("nothing", None)
 
 
-def _failure(outcomes: list[tuple[str, Any]], ranks: list[ForkServerProcess], folder: Path, timeout_s: float | None) -> DistributedFailure:
+def _failure(outcomes: list[tuple[str, Any]], ranks: Sequence[BaseProcess], folder: Path, timeout_s: float | None) -> DistributedFailure:
     lines = [f"not all ranks ended within {timeout_s} s" if timeout_s else "a rank failed"]
     for rank, (kind, value) in enumerate(outcomes):
         path = folder / f"output-{rank}"

@@ -12,7 +12,7 @@ from benchmarks import gpu
 from benchmarks.children import ROOT
 from benchmarks.claims import Claim, Goal
 from benchmarks.contestants import attention_kernels
-from benchmarks.gpu import NOT_MEASURED, REDUCED, Session, lines, measure
+from benchmarks.gpu import NOT_MEASURED, REDUCED, Kept, Session, lines, measure
 from benchmarks.stand_ins import StandIn, stand_in
 
 GPU = Session(REDUCED, "bf16", {}, 1e15, on_gpu=True)
@@ -25,21 +25,22 @@ def test_without_a_gpu_a_figure_says_so_and_meets_no_goal() -> None:
     assert (reduced.claim, reduced.goal, reduced.met) == (f"training ({NOT_MEASURED})", None, None)
 
 
-def test_a_part_that_fails_or_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_fails_or_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def half(session: Session) -> Iterator[Claim]:
         yield session.claim("first", "ms", [1.0])
         raise RuntimeError("no memory\nand more")
 
     monkeypatch.setattr(gpu, "PARTS", {"half": half, "late": half})
     times = iter([0.0, 1.0, gpu.BUDGET_S + 1.0])
-    claims: list[Claim] = []
-    measure(GPU, ["half", "late"], claims, now=lambda: next(times))
-    assert [(claim.claim, claim.ours, claim.peer_version) for claim in claims] == [
+    kept = Kept(tmp_path / "figures.json")
+    measure(GPU, ["half", "late"], kept, now=lambda: next(times))
+    assert [record["claim"] for record in json.loads((tmp_path / "figures.json").read_text())] == ["first", "half", "late"]
+    assert [(claim.claim, claim.ours, claim.peer_version) for claim in kept.claims] == [
         ("first", 1.0, None),
         ("half", None, "failed: no memory"),
         ("late", None, "not measured: the time was up"),
     ]
-    table = list(lines(claims))
+    table = list(lines(kept.claims))
     assert len(table) == 4
     assert "failed: no memory" in table[2]
 

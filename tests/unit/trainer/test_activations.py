@@ -9,7 +9,7 @@ from transformers import BertConfig, GPT2Config, ModernBertConfig
 
 from tests.support.batches import small_config
 from trainer.activations import Kernels, Pass, kept, kept_by_head, kept_layer, stored_layer
-from trainer.batch import TensorBatch
+from trainer.batch import TensorBatch, bounds_of
 from trainer.dimensions import Dimensions
 from trainer.networks import PretrainingBert, PretrainingGPT2, PretrainingModernBert
 
@@ -41,15 +41,17 @@ def batch_of(*, packed: bool) -> TensorBatch:
     ids = torch.randint(5, VOCABULARY, (ROWS, WIDTH))
     half = (torch.arange(WIDTH) // (WIDTH // 2))[None].expand(ROWS, WIDTH).contiguous()
     starts = torch.arange(ROWS) * WIDTH
+    sample_ids = half + 1 if packed else torch.ones_like(ids)
     return TensorBatch(
         input_ids_RT=ids,
         token_type_ids_RT=torch.zeros_like(ids),
         position_ids_RT=torch.arange(WIDTH)[None].expand(ROWS, WIDTH).contiguous() - (half * (WIDTH // 2) if packed else 0),
-        sample_ids_RT=half + 1 if packed else torch.ones_like(ids),
+        sample_ids_RT=sample_ids,
         starts_B=torch.cat([starts, starts + WIDTH // 2]) if packed else starts,
         mlm_positions_N=torch.arange(PREDICTED) * 7,
         mlm_labels_N=torch.randint(5, VOCABULARY, (PREDICTED,)),
         nsp_labels_B=torch.zeros(2 * ROWS if packed else ROWS, dtype=torch.int64),
+        bounds_S=torch.from_numpy(bounds_of(sample_ids.numpy())),
     )
 
 

@@ -1,0 +1,28 @@
+"""Layers of transformers that GPUs like better in another form: the same parameters under the same names, computed by other matrix products."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_ALIGNED = 64
+
+
+class AlignedLinear(nn.Linear):
+    """A projection to a vocabulary, on a GPU in 16 bits computed for a few tokens more: its matrix products want rows that are multiples of 64."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, D) → (…, V)"""
+        missing = -self.out_features % _ALIGNED
+        if not missing or input.device.type != "cuda" or input.dtype == torch.float32:
+            return super().forward(input)
+        bias = None if self.bias is None else functional.pad(self.bias, (0, missing))
+        return functional.linear(input, functional.pad(self.weight, (0, 0, 0, missing)), bias)[..., : self.out_features]
+
+
+def align_projection(network: nn.Module) -> None:
+    """Let the projection to the vocabulary of a network of transformers compute as `AlignedLinear`; its parameters stay as they are."""
+    projection: Any = cast(Any, network).get_output_embeddings()
+    if type(projection) is nn.Linear:
+        projection.__class__ = AlignedLinear
