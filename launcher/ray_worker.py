@@ -11,7 +11,9 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 
 from data_pipeline.errors import ExitCode, UnreachableError
 from data_pipeline.storage import Location
@@ -132,10 +134,28 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
 
 
 class _Trainer(TorchTrainer):
-    """Without Ray's cleaner of placement groups: a detached actor that outlives a killed driver for ever where there is no dashboard."""
+    """Without processes of Ray's that a group of ours does not need and would wait for: the manager of Ray's datasets; the coordinator of requests to
+    the autoscaler, which looks at placement groups in any case; their cleaner, a detached actor that outlives a killed driver for ever where there is
+    no dashboard."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, PlacementGroupCleanerCallback)]
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback | PlacementGroupCleanerCallback)]
+
+    def _initialize_and_run_controller(self, **given: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**given, "scaling_policy": _FixedSize(self.scaling_config)})
+
+
+class _FixedSize(FixedScalingPolicy):
+    """A group of as many workers as the attempt was given, of which nobody else is told."""
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ray would start the coordinator here."""
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    def _cancel_resource_request(self) -> None:
+        pass
 
 
 def _on_worker(settings: dict[str, Any]) -> None:

@@ -17,7 +17,8 @@ class AlignedLinear(nn.Linear):
         missing = -self.out_features % _ALIGNED
         if not missing or input.device.type != "cuda" or input.dtype == torch.float32:
             return super().forward(input)
-        bias = None if self.bias is None else functional.pad(self.bias, (0, missing))
+        own = cast("Tensor | None", self.bias)
+        bias = None if own is None else functional.pad(own, (0, missing))
         return functional.linear(input, functional.pad(self.weight, (0, 0, 0, missing)), bias)[..., : self.out_features]
 
 

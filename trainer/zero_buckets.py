@@ -19,7 +19,8 @@ def cut_into_buckets(engine: Any) -> None:
     """Make a freshly built DeepSpeed engine reduce `reduce_bucket_size` elements at once also where it does not know the setting."""
     optimizer, elements = engine.optimizer, engine.zero_reduce_bucket_size()
     if hasattr(optimizer, "get_grads_for_reduction"):  # stage 1 in bf16: flat vectors, which would be joined in a copy and copied back
-        add_up_in_place(optimizer)
+        if optimizer.immediate_grad_update:
+            add_up_in_place(optimizer)
         parts = [part for flat in optimizer.get_grads_for_reduction()[0] for part in flat.split(elements)]
         optimizer.get_grads_for_reduction = lambda: (parts, {})
         engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=0)  # each part by itself
