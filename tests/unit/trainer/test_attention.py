@@ -4,13 +4,14 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from data_pipeline.errors import ConfigError
 from tests.support.batches import random_micro_batch, small_config, write_tokenizer
 from trainer.attention import KERNELS, Shape, faster, fastest_kernels, kernel_for, measured, shape_of, table_in_words, usual_kernel
-from trainer.batch import tensor_batches
+from trainer.batch import bounds_of, tensor_batches
 from trainer.config import RunConfig
 from trainer.model import build_model
 from trainer.networks import PretrainingNetwork
@@ -118,3 +119,22 @@ def test_a_kernel_that_does_not_fit_into_memory_is_not_chosen(monkeypatch: pytes
     seconds = measured(["eager", "sdpa"], shape, CPU)
     assert seconds["eager"] == math.inf
     assert faster(seconds, "eager") == "sdpa"
+
+
+def test_bounds_are_where_samples_and_padding_begin() -> None:
+    """Equal numbers side by side in two rows are two samples; padding between samples or at the end stands for itself."""
+    packed = np.array([[1, 1, 2, 2, 0], [3, 0, 0, 4, 4], [4, 4, 4, 4, 4]])
+    assert bounds_of(packed).tolist() == [0, 2, 4, 5, 6, 8, 10, 15]
+    assert bounds_of(np.ones((2, 3), np.int64)).tolist() == [0, 3, 6]
+    for batch in (random_micro_batch(2), random_micro_batch(2, packing="rows")):
+        whole, bounds = tensor_batches(batch)[0], tensor_batches(batch)[0].bounds_S
+        pieces = [set(piece.tolist()) for piece in whole.sample_ids_RT.flatten().tensor_split(bounds[1:-1].tolist())]
+        assert all(len(piece) == 1 for piece in pieces)
+        assert set(whole.starts_B.tolist()) <= set(bounds.tolist())
+
+
+def test_a_kernel_for_gpus_is_no_candidate_elsewhere(tmp_path: Any) -> None:
+    _, network = network_of(tmp_path)
+    assert network.candidate_kernels() == OF_A_CPU
+    with pytest.raises(ConfigError, match=r"no such attention on this device"):
+        network.require_kernel("varlen")
