@@ -178,9 +178,9 @@ def measure_profile(session: Session) -> Iterator[Claim]:
 PARTS: dict[str, Callable[[Session], Iterator[Claim]]] = {
     "steps": measure_steps,
     "zero": measure_zero,
-    "memory": measure_memory,
     "attention": measure_attention,
     "profile": measure_profile,
+    "memory": measure_memory,
 }
 
 

@@ -127,7 +127,7 @@ class MicroBatch:
         flat[self.places] = values_N
         return flat.reshape(self.layout.num_rows, self.layout.width)
 
-    @cached_property
+    @property
     def digest(self) -> int:
         """64 bits over token ids, segments, masks, labels and sentence labels in sample order; the layout does not enter."""
         samples = self.samples

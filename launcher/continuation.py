@@ -13,7 +13,8 @@ FREE = (
     *("storage", "data", "zero", "batch.split", "batch.loader_workers", "checkpoint", "validation", "numerics", "finetune", "tracking"),
     *("model.activation_checkpointing", "model.attention", "model.compile"),
 )
-"""Change what a run costs or keeps, never what it computes (beyond summation order, and but for steps in numeric trouble)."""
+"""Change what a run costs or keeps, never what it computes (beyond summation order, on a GPU the numbers that dropout draws, and but for
+steps in numeric trouble)."""
 DELIBERATE = (*("optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.clip_norm"), "schedule")
 """Change the rest of the run: only by `resume --set`, and recorded. Not `optimizer.kind`: the moments would stay, but no learning rate fits both."""
 

@@ -83,10 +83,16 @@ def _known_kernels(config: RunConfig, run: RunFolder, candidates: Sequence[str],
     lengths = [str(length) for length in config.batch.sequence_lengths]
     if config.model.attention != "auto":
         return dict.fromkeys(lengths, config.model.attention)
+    usual = usual_kernel(device, candidates)
     if chosen := _read(run).get("attention"):
-        return chosen
+        return possible_kernels(chosen, candidates, usual)
     trained = _newest_circumstances(run)  # which began before there was a choice, has lost it, or left it to a person
-    return None if trained is None else trained.attention or dict.fromkeys(lengths, usual_kernel(device, candidates))
+    return None if trained is None else possible_kernels(trained.attention or dict.fromkeys(lengths, usual), candidates, usual)
+
+
+def possible_kernels(kernels: Table, candidates: Sequence[str], usual: str) -> Table:
+    """The kernels of a run; on a device that lacks one the usual one in its place, which a resume tells as a difference."""
+    return {length: kernel if kernel in candidates else usual for length, kernel in kernels.items()}
 
 
 def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> str:

@@ -5,15 +5,17 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
 import torch
 import torch._dynamo
+import torch._dynamo.utils
 import torch._inductor.config
 import torch.fx.experimental._config
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
@@ -56,12 +58,14 @@ def compile_layers(network: PretrainingNetwork, config: RunConfig, device: torch
         layer.compile(dynamic=True)
     if device.type == "cuda":  # a CPU gains nothing
         network.sum_losses = torch.compile(loss_sums, dynamic=True)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
+    broken = _num_graph_breaks()
+    random_kept = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with random_kept, _gradients_aside(network), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler tells its own developers what it could not do
         for batch in _made_up_batches(config):
             _forward_backward(network, batch.to(device))
     torch.compiler.set_stance("eager_on_recompile")
-    tell("compiled", seconds=round(time.monotonic() - started_at, 1))
+    tell("compiled", seconds=round(time.monotonic() - started_at, 1), graph_breaks=_num_graph_breaks() - broken)
 
 
 def require_compiler(device: torch.device, which: Callable[[str], str | None] = shutil.which) -> None:
@@ -89,6 +93,24 @@ def _configure(device: torch.device, tag: str) -> None:
     torch._inductor.config.compile_threads = 1  # no processes that outlive a rank
     torch.fx.experimental._config.use_duck_shape = False  # 128 rows of 128 places: equal by chance
     torch.compiler.config.cache_key_tag = tag
+
+
+@contextmanager
+def _gradients_aside(network: nn.Module) -> Generator[None]:
+    """Without gradients: where they are of another type than their parameters (`zero_buckets`), the compiler leaves out what reads these."""
+    gradients = {parameter: parameter.grad for parameter in network.parameters()}
+    for parameter in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+
+def _num_graph_breaks() -> int:
+    """Places at which the compiler has given up a layer in this process: none, if all of it is to be compiled."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def _made_up_batches(config: RunConfig) -> Iterator[TensorBatch]:

@@ -45,7 +45,8 @@ class ModelConfig(Section):
     compile: bool = False
     """Compile the layers with torch.compile before step 1, which each attempt waits for: about a minute, less where torch's cache
     (`TORCHINDUCTOR_CACHE_DIR`, by default a folder of the user in the temporary one) has them. Needs a C++ compiler, on a GPU Triton. Not under
-    `zero.stage` 3 or with `activation_checkpointing`. On a CPU it may as well be slower; `maskwright profile` tells."""
+    `zero.stage` 3 or with `activation_checkpointing`. On a CPU it may as well be slower; `maskwright profile` tells. On a GPU dropout
+    draws other numbers than without."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     transformers: dict[str, Any] = Field(default_factory=dict)

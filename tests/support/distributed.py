@@ -17,6 +17,7 @@ from typing import Any, Literal
 # Imported once by the fork server: a rank then starts in milliseconds instead of the seconds that importing deepspeed takes.
 PRELOAD = ["torch", "deepspeed.runtime.zero.muon.muon_optimizer", "trainer.zero_files", "trainer.pretrain", "tests.support.distributed"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+_FOR_A_CPU = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES")
 GRACE_S = 10.0
 
 
@@ -90,9 +91,8 @@ def _run_rank(
     output = os.open(f"{folder}/output-{rank}", os.O_CREAT | os.O_WRONLY)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)})
-    if backend == "nccl":
-        del os.environ["DS_ACCELERATOR"], os.environ["CUDA_VISIBLE_DEVICES"]
+    wanted = ENVIRONMENT | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    os.environ.update({name: value for name, value in wanted.items() if backend == "gloo" or name not in _FOR_A_CPU})
     import torch
     import torch.distributed as dist
 

@@ -12,6 +12,7 @@ from data_pipeline.errors import ConfigError
 from tests.support.batches import random_micro_batch, small_config, write_tokenizer
 from trainer.attention import KERNELS, Shape, faster, fastest_kernels, kernel_for, measured, shape_of, table_in_words, usual_kernel
 from trainer.batch import bounds_of, tensor_batches
+from trainer.choices import possible_kernels
 from trainer.config import RunConfig
 from trainer.model import build_model
 from trainer.networks import PretrainingNetwork
@@ -138,3 +139,8 @@ def test_a_kernel_for_gpus_is_no_candidate_elsewhere(tmp_path: Any) -> None:
     assert network.candidate_kernels() == OF_A_CPU
     with pytest.raises(ConfigError, match=r"no such attention on this device"):
         network.require_kernel("varlen")
+
+
+def test_a_kernel_that_was_chosen_elsewhere_gives_way_to_the_usual_one() -> None:
+    """As on the CPUs of a run that was begun on GPUs."""
+    assert possible_kernels({"128": "sdpa", "512": "varlen"}, OF_A_CPU, "eager") == {"128": "sdpa", "512": "eager"}

@@ -37,9 +37,16 @@ def losses_and_gradients(network: PretrainingNetwork, batch: TensorBatch) -> tup
 def test_compiled_layers_compute_what_they_did(tmp_path: Path) -> None:
     """Dropout included. After the first pass nothing is compiled any more: what a step computes does not depend on the shapes before it."""
     (config, compiled), (_, plain) = network_of(tmp_path, dropout=0.2), network_of(tmp_path, dropout=0.2)
-    told: list[str] = []
-    compile_layers(compiled, config, CPU, lambda kind, **details: told.append(kind))
-    assert told == ["compiling", "compiled"]
+    told: dict[str, Any] = {}
+    first = next(compiled.parameters())
+    first.grad_dtype = None
+    first.grad = torch.ones_like(first, dtype=torch.float64)  # as ZeRO may have it: of another type
+    compile_layers(compiled, config, CPU, lambda kind, **details: told.update({kind: details}))
+    assert list(told) == ["compiling", "compiled"]
+    assert told["compiled"]["graph_breaks"] == 0
+    assert first.grad is not None
+    assert first.grad.dtype == torch.float64
+    first.grad, first.grad_dtype = None, first.dtype
     assert compiled.state_dict().keys() == plain.state_dict().keys()
 
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
