@@ -38,7 +38,7 @@ def test_compiled_layers_compute_what_they_did(tmp_path: Path) -> None:
     """Dropout included. After the first pass nothing is compiled any more: what a step computes does not depend on the shapes before it."""
     (config, compiled), (_, plain) = network_of(tmp_path, dropout=0.2), network_of(tmp_path, dropout=0.2)
     told: dict[str, Any] = {}
-    first = next(compiled.parameters())
+    first = compiled.get_parameter("bert.encoder.layer.0.attention.self.query.weight")
     first.grad_dtype = None
     first.grad = torch.ones_like(first, dtype=torch.float64)  # as ZeRO may have it: of another type
     compile_layers(compiled, config, CPU, lambda kind, **details: told.update({kind: details}))
