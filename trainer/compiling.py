@@ -34,7 +34,8 @@ def nobody(kind: str, **details: Any) -> None:
 
 
 def compile_layers(network: PretrainingNetwork, config: RunConfig, device: torch.device, tell: Callable[..., None] = nobody) -> None:
-    """Compile the layers of `network` for training, in place: parameters keep their names. `tell` hears of the events `compiling` and `compiled`.
+    """Compile the layers of `network`, and on a GPU its loss, for training, in place: parameters keep their names. `tell` hears of the events
+    `compiling` and `compiled`, which says how often the compiler gave up (`graph_breaks`).
 
     Each attempt compiles for the same made-up micro-batches, with rows and places left open; whatever fits none of these graphs (validation, a batch
     of one row) runs as it would without. On a CPU dropout draws the same numbers as without. `network` has its kernels, is on `device` and in its

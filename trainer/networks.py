@@ -77,6 +77,7 @@ class PretrainingNetwork(nn.Module):
     takes_bounds: ClassVar[bool] = False
     """Whether its layers hand the mask to the attention kernel as it is, so that it may be the bounds of samples."""
     sum_losses: Callable[[Tensor, Tensor, Tensor, Tensor], LossSums] = staticmethod(loss_sums)
+    """Logits and labels of tokens, then those of pairs; on a GPU `trainer.compiling` puts a compiled one here."""
     kernels: Mapping[str, str] = {}
     """Attention kernels by row length, see `trainer.attention.Table`; empty for the one that the network was built with."""
     config: Any
