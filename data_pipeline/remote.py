@@ -161,10 +161,12 @@ async def with_retries(
     """Try until it works, the failure is not a passing one, or attempts or the time until `deadline` are spent. See `call`."""
     started_at = time.monotonic()
     until = deadline_of(settings) if deadline is None else deadline
+    failures: list[BaseException | None] = []
     retrying = AsyncRetrying(
         retry=retry_if_exception(is_passing),
         stop=stop_after_attempt(settings.max_attempts) | stop_before_delay(max(0.0, until - started_at)),
         wait=wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE_S),
+        after=lambda state: failures.append(state.outcome and state.outcome.exception()),
         reraise=True,
     )
     attempts = 0
@@ -182,7 +184,8 @@ async def with_retries(
         if not is_passing(error):
             raise _refused(url, _said(error), what) from error
         number = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-        raise _silent(url, f"no answer in {number} over {time.monotonic() - started_at:.1f} s: {_said(error)}", what) from error
+        telling = next((each for each in reversed(failures) if each and not isinstance(each, TimeoutError)), error)  # the last is often cut short
+        raise _silent(url, f"no answer in {number} over {time.monotonic() - started_at:.1f} s: {_said(telling)}", what) from error
     raise AssertionError("tenacity ends with a result or an error")
 
 

@@ -1,8 +1,8 @@
 """The seam to Ray Train: one attempt of a worker group, and how it ended (starts processes through Ray)."""
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train._internal.utils import get_address_and_port
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from data_pipeline.errors import ExitCode, UnreachableError
 from data_pipeline.storage import Location
@@ -34,33 +36,57 @@ from trainer.runlog import RunFolder
 COLLECTIVE_TIMEOUT_S = 1800
 """A backstop behind the watch, whose deadlines are all shorter."""
 
-_TorchBackend: Any = TorchConfig().backend_cls
-
 
 @dataclass
-class WorkerGroupConfig(TorchConfig):
-    """`TorchConfig` that also prepares each worker's environment before its process group is made."""
+class WorkerGroupConfig(BackendConfig):
+    """What Ray's `TorchConfig` is for, of which only the ranks import torch, and that after their environment was set."""
 
-    threads: int = 1
-    use_gpu: bool = False
-    board: Any = None
+    threads: int
+    use_gpu: bool
+    board: Any
     """Is told of the ranks before anything is asked of them."""
 
     @property
     def backend_cls(self) -> Any:
         return _WorkerGroupBackend
 
+    @property
+    def train_func_context(self) -> Any:
+        return _on_own_device
 
-class _WorkerGroupBackend(_TorchBackend):
+
+@contextmanager
+def _on_own_device() -> Generator[None]:
+    from ray.train.torch.config import TorchConfigContextManager
+
+    with TorchConfigContextManager():
+        yield
+
+
+class _WorkerGroupBackend(Backend):
+    share_cuda_visible_devices = True
+
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Ray waits without a limit for each rank's part in this; the watch must know of a rank that stands still in it."""
         backend_config.board.expect.remote({worker.distributed_context.world_rank: member_of(worker) for worker in worker_group.get_workers()})
         worker_group.execute(set_worker_environment, backend_config.threads, backend_config.use_gpu)
-        super().on_start(worker_group, backend_config)
+        host, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_join_process_group, "nccl" if backend_config.use_gpu else "gloo", host, port)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         """Leave the process group to the end of the processes, which comes next; with a dead rank, leaving it politely takes its time-out."""
         del worker_group, backend_config
+
+
+def _join_process_group(backend: str, host: str, port: int) -> None:
+    """On every rank, with Ray's own functions."""
+    from ray.train.torch import config
+
+    context = get_context()
+    os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
+    set_variables, join = config._set_torch_distributed_env_vars, config._setup_torch_process_group  # pyright: ignore[reportPrivateUsage]
+    set_variables()
+    join(backend, context.get_world_rank(), context.get_world_size(), "env://", COLLECTIVE_TIMEOUT_S)
 
 
 def member_of(worker: Any) -> Member:
@@ -102,13 +128,7 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
     trainer = _Trainer(
         _on_worker,
         train_loop_config={"task": task, "board": group.board},
-        torch_config=WorkerGroupConfig(
-            backend="nccl" if workers.use_gpu else "gloo",
-            timeout_s=COLLECTIVE_TIMEOUT_S,
-            threads=workers.threads_per_worker,
-            use_gpu=workers.use_gpu,
-            board=group.board,
-        ),
+        backend_config=WorkerGroupConfig(workers.threads_per_worker, workers.use_gpu, group.board),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
@@ -133,7 +153,7 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
     return None
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(DataParallelTrainer):
     """Without processes of Ray's that a group of ours does not need and would wait for: the manager of Ray's datasets; the coordinator of requests to
     the autoscaler, which looks at placement groups in any case; their cleaner, a detached actor that outlives a killed driver for ever where there is
     no dashboard."""

@@ -44,6 +44,7 @@ RAY_ENVIRONMENT = {
     # Workers that are started ahead of need have the wrong environment for ours; each costs a second of CPU.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a stage that asks anything of a Ray that was ended would start another
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",

@@ -135,6 +135,7 @@ def assert_said(rig: Rig) -> None:
     assert [event["failure"] for event in rig.events("worker_failed")] == ["infrastructure"]
 
 
+@pytest.mark.full
 def test_a_lost_node_shrinks_the_run_and_another_grows_it(rig: Rig, nodes: RayCluster) -> None:
     steps = lose_and_return(rig, nodes)
     assert_said(rig)

@@ -61,8 +61,8 @@ def kill_everything(command: Command, run: Path) -> None:
 
 
 KILLS = {"worker": kill_worker, "driver": kill_driver, "everything": kill_everything}
-SAMPLE = {("everything", 1)}
-"""What `make test` tries; there, test_elastic_cluster.py kills a worker together with its node."""
+SAMPLE = {("worker", 1)}
+"""What `make test` tries; there, e2e/test_run.py resumes what Ctrl-C has ended."""
 CASES = [
     pytest.param(victim, stage, id=f"{victim}-zero{stage}", marks=() if (victim, stage) in SAMPLE else pytest.mark.full)
     for victim in KILLS

@@ -1,5 +1,6 @@
 """What is written into a store, over real HTTP, while the store fails: all of it, each line once, or the right error in time."""
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 
@@ -103,6 +104,19 @@ def test_a_store_that_is_gone_is_an_error_in_time(monkeypatch: pytest.MonkeyPatc
                 ask(file)
             assert time.monotonic() - started_at < 3
             assert caught.value.exit_code == ExitCode.UNREACHABLE
+
+
+def test_the_error_is_that_of_an_attempt_that_was_answered() -> None:
+    """The last attempt is cut short, which says nothing about the store."""
+    answers = iter([ConnectionRefusedError("refused")])
+
+    async def ask() -> None:
+        for answer in answers:
+            raise answer
+        await asyncio.sleep(60)
+
+    with pytest.raises(StorageUnreachableError, match=r"no answer in 2 attempts over [\d.]+ s: ConnectionRefusedError: refused"):
+        remote.call("s3://bucket/file", ask, remote.patience(1.0))
 
 
 def test_what_is_new_in_a_file_that_grows_is_read_without_the_rest(folder: Location, store: ObjectStore) -> None:

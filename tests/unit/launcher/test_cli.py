@@ -61,6 +61,13 @@ def test_start_up_loads_nothing_heavy(arguments: list[str]) -> None:
     assert "LOADED []" in done.stdout, done.stdout[-300:]
 
 
+def test_ranks_are_started_without_torch() -> None:
+    """They import it themselves: the command that drives them, and Ray's controller, would make them wait for seconds."""
+    code = "import sys, launcher.retries, launcher.ray_worker\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_help_takes_less_than_a_second_of_cpu() -> None:
     code = "import time\nfrom launcher.cli import run\nrun(['--help'], debug=False)\nprint(time.process_time())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
