@@ -6,7 +6,7 @@ predicted, are one pass: a micro-batch, or a part of it (`batch.split`).
 
 from dataclasses import dataclass
 
-from trainer.dimensions import Dimensions
+from trainer.dimensions import ALIGNED_ROWS, Dimensions
 from trainer.tensors import NOTHING, Tensors
 
 _FP32 = 4
@@ -96,12 +96,20 @@ def kept_outside(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
 def kept_by_head(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
     """What the head keeps, its logits included."""
     hidden = Tensors.of(batch.num_predicted * network.hidden_size * kernels.element_bytes, 1 if network.architecture == "gpt2" else 4)
-    return hidden + logits(network, batch)
+    return hidden + logits(network, batch) + _aligned_projection(network, kernels)
 
 
 def logits(network: Dimensions, batch: Pass) -> Tensors:
     """Logits over the vocabulary, in fp32, at the places that are predicted. The head keeps as much once, and its gradient takes it twice more."""
     return Tensors.of(batch.num_predicted * network.vocab_size * _FP32)
+
+
+def _aligned_projection(network: Dimensions, kernels: Kernels) -> Tensors:
+    """The copy of the projection to the vocabulary that `trainer.layers` computes with on a GPU, where its rows do not come out even."""
+    missing = -network.vocab_size % ALIGNED_ROWS
+    if not missing or not kernels.on_gpu or kernels.element_bytes == _FP32:
+        return NOTHING
+    return Tensors.of((network.vocab_size + missing) * network.hidden_size * kernels.element_bytes)
 
 
 def work_of_layer(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:

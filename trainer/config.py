@@ -213,12 +213,22 @@ class RunConfig(Section):
         if self.name == "corpora":
             raise ValueError("name 'corpora' is taken by the corpora folder; choose another")
         self._require_learnable(self.model.architecture)
+        self._require_attention(self.model.architecture)
         self._require_compilable()
         self._require_possible_zero()
         longest = max(self.batch.sequence_lengths)
         if self.model.init_from is None and longest > self.model.max_positions:
             raise ValueError(f"batch.sequence_length {longest} exceeds model.max_positions {self.model.max_positions}")
         return self
+
+    def _require_attention(self, architecture: str) -> None:
+        """Refuse an attention kernel that there is on no device."""
+        if self.model.attention != "varlen":
+            return
+        if self.precision == "fp32":
+            raise ValueError("model.attention varlen computes in 16 bits only, and precision is fp32; set it to auto")
+        if architecture not in _PACKED:
+            raise ValueError(f"model.architecture {architecture} has no model.attention varlen; set it to auto")
 
     def _require_compilable(self) -> None:
         """Refuse to compile what is changed under the compiler's hands."""

@@ -11,6 +11,8 @@ from trainer.config import ModelConfig
 from trainer.flops import StepFlops
 
 KNOWN = ("bert", "modernbert", "gpt2")
+ALIGNED_ROWS = 64
+"""What GPUs want the rows of a matrix product in 16 bits to be a multiple of."""
 _NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
 """What GPT-2 calls them."""
 _FULL, _NEAR = "full_attention", "sliding_attention"

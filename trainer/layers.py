@@ -6,15 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-_ALIGNED = 64
+from trainer.dimensions import ALIGNED_ROWS
 
 
 class AlignedLinear(nn.Linear):
-    """A projection to a vocabulary, on a GPU in 16 bits computed for a few tokens more: its matrix products want rows that are multiples of 64."""
+    """A projection to a vocabulary, on a GPU in 16 bits for a few tokens more: its rows are to be a multiple of `ALIGNED_ROWS`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, D) → (…, V)"""
-        missing = -self.out_features % _ALIGNED
+        missing = -self.out_features % ALIGNED_ROWS
         if not missing or input.device.type != "cuda" or input.dtype == torch.float32:
             return super().forward(input)
         own = cast("Tensor | None", self.bias)

@@ -104,6 +104,12 @@ finetune: {tasks: [{name: a, pth: b}]}
             (),
             "roberta cannot keep the samples of a row apart; set batch.packing to none",
         ),
+        ("name: a\nmodel: {attention: varlen}\nprecision: fp32\n", (), "model.attention varlen computes in 16 bits only, and precision is fp32"),
+        (
+            "name: a\nmodel: {architecture: roberta, attention: varlen}\nobjective: {sentence_objective: none}\n",
+            (),
+            "model.architecture roberta has no model.attention varlen; set it to auto",
+        ),
         ("name: a\nobjective: {kind: clm, mask_rate: 0.2}\nmodel: {architecture: gpt2}\n", (), "objective: objective clm masks nothing"),
         ("name: a\nobjective: {kind: clm, sentence_objective: nsp}\n", (), "objective: objective clm has no sentence pairs"),
         ("name: a\nobjective: crm\n", (), "objective: expected 'mlm' or 'clm', found 'crm'"),

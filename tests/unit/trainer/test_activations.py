@@ -108,3 +108,11 @@ def test_one_kernel_keeps_no_scores() -> None:
     scores = [batch.num_places * dimensions.num_heads * batch.width for batch in batches]
     grown = [kept_layer(dimensions, batch, steps).num_bytes - kept_layer(dimensions, batch, one).num_bytes for batch in batches]
     assert grown[1] / grown[0] == pytest.approx(scores[1] / scores[0], rel=0.05), "plain products keep them on a GPU as well"
+
+
+@pytest.mark.parametrize(("vocab_size", "copied"), [(30_522, 30_528), (30_528, 0)])
+def test_a_vocabulary_that_is_no_multiple_is_projected_by_a_copy(vocab_size: int, copied: int) -> None:
+    dimensions, batch = Dimensions.of(small_config().model, vocab_size), Pass(8, 64, 10, packed=False)
+    on_gpu = Kernels(element_bytes=2, on_gpu=True, checkpointing=False, attention="sdpa")
+    head, plain = (kept_by_head(dimensions, batch, kernels).num_bytes for kernels in (on_gpu, replace(on_gpu, on_gpu=False)))
+    assert head - plain == copied * dimensions.hidden_size * 2
