@@ -161,20 +161,21 @@ async def with_retries(
     """Try until it works, the failure is not a passing one, or attempts or the time until `deadline` are spent. See `call`."""
     started_at = time.monotonic()
     until = deadline_of(settings) if deadline is None else deadline
-    failures: list[BaseException | None] = []
+    said: list[str] = []
     retrying = AsyncRetrying(
         retry=retry_if_exception(is_passing),
         stop=stop_after_attempt(settings.max_attempts) | stop_before_delay(max(0.0, until - started_at)),
         wait=wait_random_exponential(multiplier=0.2, max=_LONGEST_PAUSE_S),
-        after=lambda state: failures.append(state.outcome and state.outcome.exception()),
+        after=lambda state: said.append(_said(state.outcome and state.outcome.exception())),
         reraise=True,
     )
-    attempts = 0
+    attempts, left_s = 0, 0.0
     try:
         async for attempt in retrying:
             with attempt:
                 attempts += 1
-                async with asyncio.timeout(max(0.0, min(settings.read_timeout_s, until - time.monotonic()))):
+                left_s = max(0.0, until - time.monotonic())
+                async with asyncio.timeout(min(settings.read_timeout_s, left_s)):
                     return await operation()
     except MaskwrightError:
         raise
@@ -184,8 +185,9 @@ async def with_retries(
         if not is_passing(error):
             raise _refused(url, _said(error), what) from error
         number = "1 attempt" if attempts == 1 else f"{attempts} attempts"
-        telling = next((each for each in reversed(failures) if each and not isinstance(each, TimeoutError)), error)  # the last is often cut short
-        raise _silent(url, f"no answer in {number} over {time.monotonic() - started_at:.1f} s: {_said(telling)}", what) from error
+        was_cut_short = isinstance(error, TimeoutError) and left_s < settings.read_timeout_s  # which says nothing about the store
+        last = said[-2] if was_cut_short and attempts > 1 else _said(error)
+        raise _silent(url, f"no answer in {number} over {time.monotonic() - started_at:.1f} s: {last}", what) from error
     raise AssertionError("tenacity ends with a result or an error")
 
 
@@ -336,7 +338,7 @@ def ranges_ignored(url: str) -> UnreachableError:
     )
 
 
-def _said(error: BaseException) -> str:
+def _said(error: BaseException | None) -> str:
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 

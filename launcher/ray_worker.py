@@ -69,8 +69,8 @@ class _WorkerGroupBackend(Backend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Ray waits without a limit for each rank's part in this; the watch must know of a rank that stands still in it."""
         backend_config.board.expect.remote({worker.distributed_context.world_rank: member_of(worker) for worker in worker_group.get_workers()})
-        worker_group.execute(set_worker_environment, backend_config.threads, backend_config.use_gpu)
-        host, port = worker_group.execute_single(0, get_address_and_port)
+        worker_group.execute(_prepare_rank, backend_config.threads, backend_config.use_gpu)
+        host, port = worker_group.execute_single(0, get_address_and_port)  # as late as can be: nobody keeps the port
         worker_group.execute(_join_process_group, "nccl" if backend_config.use_gpu else "gloo", host, port)
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
@@ -78,14 +78,21 @@ class _WorkerGroupBackend(Backend):
         del worker_group, backend_config
 
 
+def _prepare_rank(threads: int, use_gpu: bool) -> None:
+    """All that takes time, or may fail on one rank, before ranks wait for each other."""
+    set_worker_environment(threads, use_gpu)
+    from ray.train.torch import config
+
+    config._set_torch_distributed_env_vars()  # pyright: ignore[reportPrivateUsage]
+
+
 def _join_process_group(backend: str, host: str, port: int) -> None:
-    """On every rank, with Ray's own functions."""
+    """On every rank, with Ray's own function."""
     from ray.train.torch import config
 
     context = get_context()
     os.environ.update(MASTER_ADDR=host, MASTER_PORT=str(port))
-    set_variables, join = config._set_torch_distributed_env_vars, config._setup_torch_process_group  # pyright: ignore[reportPrivateUsage]
-    set_variables()
+    join = config._setup_torch_process_group  # pyright: ignore[reportPrivateUsage]
     join(backend, context.get_world_rank(), context.get_world_size(), "env://", COLLECTIVE_TIMEOUT_S)
 
 

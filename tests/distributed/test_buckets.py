@@ -11,6 +11,7 @@ from tests.distributed.test_offload import step_of
 from tests.support.batches import small_config, write_tokenizer
 from tests.support.checkpoints import build_engine, train_step, write_engine
 from tests.support.distributed import run_distributed
+from trainer import zero_buckets
 from trainer.zero_buckets import FlatGradients
 
 CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16")]
@@ -79,3 +80,28 @@ def test_gradients_that_lie_flat_are_those_of_deepspeed(tmp_path: Path, world_si
     for name in WAYS:
         for key, value in values_of(tmp_path / name).items():
             torch.testing.assert_close(value, expected[key], rtol=tolerance, atol=tolerance, msg=f"{name}: {key}")
+
+
+def summed(rank: int, world_size: int, tokenizer: str, root: str) -> dict[str, list[float]]:
+    """As `each_way`, at stage 1 in bf16, with gradients added up in place and by DeepSpeed; nothing is clipped, which norms would decide."""
+    found: dict[str, list[float]] = {}
+    for name in ("in place", "DeepSpeed's"):
+        if name == "DeepSpeed's":
+            zero_buckets.add_up_in_place = lambda optimizer: None
+        engine = build_engine(small_config(zero={"stage": 1}, precision="bf16", optimizer={"clip_norm": 1e9}), tokenizer)
+        assert bool(engine._deepspeed.optimizer._grad_acc_hooks) == (name == "DeepSpeed's")
+        step_of(engine, rank, world_size, 99, dropped=True)
+        found[name] = [step_of(engine, rank, world_size, step).grad_norm for step in range(3)]
+        write_engine(engine, Path(root) / name)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.full)])
+def test_gradients_added_up_in_place_are_those_of_deepspeed(tmp_path: Path, world_size: int) -> None:
+    """Weights and moments to the bit, over steps of two micro-batches."""
+    write_tokenizer(str(tmp_path / "tokenizer"))
+    for norms in run_distributed(summed, world_size, (str(tmp_path / "tokenizer"), str(tmp_path)), timeout_s=60):
+        assert norms["in place"] == pytest.approx(norms["DeepSpeed's"], rel=1e-6)
+    expected = values_of(tmp_path / "DeepSpeed's")
+    for key, value in values_of(tmp_path / "in place").items():
+        torch.testing.assert_close(value, expected[key], rtol=0.0, atol=0.0, msg=key)

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -124,7 +125,8 @@ def test_what_lasts_is_an_error_in_time(
 ) -> None:
     """Never a hang, and never a block less."""
     impatient = settings.model_copy(update={"total_timeout_s": 1.2})
-    index = CorpusIndex.open(Location.at(url), impatient)
+    index = CorpusIndex.open(Location.at(url), settings)
+    index = replace(index, settings=impatient)
     store.fail(Fault(kind, ALWAYS, SHARD, delay_s=2.0))
     started_at = time.monotonic()
     with pytest.raises(error, match=said) as caught:
