@@ -114,6 +114,11 @@ def _because(event: Event) -> str:
     return f": {event['cause']}" if event.get("cause") else ""
 
 
+def _compiled(event: Event) -> str:
+    breaks = f"; the compiler gave up in {event['graph_breaks']} places, which stay as slow as they were" if event.get("graph_breaks") else ""
+    return f"compiled in {event.get('seconds')} s{breaks}"
+
+
 def _range(numbers: Any) -> str:
     return f"{numbers[0]} to {numbers[1]}" if isinstance(numbers, list | tuple) and len(numbers) == 2 else str(numbers)
 
@@ -142,7 +147,7 @@ _TEXTS: dict[str, Callable[[Event], str]] = {
         f"attention kernel: {event.get('kernels')}, which is fastest on this {_DEVICES.get(event.get('device', ''), 'device')}"
     ),
     "compiling": lambda event: f"compiling {event.get('layers')} layers, which may take a minute or two",
-    "compiled": lambda event: f"compiled in {event.get('seconds')} s",
+    "compiled": _compiled,
     "slow_precision": lambda event: (
         f"{event.get('precision')} takes {event.get('factor')} times as long as {event.get('faster')} in a matrix product on this processor; "
         "precision: auto takes the faster"

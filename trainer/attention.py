@@ -103,6 +103,8 @@ class Shape:
     head_width: int
     packed: bool
     """Whether rows hold several samples, so that each place has a mask of its own."""
+    is_causal: bool
+    """Whether places attend to what comes before them only; each then has a mask of its own, too."""
     dtype: torch.dtype
     dropout: float
 
@@ -156,7 +158,8 @@ def shape_of(config: RunConfig, network_config: Any, length: int, device: torch.
         heads=heads,
         length=length,
         head_width=head_width(network_config),
-        packed=config.batch.row_packing == "rows" or config.objective.kind == "clm",
+        packed=config.batch.row_packing == "rows",
+        is_causal=config.objective.kind == "clm",
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.precision],
         dropout=config.model.dropout,
     )
@@ -181,9 +184,13 @@ def _pass_of(kernel: Kernel, shape: Shape, device: torch.device) -> Callable[[],
     query_RHTW, key_RHTW, value_RHTW = (torch.randn(size, dtype=shape.dtype, device=device, requires_grad=True).transpose(1, 2) for _ in range(3))
     ids_T = 1 + np.arange(shape.length) * 2 // shape.length if shape.packed else np.append(np.ones(shape.length - 1), 0)
     samples_T = torch.from_numpy(ids_T).to(device)
-    attend = (samples_T[:, None] == samples_T).expand(shape.rows, 1, -1, -1) if shape.packed else samples_T.bool().expand(shape.rows, 1, 1, -1)
+    attend_TT = samples_T[:, None] == samples_T if shape.packed else samples_T.bool()[None]  # all places alike
+    if shape.is_causal:
+        attend_TT = attend_TT.expand(shape.length, -1).tril()
+    attend, layer = attend_TT.expand(shape.rows, 1, -1, -1), cast(Any, nn.Identity())
+    layer.is_causal = shape.is_causal
     bounds = torch.from_numpy(bounds_of(np.tile(ids_T, (shape.rows, 1)))).to(device)[None, None, None]
-    mask, layer = bounds if kernel.mask is None else kernel.mask(attend, shape.dtype), nn.Identity()
+    mask = bounds if kernel.mask is None else kernel.mask(attend, shape.dtype)
 
     def once() -> Any:
         attended_RTHW, _ = kernel.forward(layer, query_RHTW, key_RHTW, value_RHTW, mask, dropout=shape.dropout, scaling=shape.head_width**-0.5)

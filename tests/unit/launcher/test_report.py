@@ -297,7 +297,8 @@ def test_events_of_every_kind_are_told_in_words() -> None:
     chosen = {"kind": "attention_chosen", "step": None, "kernels": "eager up to 128 tokens, sdpa up to 512 tokens", "device": "cpu"}
     assert tell(chosen) == "attention kernel: eager up to 128 tokens, sdpa up to 512 tokens, which is fastest on this processor"
     assert tell({"kind": "compiling", "step": None, "layers": 12}) == "compiling 12 layers, which may take a minute or two"
-    assert tell({"kind": "compiled", "step": None, "seconds": 31.4}) == "compiled in 31.4 s"
+    assert tell({"kind": "compiled", "step": None, "seconds": 31.4, "graph_breaks": 0}) == "compiled in 31.4 s"
+    assert "gave up in 4 places" in tell({"kind": "compiled", "step": None, "seconds": 31.4, "graph_breaks": 4})
     assert tell({"kind": "something_new", "time": 1.0, "step": 1, "attempt": 1, "size": 3, "url": "s3://key:hidden@bucket"}) == (
         "size 3; url s3://(redacted)@bucket"
     )

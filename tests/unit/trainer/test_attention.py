@@ -57,10 +57,11 @@ def test_a_run_has_a_kernel_for_each_of_its_lengths(tmp_path: Any) -> None:
     assert fastest_kernels(config, None, ["eager"], CPU) == {"32": "eager", "64": "eager"}
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
-def test_every_kernel_is_measured_and_random_numbers_stay(packed: bool) -> None:
+def test_every_kernel_is_measured_and_random_numbers_stay(packed: bool, is_causal: bool) -> None:
     before = torch.get_rng_state()
-    shape = Shape(rows=2, heads=2, length=24, head_width=8, packed=packed, dtype=torch.float32, dropout=0.1)
+    shape = Shape(rows=2, heads=2, length=24, head_width=8, packed=packed, is_causal=is_causal, dtype=torch.float32, dropout=0.1)
     seconds = measured(OF_A_CPU, shape, CPU)
     assert list(seconds) == OF_A_CPU
     assert all(0 < spent < 10 for spent in seconds.values())
@@ -69,7 +70,7 @@ def test_every_kernel_is_measured_and_random_numbers_stay(packed: bool) -> None:
 
 def test_what_is_measured_has_the_shape_of_the_run_and_is_bounded(tmp_path: Any) -> None:
     config, network = network_of(tmp_path)
-    assert shape_of(config, network.config, 32, CPU) == Shape(4, 2, 32, 16, packed=False, dtype=torch.float32, dropout=0.0)
+    assert shape_of(config, network.config, 32, CPU) == Shape(4, 2, 32, 16, packed=False, is_causal=False, dtype=torch.float32, dropout=0.0)
     large = shape_of(config, network.config, 2048, CPU)
     assert (large.rows, large.length) == (1, 2048)
 
@@ -116,7 +117,7 @@ def test_a_kernel_that_does_not_fit_into_memory_is_not_chosen(monkeypatch: pytes
         raise torch.OutOfMemoryError
 
     monkeypatch.setitem(KERNELS, "eager", replace(KERNELS["eager"], forward=short_of_memory))
-    shape = Shape(rows=2, heads=2, length=24, head_width=8, packed=False, dtype=torch.float32, dropout=0.1)
+    shape = Shape(rows=2, heads=2, length=24, head_width=8, packed=False, is_causal=False, dtype=torch.float32, dropout=0.1)
     seconds = measured(["eager", "sdpa"], shape, CPU)
     assert seconds["eager"] == math.inf
     assert faster(seconds, "eager") == "sdpa"
