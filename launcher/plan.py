@@ -120,7 +120,7 @@ def make_plan(config: RunConfig, facts: "Facts", stated: Stated) -> Plan:
     checkpoints = _checkpoints(config, facts, stated, took, snapshot)
     problems = [
         *network_problems(config, network, memory_reason),
-        *device_problems(precision, facts.gpu, world_size, config.phases),
+        *device_problems(config, precision, facts.gpu, world_size),
         *memory_problems(config, memory or (), gpu=facts.gpu, gpu_bytes=facts.gpu_bytes, host_bytes=facts.host_bytes, world_size=world_size),
         *storage_problems(checkpoints, facts.free_bytes, facts.host_bytes, (snapshot or 0) * world_size),
         *data_problems(config, facts.mixture, epochs),

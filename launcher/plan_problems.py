@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from data_pipeline.config import Phase
 from data_pipeline.mixture import Mixture
 from launcher.plan_checkpoints import CheckpointPlan
 from launcher.plan_memory import StageMemory
@@ -34,11 +33,13 @@ class Problem:
         return asdict(self)
 
 
-def device_problems(precision: str, gpu: str | None, world_size: int, phases: Sequence[Phase]) -> Iterator[Problem]:
-    """Precisions that the device lacks, ranks without work."""
-    entry = find_gpu(gpu) if gpu is not None else None
+def device_problems(config: RunConfig, precision: str, gpu: str | None, world_size: int) -> Iterator[Problem]:
+    """Precisions and kernels that the device lacks, ranks without work."""
+    entry, phases = find_gpu(gpu) if gpu is not None else None, config.phases
     if gpu is None and precision == "fp16":
         yield Problem("error", "precision fp16 needs a GPU", "Set precision to bf16 or fp32, or plan with --gpu.")
+    if gpu is None and config.model.attention == "varlen":
+        yield Problem("error", "model.attention varlen needs a GPU", "Set model.attention to auto, or plan with --gpu.")
     if entry is not None and precision not in entry.tflops:
         cause = f"{gpu} is not known to compute in {precision}: its maker states no rate"
         yield Problem("warning", cause, f"Set precision to {' or '.join(entry.tflops)}.")

@@ -220,6 +220,7 @@ def test_weights_that_are_continued_say_their_own_dimensions(here: Path, capsys:
     [
         (["-W", "9"], "9 ranks exceed the 8 micro-batches"),
         (["--set", "precision=fp16"], "fp16 needs a GPU"),
+        (["--set", "precision=bf16", "--set", "model.attention=varlen"], "varlen needs a GPU"),
         (["--gpu", "T4", "--set", "precision=bf16"], "warning: T4 is not known to compute in bf16"),
         (["--gpu", "T4", "--set", "model.num_layers=400", "--set", "model.hidden_size=2048"], "error: a rank needs"),
         (["--set", "model.num_layers=4000", "--set", "model.hidden_size=4096"], "this machine gives"),
