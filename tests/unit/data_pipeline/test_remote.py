@@ -131,7 +131,7 @@ def test_what_lasts_is_an_error_in_time(
     started_at = time.monotonic()
     with pytest.raises(error, match=said) as caught:
         index.read_block(index.records[2])
-    assert time.monotonic() - started_at < impatient.total_timeout_s + 1
+    assert time.monotonic() - started_at < impatient.total_timeout_s + 5
     assert SHARD in caught.value.cause
     if isinstance(caught.value, DataCorruptError):
         assert (caught.value.shard, caught.value.block) == (SHARD, 2)
@@ -228,7 +228,7 @@ def test_a_server_that_is_gone(settings: DataConfig, tiny_corpus: Prepared, tmp_
         index.read_block(index.records[1])
     with pytest.raises(UnreachableError, match="no answer in"):
         CorpusIndex.open(Location.at(address), index.settings)
-    assert time.monotonic() - started_at < 5
+    assert time.monotonic() - started_at < 10
 
 
 def test_a_server_without_ranges_is_named(settings: DataConfig, tiny_corpus: Prepared) -> None:
@@ -243,7 +243,7 @@ def test_a_server_that_accepts_and_says_nothing(settings: DataConfig) -> None:
         started_at = time.monotonic()
         with pytest.raises(UnreachableError, match="TimeoutError"):
             CorpusIndex.open(Location.at(f"http://127.0.0.1:{silent.getsockname()[1]}/x"), settings.model_copy(update={"total_timeout_s": 2.0}))
-        assert time.monotonic() - started_at < 4
+        assert time.monotonic() - started_at < 8
 
 
 def test_a_store_of_unknown_kind() -> None:

@@ -102,7 +102,7 @@ def test_a_store_that_is_gone_is_an_error_in_time(monkeypatch: pytest.MonkeyPatc
             started_at = time.monotonic()
             with pytest.raises(StorageUnreachableError, match=r"no answer in \d+ attempts? over [\d.]+ s: EndpointConnectionError") as caught:
                 ask(file)
-            assert time.monotonic() - started_at < 3
+            assert time.monotonic() - started_at < 6
             assert caught.value.exit_code == ExitCode.UNREACHABLE
 
 
