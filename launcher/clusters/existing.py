@@ -15,6 +15,7 @@ from launcher.cluster_config import RayCluster
 from launcher.clusters.local import (
     RAY_ENVIRONMENT,
     environment,
+    keep_from_connecting,
     read_token_again,
     session_folder,
     silence_driver,
@@ -55,6 +56,7 @@ def existing_cluster(config: RayCluster) -> Generator[Path]:
             try:
                 _join(ray, config, scratch.path)
                 silence_driver(ray)
+                keep_from_connecting(ray)
                 yield scratch.path
             finally:
                 ray.shutdown()

@@ -11,6 +11,7 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
@@ -44,7 +45,6 @@ RAY_ENVIRONMENT = {
     # Workers that are started ahead of need have the wrong environment for ours; each costs a second of CPU.
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a stage that asks anything of a Ray that was ended would start another
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
@@ -134,6 +134,7 @@ def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> G
                             f"Ray did not start: {error}", "Is the disk or the memory full, or the machine overloaded?"
                         ) from error
             silence_driver(ray)
+            keep_from_connecting(ray)
             yield folder
         finally:
             ray.shutdown()
@@ -208,6 +209,16 @@ def _own_process_groups() -> Generator[None]:
 def silence_driver(ray: Any) -> None:
     """Keep Ray from printing a paragraph on stdout when a worker dies: the launcher says it in a line, and records it."""
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
+
+
+def keep_from_connecting(ray: Any) -> None:
+    """Give a stage that asks anything of a Ray that was ended an error. By itself Ray would start another one, or end the process."""
+
+    def refuse() -> None:
+        raise ray.exceptions.RaySystemError("Ray was ended")
+
+    hook: Any = importlib.import_module("ray._private.auto_init_hook")
+    hook.ray = SimpleNamespace(is_initialized=ray.is_initialized, init=refuse)
 
 
 def session_folder() -> Scratch:

@@ -2,15 +2,17 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+import psutil
 
 MARK = "MASKWRIGHT_TEST_SESSION"
 
@@ -92,16 +94,33 @@ class Command:
 
     def kill_everything(self) -> None:
         """SIGKILL to the command and all that it started, again until nothing is left."""
-        deadline = time.monotonic() + 30
-        while (alive := self.processes()) and time.monotonic() < deadline:
-            for pid in alive:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        deadline, doomed = time.monotonic() + 30, set[psutil.Process]()
+        while time.monotonic() < deadline:
+            doomed |= self._family()
+            alive = [process for process in doomed if _lives(process)]
+            if not alive:
+                return
+            for process in alive:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
             time.sleep(0.05)
             self.process.poll()
-        assert not self.processes(), "processes survived SIGKILL"
+        raise AssertionError(f"processes survived SIGKILL: {[process.pid for process in doomed if _lives(process)]}")
+
+    def _family(self) -> set[psutil.Process]:
+        """Also children without the mark: Ray's agents write their titles over it."""
+        family: set[psutil.Process] = set()
+        for pid in self.processes():
+            with suppress(psutil.NoSuchProcess):
+                family |= {psutil.Process(pid), *psutil.Process(pid).children(recursive=True)}
+        return family
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _name(pid: int) -> str:

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import RaySystemError
 
 from data_pipeline.errors import UnreachableError
 from launcher.clusters import existing
+from launcher.clusters.local import keep_from_connecting
 
 NAME = "0a" * 14 + "01000000"
 """A placement group's; ends with the driver's job."""
@@ -38,3 +41,16 @@ def test_a_head_that_hangs_holds_up_nobody_and_what_it_says_too_late_removes_not
     monkeypatch.setattr(existing, "_HEAD_ANSWER_S", 30.0)
     existing.remove_placement_groups()
     assert [group.id.hex() for group in removed] == [NAME]
+
+
+def test_what_asks_a_ray_that_was_ended_gets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself Ray starts another cluster for whoever asks it anything."""
+    monkeypatch.setattr("ray._private.auto_init_hook.ray", ray)
+    keep_from_connecting(ray)
+    assert not ray.is_initialized()
+    for ask in (lambda: ray.get([]), lambda: ray.put(1), lambda: ray.get_actor("board")):
+        with pytest.raises(RaySystemError, match="Ray was ended"):
+            ask()
+    with pytest.raises(UnreachableError, match="Ray"):
+        existing.remove_placement_groups()
+    assert not ray.is_initialized()
