@@ -48,7 +48,7 @@ def add_up_in_place(optimizer: Any) -> None:
 
 
 def _with_its_norm(flat: Tensor) -> Tensor:
-    """A vector as long as `flat`, which a GPU sums in a tree, and a CPU one after the other, to which it is the lengths of rows."""
+    """A vector with the norm of `flat`: itself on a GPU, which sums in a tree; on a CPU, which adds one square to the next, the norms of its rows."""
     if flat.device.type == "cuda":
         return flat
     even = flat.numel() // _ROW * _ROW
