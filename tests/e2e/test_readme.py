@@ -114,7 +114,7 @@ def test_the_commands_of_the_readme_work_as_they_stand(run_of_ones_own: Path) ->
 @pytest.mark.full
 @pytest.mark.timeout(420)
 def test_the_long_commands_of_the_readme_work_as_they_stand(run_of_ones_own: Path) -> None:
-    assert LONG <= {command[1] for command in readme_commands()}
+    assert {command[1] for command in readme_commands()} >= LONG
     run_the_others(run_of_ones_own, lambda verb: verb in LONG)
 
 
