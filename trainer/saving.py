@@ -165,10 +165,10 @@ class Saver:
         return self.error is not None
 
     def close(self) -> None:
-        """Give a save that is under way a moment to end, then end it. Not collective: other ranks may be dead."""
+        """Give a save that is under way a moment to end, or to record why it failed, then end it. Not collective: other ranks may be dead."""
         if self._save is not None and self.is_saving():
             try:
-                self._save.wait(0.0 if self.failed() else _CLOSE_S)
+                self._save.wait(_CLOSE_S)
             except MaskwrightError:
                 self._save.cancel()
 
