@@ -15,6 +15,7 @@ from typing import Any
 from data_pipeline.errors import EnvironmentMismatchError, MaskwrightError, StorageError, StorageUnreachableError
 from data_pipeline.remote import is_passing
 from data_pipeline.storage import Location
+from trainer.software import own_version
 from trainer.state import TrainState
 
 FORMAT_VERSION = 1
@@ -67,6 +68,7 @@ class Circumstances:
     threads_per_rank: int
     device: str
     versions: dict[str, str]
+    """By package; ours, which checkpoints of older releases lack, by digest."""
     attention: Mapping[str, str] = field(default_factory=dict)
     """Kernels by row length; empty of a release that did not choose."""
 
@@ -78,14 +80,14 @@ class Circumstances:
         cuda = torch.cuda.is_available()
         # Kernels, and so the order of additions, differ between instruction sets as they do between GPU models.
         device = f"cuda {torch.cuda.get_device_name()}" if cuda else f"cpu {torch.backends.cpu.get_cpu_capability()}"
-        versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+        versions = {**{name: version(name) for name in ("torch", "deepspeed", "transformers")}, "maskwright": own_version()}
         return cls(world_size, zero_stage, precision, torch.get_num_threads(), device, versions, attention)
 
     def differences(self, now: "Circumstances") -> list[str]:
         """One line for each way in which `now` differs, old value first."""
         before, after = asdict(self), asdict(now)
         before |= {f"{name} version": value for name, value in before.pop("versions").items()}
-        after |= {f"{name} version": value for name, value in after.pop("versions").items()}
+        after |= {f"{name} version": value for name, value in after.pop("versions").items() if name in self.versions}
         then = before.pop("attention") or dict.fromkeys(now.attention, "sdpa" if self.device.startswith("cuda") else "eager")
         before |= {f"attention at {length} tokens": kernel for length, kernel in then.items()}
         after |= {f"attention at {length} tokens": kernel for length, kernel in after.pop("attention").items()}

@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -14,13 +15,18 @@ def software() -> dict[str, str]:
     import torch
 
     cuda = str(torch.version.cuda or "none")
-    digest = packages_digest(Path(__file__).parents[1])
     return {
         "Python": ".".join(platform.python_version_tuple()[:2]),
         **{name: _version(name) for name in _LIBRARIES},
         "CUDA": cuda,
-        "maskwright": digest[:12],
+        "maskwright": own_version(),
     }
+
+
+@cache
+def own_version() -> str:
+    """Short digest of our packages as this process found them when it first asked."""
+    return packages_digest(Path(__file__).parents[1])[:12]
 
 
 def package_files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ def under_ray(cores: list[int], config: dict[str, Any], corpus: str) -> Measurem
         (Path(folder) / "run.yaml").write_text(json.dumps({**config, "storage": folder}))  # JSON is YAML
         (Path(folder) / "cluster.yaml").write_text(json.dumps(_CLUSTER))
         _run(cores, folder, ["launcher.cli", "run", "run.yaml", "--cluster", "cluster.yaml"])
-        return _measured(Path(folder) / config["name"])
+        return measured(Path(folder) / config["name"])
 
 
 def under_torchrun(cores: list[int], config: dict[str, Any], corpus: str) -> Measurement:
@@ -35,7 +35,7 @@ def under_torchrun(cores: list[int], config: dict[str, Any], corpus: str) -> Mea
         job = json.dumps({"config": {**config, "storage": folder}, "corpus": corpus, "run": str(Path(folder) / config["name"])})
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={_CLUSTER['num_workers']}"]
         _run(cores, folder, [*torchrun, "-m", "benchmarks.contestants.launching", job])
-        return _measured(Path(folder) / config["name"])
+        return measured(Path(folder) / config["name"])
 
 
 def _run(cores: list[int], folder: str, module: list[str]) -> None:
@@ -50,7 +50,7 @@ def _run(cores: list[int], folder: str, module: list[str]) -> None:
         raise RuntimeError(f"{module[0]} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-_TAIL:]}")
 
 
-def _measured(run: Path) -> Measurement:
+def measured(run: Path) -> Measurement:
     """From the median of what lies between two steps' ends, everything included."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     ends = [line["time"] for line in lines[WARM_UP_STEPS:]]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import EnvironmentMismatchError, MaskwrightError, StorageError, StorageUnreachableError
 from trainer.manifest import MANIFEST, Circumstances, FileDigest, Manifest, Problem, check_files, read_manifest, shares, write_manifest
+from trainer.software import own_version
 from trainer.state import TrainState
 
 CIRCUMSTANCES = Circumstances(2, 1, "bf16", 1, "cpu AVX2", {"torch": "2.13.0", "deepspeed": "0.19.8"})
@@ -108,7 +109,14 @@ def test_shares_cover_every_file_once_and_evenly(sizes: dict[str, int], num_part
         ({"attention": {"128": "eager"}}, None),  # what releases took that did not choose
         ({"attention": {"128": "eager", "512": "sdpa"}}, "attention at 512 tokens: eager, now sdpa"),
         ({"versions": {"torch": "2.14.0", "deepspeed": "0.19.8"}}, "torch version: 2.13.0, now 2.14.0"),
+        ({"versions": CIRCUMSTANCES.versions | {"maskwright": "0f3a"}}, None),  # which older releases did not record
     ],
 )
 def test_differences_are_named(change: dict[str, Any], line: str | None) -> None:
     assert CIRCUMSTANCES.differences(replace(CIRCUMSTANCES, **change)) == ([line] if line else [])
+
+
+def test_our_own_code_is_among_the_versions() -> None:
+    now = Circumstances.now(world_size=1, zero_stage=1, precision="fp32", attention={})
+    before = replace(now, versions=now.versions | {"maskwright": "0f3a"})
+    assert before.differences(now) == [f"maskwright version: 0f3a, now {own_version()}"]
