@@ -47,8 +47,13 @@ def on_core(number: int) -> Sequence[str]:
 
 @contextmanager
 def others_at_work(core: int, count: int = 12) -> Iterator[None]:
-    """Processes that take most of a core: so many that it is the slow one also while other tests use the rest of the machine."""
-    busy = [subprocess.Popen([*on_core(core), sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    """Processes that take most of a core: so many that it is the slow one also while other tests use the rest of the machine.
+
+    Each in a session of its own: Linux may share a core out by session, whatever the number of processes in one.
+    """
+    work = "import os; test = os.getppid()\nwhile os.getppid() == test: pass"
+    command = [*on_core(core), sys.executable, "-c", work]
+    busy = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
     try:
         yield
     finally:
