@@ -59,7 +59,7 @@ class Case:
 CASES = (
     Case("four times as long", 30, 120),
     Case("four times the batch", 30, 30, ("batch.global_batch_size=128",)),
-    Case("twice the ranks", 30, 60, world_size=2),
+    Case("twice the ranks, eight times as long", 30, 240, world_size=2),
 )
 SHORT = (Case("twice as long", 10, 20, settings={"model": {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "max_positions": 128}}),)
 

@@ -93,7 +93,7 @@ def _caveat(run: RunFolder, ranks: Ranks) -> str | None:
         return "" if find_gpu(trained.device) == find_gpu(ranks.gpu) else None
     if ranks.threads in (None, trained.threads_per_rank):
         return ""
-    return f"there each rank had {trained.threads_per_rank} threads, here {ranks.threads}"
+    return f"a rank's threads: {trained.threads_per_rank} there, {ranks.threads} here"
 
 
 def _speed_of(run: RunFolder, earlier: RunConfig, network: Dimensions, mixture: Mixture | None) -> Speed | None:

@@ -134,9 +134,16 @@ def _as_before(config: RunConfig, work: Sequence[PhaseWork], network: Dimensions
     steps = config.schedule.steps
     training = sum(part.phase.num_steps * seconds for part, seconds in zip(work, step_s, strict=True))
     beside = -(-steps // config.validation.every_steps) * speed.validation_s + -(-steps // config.checkpoint.every_steps) * speed.checkpoint_stall_s
-    ranks = "" if world_size == speed.world_size else f" on {speed.world_size} ranks"
-    basis = f"measured: {speed.num_steps} steps of run {speed.source}{ranks}{speed.caveat and '; '}{speed.caveat}"
+    basis = f"measured: {speed.num_steps} steps of run {speed.source}{_on_other_ranks(speed, world_size)}{speed.caveat and '; '}{speed.caveat}"
     return Duration((training + beside + speed.start_up_s) / 3600, basis, step_s[-1])
+
+
+def _on_other_ranks(speed: Speed, world_size: int) -> str:
+    if speed.world_size == world_size:
+        return ""
+    if speed.world_size == 1:
+        return " on 1 rank, which neither exchanged gradients nor shared the machine"
+    return f" on {speed.world_size} ranks"
 
 
 def _passes_s(part: PhaseWork, network: Dimensions, world_size: int, flops_per_s: float) -> float:

@@ -185,7 +185,7 @@ def test_hours_of_other_devices_are_not_taken_for_these(here: Path, capsys: pyte
     on_cpus = (config, "--cluster", "cluster.yaml")
     assert "no checkpoint says on how many threads" in plan(capsys, *on_cpus)["hours_basis"]
     checkpoint(run, "cpu AVX512", 1)
-    assert "there each rank had 1 threads, here 4" in plan(capsys, *on_cpus)["hours_basis"]
+    assert "a rank's threads: 1 there, 4 here" in plan(capsys, *on_cpus)["hours_basis"]
     checkpoint(run, "cpu AVX512", 4)
     assert plan(capsys, *on_cpus)["hours_basis"] == "measured: 18 steps of run other"
     earlier_run(config, "on-gpus", step_s=0.1, device="cuda")

@@ -149,6 +149,14 @@ def test_passes_grow_with_the_batch_and_shrink_with_the_ranks() -> None:
     assert duration(run_config(), work_of(run_config()), NETWORK, 5, Stated(), speed, None).step_s == pytest.approx(0.4)
 
 
+def test_the_ranks_it_was_measured_on_are_said() -> None:
+    history, config = History.of(records(30, rank_passes_s=0.6, beside_s=0.1), []), run_config()
+    by_size = {size: measured_speed("before", history, [attempt(size, 30)], work_of(config), NETWORK) for size in (1, 2)}
+    said = {size: duration(config, work_of(config), NETWORK, 4, Stated(), speed, None).basis for size, speed in by_size.items()}
+    assert "on 1 rank, which neither exchanged gradients nor shared the machine" in said[1]
+    assert said[2].endswith("of run before on 2 ranks")
+
+
 def test_too_few_steps_say_nothing() -> None:
     history = History.of(records(4, rank_passes_s=0.6, beside_s=0.1), [])
     assert measured_speed("before", history, [attempt(2, 4)], work_of(run_config()), NETWORK) is None
