@@ -112,9 +112,14 @@ def is_prepared(folder: Location, settings: DataConfig | None = None) -> bool:
 
 
 def held_out_texts(config: RunConfig) -> dict[str, list[str]]:
-    """The texts of the test sets of a run's tasks, by the names of the tasks."""
+    """The texts of the test sets of a run's tasks, by the names of the tasks, all of whose files are checked.
+
+    Raises: see `trainer.tasks.load_task`.
+    """
     from data_pipeline.python_docs import fingerprint
-    from trainer.tasks import PYTHON_DOCS, read_test_texts
+    from trainer.tasks import PYTHON_DOCS, read_test_texts, require_tasks
+
+    require_tasks(config.finetune.tasks)
 
     def texts_of(task: TaskConfig, scratch: str) -> list[str]:
         storage = Location.at(config.corpora_storage)

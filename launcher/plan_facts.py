@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.errors import ConfigError, UsageError
+from data_pipeline.errors import ConfigError, MaskwrightError, UsageError
 from data_pipeline.mixture import Mixture
 from data_pipeline.storage import Location
 from launcher.cluster_config import Cluster, LocalCluster
@@ -23,6 +23,7 @@ from trainer.config import RunConfig
 from trainer.dimensions import KNOWN, Dimensions
 from trainer.gpus import GPUS, find_gpu, memory_bytes
 from trainer.runlog import RunFolder
+from trainer.tasks import task_errors
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Facts:
     """On the disk of the storage; None where it is no local folder."""
     host_bytes: int | None
     """Main memory that all ranks may take on the machine where they run; None on a cluster."""
+    task_errors: tuple[MaskwrightError, ...] = ()
+    """What is wrong with the tasks to fine-tune on, seen from here."""
 
     @property
     def gpu_bytes(self) -> int | None:
@@ -89,6 +92,7 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
         speed=earlier_speed(config, precision.value, network, mixture, Ranks(gpu, _threads(cluster, workers.value) if gpu is None else None)),
         free_bytes=_free_bytes(storage.path) if storage.is_local else None,
         host_bytes=host_bytes() if isinstance(cluster, LocalCluster) and gpu is None else None,
+        task_errors=tuple(task_errors(config.finetune.tasks)),
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from data_pipeline.errors import MaskwrightError, NotFoundError
 from data_pipeline.mixture import Mixture
 from launcher.plan_checkpoints import CheckpointPlan
 from launcher.plan_memory import StageMemory
@@ -101,6 +102,12 @@ def storage_problems(checkpoints: CheckpointPlan | None, free_bytes: int | None,
             f"snapshots of all ranks take {_gb(snapshots_bytes)} of main memory; this machine gives {_gb(host_bytes)}",
             "Train on more machines.",
         )
+
+
+def task_problems(errors: Sequence[MaskwrightError]) -> Iterator[Problem]:
+    """Tasks that could not be fine-tuned on. What is not here may be where the run will be."""
+    for error in errors:
+        yield Problem("warning" if isinstance(error, NotFoundError) else "error", error.cause, error.remedy)
 
 
 def data_problems(config: RunConfig, mixture: Mixture | None, rounds: Sequence[float] | None) -> Iterator[Problem]:

@@ -80,6 +80,7 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
     """
     from launcher.jobs import run_job
     from launcher.stages import FINETUNE_STAGE, MODEL_NAME, REPORT_STAGE
+    from trainer.tasks import require_tasks
 
     target = find_run_or_model(model, storage)
     if isinstance(target, Model):
@@ -92,6 +93,7 @@ def finetune(model: RunOrModel, overrides: Set = None, storage: Storage = None, 
         raise UsageError("there is no task to fine-tune on", "Add one: --set 'finetune.tasks=[{name: sst2, path: data/sst2}]'")
     if not (folder / "config.json").exists():
         raise NotFoundError(f"there is no model in {folder}", f"Run `maskwright export {model}` first.")
+    require_tasks(config.finetune.tasks)  # before a finished run is told to have failed
     where = load_cluster_config(cluster) if cluster else where or LocalCluster()
     with human_output(as_json=as_json):
         run = run_job(config, where, console(), verb="finetune", stages=stages, model=folder)

@@ -5,12 +5,12 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ConfigError, DataCorruptError, NotFoundError
+from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError, NotFoundError
 from data_pipeline.storage import Location
 from trainer.finetune_config import TaskConfig
 
@@ -74,6 +74,25 @@ def load_task(task: TaskConfig, work_folder: str | os.PathLike[str]) -> Task:
     number = {str(name): index for index, name in enumerate(names)}
     rows = {split: _numbered(task, split, found, number) for split, found in columns.items()}
     return Task(task.name, tuple(str(name) for name in names), rows["train"], rows["dev"], rows["test"])
+
+
+def task_errors(tasks: Iterable[TaskConfig]) -> Iterator[MaskwrightError]:
+    """What is wrong with tasks that are folders, one error at most of each: a mistake is told now, not after hours of pretraining."""
+    for task in tasks:
+        if task.path != PYTHON_DOCS:
+            try:
+                load_task(task, work_folder="")
+            except MaskwrightError as error:
+                yield error
+
+
+def require_tasks(tasks: Iterable[TaskConfig]) -> None:
+    """Refuse tasks of which one cannot be fine-tuned on.
+
+    Raises: see `load_task`.
+    """
+    for error in task_errors(tasks):
+        raise error
 
 
 def read_test_texts(task: TaskConfig, work_folder: str | os.PathLike[str]) -> list[str]:

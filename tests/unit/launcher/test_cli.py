@@ -301,6 +301,17 @@ def test_status_follows_from_the_run_folder(
     assert "next: maskwright" in capsys.readouterr().out
 
 
+def test_a_task_that_cannot_be_read_leaves_a_finished_run_as_it_was(made: RunFolder, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (made.models / "final" / "config.json").write_bytes(b"{}")
+    for split in ("train", "dev", "test"):
+        (here / f"{split}.jsonl").write_text('{"text": "a", "lbl": 0}\n')
+    before = made.config.read_bytes()
+    for path, code in (("nofolder", ExitCode.NOT_FOUND), (".", ExitCode.CONFIG)):
+        assert invoke("finetune", "made", "--set", f"finetune.tasks=[{{name: a, path: {path}}}]") == code
+        assert "task a: " in error_of(capsys)[0]
+    assert (made.config.read_bytes(), made.read_events()) == (before, [])
+
+
 def test_a_run_that_only_fine_tunes_is_not_pretrained_by_resume(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     made.append_event("command_started", attempt=0, verb="finetune")
     assert invoke("resume", "made") == ExitCode.USAGE

@@ -42,6 +42,15 @@ def test_too_little_text_for_the_tokenizer_is_said(config: RunConfig, capsys: py
     assert said in capsys.readouterr().out
 
 
+def test_every_file_of_a_task_is_checked_before_anything_is_prepared(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("task").mkdir()
+    for split, column in (("train", "lbl"), ("dev", "label"), ("test", "label")):
+        Path(f"task/{split}.jsonl").write_text(json.dumps({"text": "a", column: 0}) + "\n")
+    assert run(["prepare", "run.yaml", "--set", "finetune.tasks=[{name: t, path: task}]"], debug=False) == 3
+    assert "train.jsonl line 1 has no column label" in capsys.readouterr().err
+    assert not (Path(config.corpora_storage) / "corpora").exists()
+
+
 def no_ray() -> None:
     raise AssertionError("one partition needs no Ray")
 

@@ -176,6 +176,16 @@ def test_hours_come_from_an_earlier_run_like_it(here: Path, capsys: pytest.Captu
     assert stated["checkpoints"]["best_every_steps"] > 0
 
 
+def test_tasks_that_could_not_be_fine_tuned_on_are_problems(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(here)
+    for split in ("train", "dev", "test"):
+        (here / f"{split}.jsonl").write_text('{"text": "a", "label": 0}\n{"txt": "b", "label": 1}\n')
+    tasks = [{"name": "here", "path": str(here)}, {"name": "gone", "path": "nofolder"}]
+    found = [(each["severity"], each["cause"]) for each in plan(capsys, write_config(finetune={"tasks": tasks}))["problems"]]
+    assert [severity for severity, cause in found if "task here: " in cause and "train.jsonl line 2 has no column text" in cause] == ["error"]
+    assert [severity for severity, cause in found if cause.startswith("task gone: there is no folder")] == ["warning"]
+
+
 def test_hours_of_other_devices_are_not_taken_for_these(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(here)
     config = write_config()
