@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from data_pipeline.errors import MaskwrightError, NotFoundError
+from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError
 from data_pipeline.mixture import Mixture
 from launcher.plan_checkpoints import CheckpointPlan
 from launcher.plan_memory import StageMemory
@@ -105,9 +105,9 @@ def storage_problems(checkpoints: CheckpointPlan | None, free_bytes: int | None,
 
 
 def task_problems(errors: Sequence[MaskwrightError]) -> Iterator[Problem]:
-    """Tasks that could not be fine-tuned on. What is not here may be where the run will be."""
+    """Tasks that could not be fine-tuned on. What cannot be read here may be readable where the run will be; what is wrong here is wrong there."""
     for error in errors:
-        yield Problem("warning" if isinstance(error, NotFoundError) else "error", error.cause, error.remedy)
+        yield Problem("error" if isinstance(error, (ConfigError, DataCorruptError)) else "warning", error.cause, error.remedy)
 
 
 def data_problems(config: RunConfig, mixture: Mixture | None, rounds: Sequence[float] | None) -> Iterator[Problem]:
