@@ -143,10 +143,7 @@ def _attention(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
     if kernels.attention == "sdpa" and kernels.element_bytes != _FP32:  # in steps on a CPU, which copies its inputs to fp32
         return Tensors.of(rows * batch.width * _FP32, 3) + _hidden(network, batch, kernels) * 3
     scores = Tensors.of(rows * batch.width * kernels.element_bytes)
-    softmax = Tensors.of(rows * batch.width * _FP32) if network.architecture == "modernbert" else scores
-    if network.dropout > 0:
-        return softmax + _mask(scores, kernels) + scores
-    return softmax if softmax == scores else softmax + scores  # its copy in 16 bits
+    return scores * 2 + _mask(scores, kernels) if network.dropout > 0 else scores
 
 
 def _own_mask(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:

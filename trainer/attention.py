@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.bert.modeling_bert import eager_attention_forward
 
 from trainer.batch import bounds_of
 from trainer.config import RunConfig
+from trainer.layers import drop
 
 Table = Mapping[str, str]
 """By the longest row that it is for, in tokens, the name of a kernel; as JSON has it."""
@@ -36,7 +36,7 @@ class Kernel:
     """A way to compute attention, under the name that transformers gives it."""
 
     forward: Callable[..., tuple[Tensor, Any]]
-    """As transformers calls it; stands in for each architecture's own function of the name."""
+    """As transformers calls it; stands in for an architecture's own function of the name, see `registered`."""
     mask: Callable[[Tensor, torch.dtype], Tensor] | None
     """From "attends to" (R, 1, 1 or T, T) and the dtype of the scores to the mask that it takes; None of a kernel that takes `bounds_of` samples,
     as (1, 1, 1, S)."""
@@ -45,6 +45,26 @@ class Kernel:
 def _added(attend: Tensor, dtype: torch.dtype) -> Tensor:
     """What plain attention adds to the scores."""
     return torch.zeros_like(attend, dtype=dtype).masked_fill(~attend, torch.finfo(dtype).min)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention by plain matrix products, as transformers calls a kernel: as its own, but for how dropout is drawn.
+
+    `query`, `key` and `value` (R, H, T, W); `mask` is added to the scores. Returns (R, T, H, W).
+    """
+    del module, others
+    scores_RHTT = torch.matmul(query, key.transpose(2, 3)) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights_RHTT = drop(nn.functional.softmax(scores_RHTT + mask, dim=-1), dropout)
+    return torch.matmul(weights_RHTT, value).transpose(1, 2).contiguous(), None
 
 
 def varlen_attention_forward(
@@ -77,13 +97,25 @@ def varlen_attention_forward(
     return attended.unflatten(0, (rows, length)), None
 
 
-AttentionInterface.register("varlen", varlen_attention_forward)
-
 KERNELS: dict[str, Kernel] = {
     "eager": Kernel(eager_attention_forward, _added),
     "sdpa": Kernel(sdpa_attention_forward, lambda attend, dtype: attend),
     "varlen": Kernel(varlen_attention_forward, None),
 }
+"""By the name that a run.yaml gives it."""
+_PREFIX = "maskwright_"
+for _name, _kernel in KERNELS.items():
+    AttentionInterface.register(_PREFIX + _name, _kernel.forward)
+
+
+def registered(kernel: str) -> str:
+    """The name under which transformers finds a kernel of `KERNELS`; by its own name it would find the architecture's."""
+    return _PREFIX + kernel
+
+
+def mask_of(implementation: str) -> Callable[[Tensor, torch.dtype], Tensor] | None:
+    """`Kernel.mask`, by the name that a network's config has: a registered one, or that of the architecture's own kernel."""
+    return KERNELS[implementation.removeprefix(_PREFIX)].mask
 
 
 def varlen_runs(device: torch.device, dtype: torch.dtype, width: int) -> bool:

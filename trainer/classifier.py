@@ -13,6 +13,7 @@ from data_pipeline.errors import ConfigError, NotFoundError
 from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.finetune_results import Init
+from trainer.layers import replace_dropout
 from trainer.model_folder import publish
 from trainer.quiet import quiet_transformers
 
@@ -39,6 +40,7 @@ def build_classifier(model_folder: str, label_names: Sequence[str], init: Init, 
             network = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False, attn_implementation="eager")
         else:
             network = load_weights(AutoModelForSequenceClassification, model_folder, config=config, attn_implementation="eager")
+    replace_dropout(network)
     return network.float().train()
 
 
@@ -78,7 +80,7 @@ def load_classifier(folder: str, label_names: tuple[str, ...], task_name: str) -
         raise ConfigError(
             f"the model's labels are {', '.join(names)}; task {task_name} has {', '.join(label_names)}", "Evaluate on the model's own task."
         )
-    return load_weights(AutoModelForSequenceClassification, folder)
+    return load_weights(AutoModelForSequenceClassification, folder, attn_implementation="eager")  # as it was scored: a tie falls alike
 
 
 def load_weights(auto_class: Any, folder: str, **settings: Any) -> Any:

@@ -11,7 +11,7 @@ from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, Un
 from trainer.architectures import longest_row, new_network_config, require_architecture, with_dropout
 from trainer.attention import usual_kernel
 from trainer.config import ModelConfig, RunConfig
-from trainer.layers import align_projection
+from trainer.layers import align_projection, replace_dropout
 from trainer.networks import PretrainingMaskedLM, PretrainingNetwork, network_class
 
 
@@ -40,6 +40,7 @@ def build_model(
             model = _load_weights(config, config.init_from, tokenizer, vocab_size, sequence_length, attention)
             require_same_vocabulary(config.init_from, tokenizer)
     align_projection(model)
+    replace_dropout(model)
     if isinstance(model, PretrainingMaskedLM):
         _require_rows(model, sequence_length, cast(int, tokenizer.cls_token_id))
     if config.activation_checkpointing:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertForPreTraining, GPT2LMHeadModel, ModernBertForMaskedLM
 
 from data_pipeline.errors import ConfigError
-from trainer.attention import KERNELS, head_width, kernel_for, varlen_runs
+from trainer.attention import head_width, kernel_for, mask_of, registered, varlen_runs
 from trainer.batch import TensorBatch, bounds_of
 from trainer.known_architectures import why_unknown
 from trainer.objectives import LossSums, loss_sums
@@ -121,7 +121,8 @@ class PretrainingNetwork(nn.Module):
     def _hidden(self, rows: Rows) -> Tensor:
         """(R, T, D), with the kernel for rows of this length, which transformers looks up in each forward pass."""
         if self.kernels:
-            self.config._attn_implementation = kernel_for(self.kernels, rows.input_ids.shape[1])
+            kernel = kernel_for(self.kernels, rows.input_ids.shape[1])
+            self.config._attn_implementation = registered(kernel) if self.takes_bounds else kernel
         return self._encode(rows)
 
     def _encode(self, rows: Rows) -> Tensor:
@@ -138,7 +139,7 @@ class PretrainingNetwork(nn.Module):
 
     def _as_mask(self, rows: Rows, attend: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
         """Which places attend to which, as the attention kernel takes it; what it does not need is not computed."""
-        mask = KERNELS[self.config._attn_implementation].mask
+        mask = mask_of(self.config._attn_implementation)
         return rows.bounds_S[None, None, None] if mask is None else mask(attend(), dtype)
 
 

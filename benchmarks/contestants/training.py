@@ -37,7 +37,7 @@ class OurTraining:
 
         config = run_config(network, shape, precision=precision, dropout=dropout, stage=stage, **others)
         engine = Engine.build(network_of(config, network), config)
-        if config.model.attention == "auto" and engine.device.type == "cuda":
+        if config.model.attention == "auto":
             engine.model.kernels = fastest_kernels(config, engine.model.config, engine.model.candidate_kernels(), engine.device)
         if config.model.compile:
             compile_layers(engine.model, config, engine.device)

@@ -11,6 +11,7 @@ from tests.support.batches import small_config
 from trainer.activations import Kernels, Pass, kept, kept_by_head, kept_layer, stored_layer
 from trainer.batch import TensorBatch, bounds_of
 from trainer.dimensions import Dimensions
+from trainer.layers import replace_dropout
 from trainer.networks import PretrainingBert, PretrainingGPT2, PretrainingModernBert
 
 ROWS, WIDTH, PREDICTED, VOCABULARY = 6, 64, 13, 509
@@ -29,8 +30,9 @@ def network_of(architecture: str, dropout: float, *, checkpointing: bool, attent
     else:
         drops = {"resid_pdrop": dropout, "embd_pdrop": dropout, "attn_pdrop": dropout}
         kind, config = PretrainingGPT2, GPT2Config(**SIZES, bos_token_id=1, eos_token_id=2, n_inner=80, n_positions=96, **drops)
-    config._attn_implementation = attention
     network = kind(config).train()
+    network.kernels = {"64": attention}
+    replace_dropout(network)
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     return network

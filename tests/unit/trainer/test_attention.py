@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers.models.bert import modeling_bert
 
 from data_pipeline.errors import ConfigError
 from tests.support.batches import random_micro_batch, small_config, write_tokenizer
-from trainer.attention import KERNELS, Shape, faster, fastest_kernels, kernel_for, measured, shape_of, table_in_words, usual_kernel
+from trainer.attention import KERNELS, Shape, faster, fastest_kernels, kernel_for, mask_of, measured, shape_of, table_in_words, usual_kernel
 from trainer.batch import bounds_of, tensor_batches
 from trainer.choices import possible_kernels
 from trainer.config import RunConfig
@@ -83,19 +84,40 @@ def test_a_network_switches_by_the_length_of_rows(tmp_path: Any, architecture: s
     network.kernels = {"32": "sdpa", "64": "eager"}
     for batch, kernel, loss in zip((short, long, short), ("sdpa", "eager", "sdpa"), (*expected, expected[0]), strict=True):
         assert network(batch)[0].item() == pytest.approx(loss, rel=1e-5)
-        assert network.config._attn_implementation == kernel
+        assert network.config._attn_implementation == (kernel if architecture == "roberta" else f"maskwright_{kernel}")
 
 
+@pytest.mark.parametrize("kernel", OF_A_CPU)
 @pytest.mark.parametrize("packing", ["none", "rows"])
-def test_dropout_falls_alike_in_both_kernels_of_a_cpu(tmp_path: Any, packing: Any) -> None:
-    """R4: what is dropped depends on the seed, not on the kernel."""
+def test_dropout_follows_the_seed_in_both_kernels_of_a_cpu(tmp_path: Any, packing: Any, kernel: str) -> None:
     _, network = network_of(tmp_path, dropout=0.3)
-    batch, losses = tensor_batches(random_micro_batch(1, num_samples=8, num_tokens=32, packing=packing))[0], []
-    for kernel in OF_A_CPU:
-        network.kernels = {"64": kernel}
-        torch.manual_seed(5)
-        losses.append(network(batch)[0].item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    network.kernels = {"64": kernel}
+    batch = tensor_batches(random_micro_batch(1, num_samples=8, num_tokens=32, packing=packing))[0]
+
+    def loss(seed: int) -> float:
+        torch.manual_seed(seed)
+        return network(batch)[0].item()
+
+    assert loss(5) == loss(5) != loss(6)
+    network.eval()
+    assert loss(5) == loss(6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packed", [False, True])
+def test_plain_products_compute_what_the_architectures_own_do(packed: bool, dtype: torch.dtype) -> None:
+    """But for dropout, which falls elsewhere."""
+    query, key, value = (torch.randn(3, 2, 24, 8, dtype=dtype, requires_grad=True) for _ in range(3))
+    samples = 1 + torch.arange(24) // 9
+    attend = (samples[:, None] == samples)[None, None] if packed else (samples < 3)[None, None, None]
+    layer: Any = torch.nn.Identity()
+    found, expected = (
+        forward(layer, query, key, value, mask_of("eager")(attend, dtype), scaling=0.3)[0]  # pyright: ignore[reportOptionalCall]
+        for forward in (KERNELS["eager"].forward, modeling_bert.eager_attention_forward)
+    )
+    assert torch.equal(found, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(each.float().square().sum(), (query, key, value)) for each in (found, expected)), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_kernel_that_the_architecture_lacks_is_refused(tmp_path: Any) -> None:

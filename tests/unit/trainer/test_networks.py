@@ -99,7 +99,7 @@ def test_loss_and_gradients_are_those_of_transformers(tokenizer: str, architectu
 @pytest.mark.parametrize("architecture", ["modernbert", "gpt2"])
 def test_packed_and_padded_rows_give_the_same_losses_and_gradients(tokenizer: str, architecture: str, attention: str) -> None:
     network = build(tokenizer, architecture)
-    network.config._attn_implementation = attention
+    network.kernels = {"512": attention}
     padded, packed = (batch_for(network, packing) for packing in ("none", "rows"))
     assert packed.layout.num_rows < padded.layout.num_rows
     expected, expected_gradients = loss_and_gradients(network, padded)

@@ -83,7 +83,7 @@ def test_loss_and_gradients_are_those_of_transformers(model: PretrainingBert) ->
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_and_padded_rows_give_the_same_losses_and_gradients(model: PretrainingBert, attention: str, parts: int) -> None:
     """Twelve samples in fewer rows: a sample sees itself only, its positions start at 0, its own [CLS] gives its sentence prediction."""
-    model.config._attn_implementation = attention
+    model.kernels = {"512": attention}
     padded, packed = (random_micro_batch(5, num_samples=12, num_tokens=32, packing=packing) for packing in ("none", "rows"))
     assert packed.layout.num_rows < padded.layout.num_rows
     expected, expected_gradients = weighted_loss(model, padded), gradients(model)
