@@ -52,6 +52,8 @@ class SaveRequest:
     rank: int
     require_current: Callable[[], None]
     """Raises ConflictError once a newer attempt has begun (R10); asked by rank 0 right before the commit."""
+    before_commit: Callable[[], None] = nothing
+    """What rank 0 does before it commits, and again where it fails for now."""
     validation_loss: float | None = None
     """Measured at this step."""
     stall_s: float = 0.0
@@ -213,6 +215,8 @@ class Save:
         )
         with suppress(Exception):  # they have served, and are not in the manifest
             (self._part / RECEIPTS).remove()
+
+        self._do("record the steps of the checkpoint", request.before_commit)
 
         def commit() -> None:
             request.require_current()  # asked each time: a newer attempt may have begun while this one waited for storage

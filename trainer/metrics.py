@@ -11,13 +11,12 @@ from typing import Any, Self
 
 import torch
 
-from data_pipeline.errors import MaskwrightError
 from data_pipeline.micro_batch import SkippedBlock
 from trainer.engine import Engine, StepOutcome
 from trainer.flops import StepFlops
 from trainer.numerics import continuity
 from trainer.peaks import device_name, measured_peak, stated_peak
-from trainer.runlog import MetricsWriter, RunFolder
+from trainer.runlog import RecordWriter, RunFolder
 from trainer.state import TrainState
 from trainer.timeline import Timeline
 from trainer.totals import StepCounts, StepLosses
@@ -91,7 +90,7 @@ class StepLog:
         self._peak_flops = measured_peak(engine.device, engine.dtype) * timeline.world_size if self._writes else 0.0
         stated = stated_peak(device_name(engine.device), engine.dtype)
         self._stated_flops = None if stated is None else stated * timeline.world_size
-        self._records = MetricsWriter(run)
+        self._records = RecordWriter(run)
         self._trackers = trackers
         self._started_at = time.monotonic()
         self._said_at = -math.inf
@@ -133,7 +132,7 @@ class StepLog:
         )
         values = finite(asdict(record))
         if state.step == self._first_step:
-            self._run.append_event("first_step", attempt=self._attempt, step=state.step, step_s=round(elapsed_s, 3))
+            self._records.add_event("first_step", attempt=self._attempt, step=state.step, step_s=round(elapsed_s, 3))
         if state.step == self._first_step > 0:
             self._continued(state, values["loss"])
         self._records.add(values)
@@ -144,25 +143,26 @@ class StepLog:
         """Record how the first loss after a resume goes on from what was there before."""
         same_step = self._run.metrics_of(state.step).get("loss")
         before = state.recent_losses[-1] if state.recent_losses else None
-        self._run.append_event("continued", attempt=self._attempt, step=state.step, **continuity(loss, same_step, before))
+        self._records.add_event("continued", attempt=self._attempt, step=state.step, **continuity(loss, same_step, before))
 
     def validated(self, state: TrainState, losses: StepLosses, unigram_entropy: float) -> None:
         """Record held-out losses after `state.step` steps, beside what a model that knows only token frequencies would reach."""
         if self._writes:
             values = finite(asdict(losses) | {"unigram_entropy": unigram_entropy})
-            self._run.append_event("validation", attempt=self._attempt, step=state.step, **values)
+            self._records.add_event("validation", attempt=self._attempt, step=state.step, **values)
             self._trackers.log("validation", values, state.step)
 
     def skipped(self, state: TrainState, blocks: Sequence[SkippedBlock]) -> None:
         """Record damaged blocks that the run goes on without."""
         if self._writes:
             for block in blocks:
-                self._run.append_event("data_skipped", attempt=self._attempt, step=state.step, **asdict(block))
+                self._records.add_event("data_skipped", attempt=self._attempt, step=state.step, **asdict(block))
 
     def stopped(self, state: TrainState) -> None:
         """Record that the run ended on request, with `state` saved."""
         if self._writes:
-            self._run.append_event("stopped", attempt=self._attempt, step=state.step, cause="requested")
+            self._records.add_event("stopped", attempt=self._attempt, step=state.step, cause="requested")
+            self._records.flush()
 
     def flush(self) -> None:
         """Write what is held back for a store. The history of a checkpoint has to be complete when it is committed."""
@@ -174,8 +174,8 @@ class StepLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         """Write what is held back, of an attempt that fails, too; and let the trackers finish."""
         try:
-            self.flush()
-        except MaskwrightError as lost:  # of steps that no checkpoint holds; why the attempt ends is the news
+            self._records.close()
+        except Exception as lost:  # noqa: BLE001 - of steps that no checkpoint holds; why the attempt ends is the news
             _log.warning("the records of the last steps are lost: %s", lost)
         self._trackers.close(failed=error is not None)
 

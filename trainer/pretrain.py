@@ -67,6 +67,7 @@ def pretrain(config: RunConfig, corpus: str, run: str, context: RunContext, atte
     state = saver.resume(engine, fresh, before_step=soundness.resume_before)
     trackers = Trackers(folder, config, attempt, state.step)
     with closing(saver), StepLog(folder, engine, context, trackers, attempt=attempt, first_step=state.step) as log:
+        saver.before_commit = log.flush
         train(config, corpora, engine, saver, soundness, log, context, state)
 
 
@@ -97,7 +98,6 @@ def train(
         if counts.failures:
             raise_together(part.error or saver.error, f"read the data of step {state.step}" if part.error else "save a checkpoint")
         if counts.stops:
-            log.flush()
             soundness.save(engine, state, validation_loss)
             saver.finish()
             log.stopped(state)
@@ -125,7 +125,6 @@ def train(
             soundness.require_finite(held_out, state)
             state, validation_loss = with_skipped(state, skipped, config.data.skip_budget), held_out.loss
         if is_due(state.step, config.checkpoint.every_steps, config):
-            log.flush()
             soundness.save(engine, state, validation_loss)
     saver.finish()
 

@@ -1,20 +1,28 @@
 """The run folder: where everything of a run lies, its events and its metrics (append-only JSON lines)."""
 
 import json
+import logging
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
+from data_pipeline.errors import StorageUnreachableError
 from data_pipeline.lines import last_lines
 from data_pipeline.storage import Location
 from trainer.redaction import without_hidden_values
 
 STORE_EVERY_S = 5.0
 """How long records of steps are held back for a store: `status` is no later than that."""
+OUTAGE_S = 600.0
+"""How long a store may fail to answer before that ends the attempt."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,29 +129,68 @@ class RunFolder:
         return next(records(newest), {})
 
 
-@dataclass
-class MetricsWriter:
-    """Records optimizer steps: on a disk at once, in a store, where each time is a request that training waits for, those of some seconds together.
+class RecordWriter:
+    """Writes the records of an attempt's steps: to a disk at once; to a store beside training, those of some seconds in one request.
 
-    What a killed process holds back are steps after its newest checkpoint, which are lost with it, as long as each save is preceded by `flush`.
+    A store that does not answer for less than `OUTAGE_S` holds nothing up and loses nothing. What a killed process holds back are steps after its
+    newest checkpoint, which are lost with it, as long as each commit is preceded by `flush`.
     """
 
-    run: RunFolder
-    _held: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    _written_at: float = -math.inf
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._held: list[tuple[Location, str]] = []
+        self._writing = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._written_at = -math.inf
+        self._error: Exception | None = None
+        self._failing_since = 0.0
 
     def add(self, record: dict[str, Any]) -> None:
-        """Record a step, or hold it back for a moment."""
-        self._held.append(record)
-        if self.run.metrics.is_local or time.monotonic() - self._written_at >= STORE_EVERY_S:
-            self.flush()
+        """Record a step. Errors as `Location.append_line` has them; of a store that does not answer after a while only, and at a later step."""
+        self._hold(self._run.metrics, json.dumps(record))
+
+    def add_event(self, kind: str, *, attempt: int, step: int | None = None, **details: Any) -> None:
+        """`RunFolder.append_event`, in the same way."""
+        self._hold(self._run.events, event_line(kind, attempt=attempt, step=step, **details))
 
     def flush(self) -> None:
-        """Write what is held back. Where that fails it is gone: storage was patient already, and the run ends."""
-        held, self._held = self._held, []
-        if held:
-            self.run.append_metrics(*held)
-            self._written_at = time.monotonic()
+        """Write what is held back, and wait for it. What cannot be written stays, for the next time."""
+        with self._writing:
+            try:
+                for file, lines in groupby(list(self._held), key=lambda entry: entry[0]):
+                    written = [line for _, line in lines]
+                    file.append_line(*written)
+                    del self._held[: len(written)]
+            except Exception as error:
+                self._failing_since = time.monotonic() if self._error is None else self._failing_since
+                self._error = error
+                raise
+            self._written_at, self._error = time.monotonic(), None
+
+    def close(self) -> None:
+        """Write what is held back, unless the store has not answered lately."""
+        if self._error is not None:
+            raise self._error
+        self.flush()
+
+    def _hold(self, file: Location, line: str) -> None:
+        self._held.append((file, line))
+        if file.is_local:
+            self.flush()
+            return
+        if self._error is not None and (not isinstance(self._error, StorageUnreachableError) or time.monotonic() - self._failing_since > OUTAGE_S):
+            raise self._error
+        if time.monotonic() - self._written_at >= STORE_EVERY_S and (self._thread is None or not self._thread.is_alive()):
+            self._thread = threading.Thread(target=self._write_beside, daemon=True, name="records")
+            self._thread.start()
+
+    def _write_beside(self) -> None:
+        is_news = self._error is None
+        try:
+            self.flush()
+        except Exception as error:  # noqa: BLE001 - kept, and raised at a later step
+            if is_news:
+                _log.warning("records of steps are held back: %s", error)
 
 
 def event_line(kind: str, *, attempt: int, step: int | None = None, **details: Any) -> str:

@@ -18,7 +18,7 @@ from trainer.config import RunConfig
 from trainer.context import RunContext
 from trainer.engine import Engine
 from trainer.interruption import Interruption, steps_done
-from trainer.manifest import Circumstances
+from trainer.manifest import Circumstances, nothing
 from trainer.refusals import require_finite, require_room, require_same_data, require_same_position, require_same_software, require_shared
 from trainer.runlog import RunFolder
 from trainer.snapshot import Snapshot
@@ -35,6 +35,9 @@ _GRACE_S = 10.0
 
 class Saver:
     """Checkpoints of one attempt of a run; at most one is being written. Build it with `Saver.open`."""
+
+    before_commit: Callable[[], None] = staticmethod(nothing)
+    """What rank 0 does before each commit, beside training."""
 
     def __init__(
         self,
@@ -131,6 +134,7 @@ class Saver:
             attempt=self._attempt,
             rank=self._context.rank,
             require_current=self._context.require_current,
+            before_commit=self.before_commit,
             validation_loss=validation_loss,
             stall_s=time.monotonic() - started_at,
             timeout_s=self._timeout_s,

@@ -1,15 +1,19 @@
 """The run folder's records: streamed, the newest from the end, and how far training had got."""
 
+import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_pipeline.errors import StorageUnreachableError
 from data_pipeline.storage import Location
 from tests.support.object_store import reachable_object_store
 from trainer import runlog
 from trainer.interruption import steps_done
-from trainer.runlog import MetricsWriter, RunFolder, event_line
+from trainer.runlog import RecordWriter, RunFolder, event_line
 
 
 def test_the_newest_record_is_the_last_whole_one_and_costs_no_reading_of_all(tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ def test_an_event_that_is_written_again_counts_once(tmp_path: Path) -> None:
 
 def test_steps_are_recorded_on_a_disk_at_once(tmp_path: Path) -> None:
     run = RunFolder(Location.at(tmp_path / "run"))
-    writer = MetricsWriter(run)
+    writer = RecordWriter(run)
     for step in range(3):
         writer.add({"step": step, "attempt": 1})
         assert run.newest_metrics()["step"] == step
@@ -58,7 +62,7 @@ def test_steps_are_recorded_on_a_disk_at_once(tmp_path: Path) -> None:
 def test_a_store_gets_the_steps_of_some_seconds_in_one_request(monkeypatch: pytest.MonkeyPatch) -> None:
     with reachable_object_store() as store:
         run = RunFolder(Location(f"s3://{store.bucket}/run"))
-        writer = MetricsWriter(run)
+        writer = RecordWriter(run)
         for step in range(50):
             writer.add({"step": step, "attempt": 1})
         assert len(store.requests()) - 1 < 10  # the first, and then one every few seconds
@@ -68,4 +72,63 @@ def test_a_store_gets_the_steps_of_some_seconds_in_one_request(monkeypatch: pyte
         assert run.newest_metrics()["step"] == 49
         monkeypatch.setattr(runlog, "STORE_EVERY_S", 0.0)
         writer.add({"step": 50, "attempt": 1})
-        assert run.newest_metrics()["step"] == 50, "status sees it when the time has come"
+        wait_until(lambda: run.newest_metrics()["step"] == 50)  # status sees it when the time has come
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+class _Store(Location):
+    """A store in a folder, which answers when it `is_up`."""
+
+    is_local = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+    is_up = False
+
+    def append_line(self, *lines: str) -> None:
+        if not self.is_up:
+            raise StorageUnreachableError("no answer", "Wait.")
+        Location.at(self.url).append_line(*lines)
+
+
+def test_a_store_that_does_not_answer_for_a_while_holds_no_step_up_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "STORE_EVERY_S", 0.0)
+    monkeypatch.setattr(_Store, "is_up", False)
+    run = RunFolder(Location.at(tmp_path / "run"))
+    monkeypatch.setattr(RunFolder, "metrics", _Store(str(tmp_path / "metrics")))
+    monkeypatch.setattr(RunFolder, "events", _Store(str(tmp_path / "events")))
+    writer = RecordWriter(run)
+    for step in range(20):
+        writer.add({"step": step, "attempt": 1})
+        writer.add_event("validation", attempt=1, step=step)
+    with pytest.raises(StorageUnreachableError):
+        writer.flush()
+    monkeypatch.setattr(_Store, "is_up", True)
+    writer.add({"step": 20, "attempt": 1})
+    writer.flush()
+    assert [json.loads(line)["step"] for line in Location.at(tmp_path / "metrics").read_lines()] == list(range(21))
+    assert [json.loads(line)["step"] for line in Location.at(tmp_path / "events").read_lines()] == list(range(20))
+    writer.close()
+
+
+def test_a_store_that_does_not_answer_for_long_ends_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runlog, "STORE_EVERY_S", 0.0)
+    monkeypatch.setattr(_Store, "is_up", False)
+    monkeypatch.setattr(RunFolder, "metrics", _Store(str(tmp_path / "metrics")))
+    writer = RecordWriter(RunFolder(Location.at(tmp_path / "run")))
+    writer.add({"step": 0, "attempt": 1})
+    monkeypatch.setattr(runlog, "OUTAGE_S", 0.0)
+
+    def one_more() -> bool:
+        try:
+            writer.add({"step": 1, "attempt": 1})
+        except StorageUnreachableError:
+            return True
+        return False
+
+    wait_until(one_more)
+    with pytest.raises(StorageUnreachableError):
+        writer.close()
