@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from data_pipeline.errors import NotFoundError
 from trainer.attention import Table, fastest_kernels, table_in_words, usual_kernel
@@ -14,6 +15,8 @@ from trainer.manifest import Circumstances
 from trainer.networks import PretrainingNetwork
 from trainer.runlog import RunFolder
 from trainer.totals import on_rank_zero
+
+T = TypeVar("T")
 
 Precision = Literal["bf16", "fp32"]
 
@@ -26,11 +29,13 @@ _TIMINGS = 3
 
 
 def settled(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> RunConfig:
-    """`config` with `precision: auto` made bf16 or fp32, whichever this run was begun in or, in a new run, rank 0's device is faster in.
+    """`config` with `precision: auto` made bf16 or fp32, whichever this run was begun in or, in a new run, rank 0's device is faster in; fp32 where
+    a rank's device has to emulate bf16.
 
     A precision that a person has chosen stays, with an event if the processor is far slower in it than in fp32. Collective.
     """
-    precision = on_rank_zero("choose a precision", lambda: _precision(config, run, device, attempt))
+    everywhere = config.precision == "auto" and all(_of_every_rank(computes_bf16(device)))
+    precision = on_rank_zero("choose a precision", lambda: _precision(config, run, device, attempt, bf16_everywhere=everywhere))
     return config.model_copy(update={"precision": precision})
 
 
@@ -44,16 +49,15 @@ def looked_up(config: RunConfig, run: RunFolder, device: torch.device) -> RunCon
 
 
 def settled_kernels(config: RunConfig, run: RunFolder, network: PretrainingNetwork, device: torch.device, attempt: int) -> Table:
-    """The attention kernels of the run: a person's choice, or those that the run was begun with; in a new run those that rank 0's device is fastest
-    with. `config.precision` is settled. Collective.
+    """The attention kernels of the run: a person's choice, or those that the run was begun with; in a new run, of those that every rank's device has,
+    the ones that rank 0's is fastest with. `config.precision` is settled. Collective.
 
     Raises:
         ConfigError: the architecture has no such kernel.
     """
-    network.require_kernel(config.model.attention)
+    candidates = _common_candidates(network, config)
 
     def choose() -> Table:
-        candidates = network.candidate_kernels()
         known = _known_kernels(config, run, candidates, device)
         if known is not None:
             return known
@@ -68,14 +72,31 @@ def settled_kernels(config: RunConfig, run: RunFolder, network: PretrainingNetwo
 
 def looked_up_kernels(config: RunConfig, run: RunFolder, network: PretrainingNetwork, device: torch.device) -> Table:
     """The same as `settled_kernels`, for who only looks. Collective."""
-    network.require_kernel(config.model.attention)
+    candidates = _common_candidates(network, config)
 
     def look_up() -> Table:
-        candidates = network.candidate_kernels()
         known = _known_kernels(config, run, candidates, device)
         return fastest_kernels(config, network.config, candidates, device) if known is None else known
 
     return on_rank_zero("look up attention kernels", look_up)
+
+
+def _common_candidates(network: PretrainingNetwork, config: RunConfig) -> list[str]:
+    """The kernels that every rank's device has, of which each has the one that a person has chosen. Collective.
+
+    Raises:
+        ConfigError: the architecture has no such kernel.
+    """
+    network.require_kernel(config.model.attention)
+    found = _of_every_rank(network.candidate_kernels())
+    return [name for name in found[0] if all(name in each for each in found)]
+
+
+def _of_every_rank(own: T) -> list[T]:
+    """What each rank has found. Collective."""
+    found: list[T] = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def _known_kernels(config: RunConfig, run: RunFolder, candidates: Sequence[str], device: torch.device) -> Table | None:
@@ -95,7 +116,7 @@ def possible_kernels(kernels: Table, candidates: Sequence[str], usual: str) -> T
     return {length: kernel if kernel in candidates else usual for length, kernel in kernels.items()}
 
 
-def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> str:
+def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int, *, bf16_everywhere: bool) -> str:
     if config.precision != "auto":
         if config.precision == "bf16" and device.type == "cpu" and attempt == 1 and (slower := 1 / bf16_gain()) > _SLOWER:
             run.append_event("slow_precision", attempt=attempt, precision="bf16", faster="fp32", factor=round(slower, 1))
@@ -103,7 +124,7 @@ def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt:
     known = _known(run)
     if known is not None:
         return known
-    precision = fastest_precision(device)
+    precision = fastest_precision(device) if bf16_everywhere else "fp32"
     run.choices.write_json({**_read(run), "precision": precision, "device": device.type})
     run.append_event("precision_chosen", attempt=attempt, precision=precision, device=device.type)
     return precision
@@ -135,8 +156,13 @@ def _newest_circumstances(run: RunFolder) -> Circumstances | None:
 def fastest_precision(device: torch.device) -> Precision:
     """bf16 where the hardware multiplies it faster: a GPU says so, a CPU is timed for a few milliseconds."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if computes_bf16(device) else "fp32"
     return "bf16" if bf16_gain() > _FASTER else "fp32"
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether it has instructions for bf16, or else is not slower in it than in fp32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else bf16_gain() > 1
 
 
 def bf16_gain() -> float:

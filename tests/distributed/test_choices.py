@@ -18,6 +18,7 @@ from trainer.checkpoint import list_checkpoints
 from trainer.choices import looked_up_kernels, settled, settled_kernels
 from trainer.context import LocalContext
 from trainer.model import build_model
+from trainer.networks import PretrainingBert
 from trainer.pretrain import pretrain
 from trainer.runlog import RunFolder
 
@@ -38,6 +39,16 @@ def choose_twice(rank: int, world_size: int, root: str) -> tuple[str, str, str]:
 def choose_after_a_checkpoint(rank: int, world_size: int, root: str) -> str:
     setattr(choices, "fastest_precision", None)  # noqa: B010  # nothing is measured
     return settled(small_config(precision="auto"), run_folder(root), CPU, attempt=2).precision
+
+
+def choose_beside_one_that_emulates(rank: int, world_size: int, root: str) -> str:
+    setattr(choices, "fastest_precision", lambda device: "bf16")  # noqa: B010
+    setattr(choices, "computes_bf16", lambda device: rank == 0)  # noqa: B010
+    return settled(small_config(precision="auto"), run_folder(root), CPU, attempt=1).precision
+
+
+def test_no_rank_is_to_compute_in_what_its_device_emulates(tmp_path: Path) -> None:
+    assert run_distributed(choose_beside_one_that_emulates, args=(str(tmp_path),), timeout_s=60) == ["fp32", "fp32"]
 
 
 def test_a_run_that_made_no_choice_goes_on_in_what_its_checkpoint_was_computed_in(tmp_path: Path) -> None:
@@ -83,6 +94,18 @@ def test_all_ranks_and_attempts_attend_with_what_was_chosen_first(tmp_path: Path
     told = [(event["kind"], event["kernels"], event["device"]) for event in run_folder(str(tmp_path)).read_events()]
     assert told == [("attention_chosen", first["24"], "cpu")]
     assert run_folder(str(tmp_path)).choices.read_json() == {"device": "cpu", "attention": second}
+
+
+def choose_on_unequal_devices(rank: int, world_size: int, root: str) -> Table:
+    """Rank 1's device lacks a kernel that rank 0's is faster with."""
+    setattr(choices, "fastest_kernels", lambda config, network, candidates, device: {"24": candidates[-1]})  # noqa: B010
+    setattr(PretrainingBert, "candidate_kernels", lambda network: ["eager", "sdpa"][: 2 - rank])  # noqa: B010
+    return kernels_of(root, "auto", 1)
+
+
+def test_no_rank_is_to_attend_with_what_its_device_lacks(tmp_path: Path) -> None:
+    write_tokenizer(str(tmp_path / "tokenizer"))
+    assert run_distributed(choose_on_unequal_devices, args=(str(tmp_path),), timeout_s=60) == [{"24": "eager"}] * 2
 
 
 def kernels_after_a_checkpoint(rank: int, world_size: int, root: str) -> Table:
