@@ -6,6 +6,9 @@ from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Of what becomes a folder."""
+
 
 class Section(BaseModel):
     """A frozen section of run.yaml: unknown keys are errors, attribute docstrings become the JSON schema."""
@@ -78,7 +81,7 @@ class NearDuplicatesConfig(Section):
 class CorpusConfig(Section):
     """Which text becomes the corpus. Every field is part of the corpus' identity: a changed one makes a new corpus."""
 
-    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(default=None, pattern=NAME)
     """Readable part of the corpus folder's name, `<name>-<digest12>`; null takes it from the source."""
     source: str | tuple[str, ...] = "python-docs"
     """A file, folder or fsspec URL, or several: .txt, .jsonl, .parquet (.gz, .zst). `python-docs` is the documentation already on this machine."""
@@ -268,13 +271,13 @@ class BatchConfig(Section):
         starts = [phase.from_step for phase in self.phases]
         if starts != sorted(set(starts)):
             raise ValueError(f"phases must have increasing from_step, found {starts}")
-        shapes = [("batch", self.global_batch_size, self.micro_batch_size)]
-        shapes += [(f"phase from step {p.from_step}", *self._shape(p)) for p in self.phases]
+        shapes = [("", self.global_batch_size, self.micro_batch_size)]
+        shapes += [(f"phase from step {p.from_step}: ", *self._shape(p)) for p in self.phases]
         for where, total, micro in shapes:
             if total % micro:
                 below, above = total // micro * micro, (total // micro + 1) * micro
                 near = f"{below} or {above}" if below else f"{above}"
-                raise ValueError(f"{where}: global_batch_size {total} is not a multiple of micro_batch_size {micro}; nearest legal: {near}")
+                raise ValueError(f"{where}global_batch_size {total} is not a multiple of micro_batch_size {micro}; nearest legal: {near}")
         return self
 
     def _shape(self, phase: PhaseConfig) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Errors a user can act on: one line of cause, one line of remedy, one documented exit code (pure)."""
 
+import json
 from enum import IntEnum
 
 
@@ -146,3 +147,8 @@ class InterruptedRunError(MaskwrightError):
     """The run was asked to stop; it can be resumed."""
 
     exit_code = ExitCode.INTERRUPTED
+
+
+def json_fault(error: ValueError) -> str:
+    """What `json.loads` found wrong with a line of a file; its own message counts lines, too."""
+    return f"{error.msg} in column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)

@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from data_pipeline import python_docs
-from data_pipeline.errors import ConfigError, DataCorruptError, EnvironmentMismatchError, NotFoundError
+from data_pipeline.errors import ConfigError, DataCorruptError, EnvironmentMismatchError, NotFoundError, json_fault
 from data_pipeline.sources import Partition, Piece, SourceFile
 from data_pipeline.storage import Location
 
@@ -84,7 +84,7 @@ def _read_json_lines(piece: Piece, text_key: str) -> Iterator[str]:
         try:
             record: Any = json.loads(line)
         except ValueError as error:
-            raise DataCorruptError(f"{_line(piece, number)} is not JSON: {error}", _REPAIR) from error
+            raise DataCorruptError(f"{_line(piece, number)} is not JSON: {json_fault(error)}", _REPAIR) from error
         if not isinstance(record, dict):
             raise DataCorruptError(f"{_line(piece, number)} is not a JSON object", _REPAIR)
         if text_key not in record:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, Union, cast, get_args, get_origin
 
 from pydantic import ValidationError
 
-from data_pipeline.config import Section
+from data_pipeline.config import NAME, Section
 from data_pipeline.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
@@ -65,11 +65,21 @@ def _navigate(data: Any, location: tuple[str | int, ...]) -> tuple[Path_, Any]:
     return tuple(path), data
 
 
+_IN_WORDS = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "tuple": "a list",
+    "boolean": "true or false",
+    f"match pattern '{NAME}'": "letters, digits, dots, underscores and dashes, a letter or digit first",
+}
+
+
 def _expectation(message: str) -> str:
     message = re.sub(r"^(Input should be|String should|Value should)\s*", "", message)
     message = re.sub(r"^a valid (\w+)(, unable to parse.*| with a fractional.*)?$", r"\1", message)
     message = re.sub(r"^a valid dictionary or instance of .*$", "keys and values", message)
-    return {"integer": "a whole number", "number": "a number", "string": "text", "tuple": "a list", "boolean": "true or false"}.get(message, message)
+    return _IN_WORDS.get(message, message)
 
 
 def shown(value: Any) -> str:

@@ -28,7 +28,8 @@ ON_A_CPU = "computed; within a tenth of what ranks took in eleven configurations
 _ROW_FILL = 0.9
 """Share of packed rows that holds tokens, with 16 samples a micro-batch; more samples fill better."""
 _WIDTH_MULTIPLE = 8
-_MOST_SAMPLES = 1 << 16
+MOST_SAMPLES = 1 << 16
+"""Up to which the largest micro-batch is looked for."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _largest(shape: Shape, stage: int, gpu_bytes: int) -> int:
         rank = shape.peak([longest], stage, checkpointing=checkpointing, micro_batch_size=size)
         return needed_bytes(rank.peak_bytes, on_gpu=True) <= gpu_bytes
 
-    low, high = 0, _MOST_SAMPLES
+    low, high = 0, MOST_SAMPLES
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -1,7 +1,7 @@
 """What a run does, did, or needs, derived from what lies in its folder (reads storage; loads no torch)."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -41,6 +41,8 @@ class RunStatus:
     stages: dict[str, float]
     """Seconds of each finished stage."""
     attempt: int
+    pretrains: bool
+    """False of a run that only fine-tunes a model folder: it counts no steps."""
     pretrain_attempts: int
     """Starts of the workers for pretraining."""
     step: int
@@ -95,6 +97,7 @@ def read_status(run: RunFolder) -> RunStatus:
         stage=lease.stage if lease else "",
         stages={event["stage"]: event["elapsed_s"] for event in events if event["kind"] == "stage_finished"},
         attempt=last_attempt(run),
+        pretrains=pretrains(events),
         pretrain_attempts=len([event for event in events if event["kind"] == "attempt_started" and event.get("stage") == "pretrain"]),
         step=step,
         steps=config.schedule.steps,
@@ -174,6 +177,12 @@ def record_lost_driver(run: RunFolder) -> None:
     if state == "interrupted":
         seen_at = max([run.newest_metrics().get("time", 0.0), *(event["time"] for event in events if event["kind"] != "submitted")])
         run.append_event("worker_failed", attempt=last_attempt(run), failure="infrastructure", rank=None, cause=told["cause"], seen_at=seen_at)
+
+
+def pretrains(events: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a run with these events pretrains, as all do but those that `finetune` begins for a model folder."""
+    begun = next((event for event in events if event["kind"] == "command_started"), {})
+    return begun.get("verb") != "finetune"
 
 
 def has_trained(run: RunFolder) -> bool:

@@ -138,7 +138,7 @@ def _prepare(config: RunConfig, cluster: Any, *, quiet: bool) -> "PreparedCorpor
 
 def inspect(
     config: ConfigArgument,
-    step: Annotated[int, typer.Option("--step", min=0, help="First optimizer step, counted from 0.")],
+    step: Annotated[int, typer.Option("--step", min=0, help="First optimizer step, counted from 0: what the console calls step 1 is 0.")],
     steps: Annotated[int, typer.Option("--steps", min=1, help="How many steps.")] = 1,
     world_size: Annotated[int, typer.Option("--world-size", "-W", min=1, help="Assemble the batch from the streams of this many ranks.")] = 1,
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="Only this rank's part.")] = None,

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data_pipeline.errors import ExitCode
 from launcher.config import load_cluster_config, load_run_config
 from launcher.options import Cluster, ConfigArgument, Json, Set, Storage, command, next_command, print_fields, print_json, print_table, say
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
+    from launcher.plan_memory import StageMemory
 
 _SHOWN_SIZES = 10
 
@@ -34,6 +36,7 @@ def plan(
     storage: Storage = None,
     cluster: Cluster = None,
     as_json: Json = False,
+    exit_code: Annotated[bool, typer.Option("--exit-code", help="Exit with 3 where a problem found is an error.")] = False,
 ) -> None:
     """Say what a run takes, and what will go wrong: steps, tokens, memory, hours, cost, checkpoints. Needs no GPU and starts nothing.
 
@@ -47,14 +50,16 @@ def plan(
 
     facts = gather_facts(run_config, where, gpu=gpu, world_size=world_size)
     found = make_plan(run_config, facts, Stated(mfu, tokens_per_s, price_per_hour, failures_per_day))
+    has_errors = any(problem.severity == "error" for problem in found.problems)
     if as_json:
         print_json(found.to_json())
-        return
-    show(found)
-    verb = "run" if found.facts.mixture is not None else "prepare"
-    if verb == "run" and any(problem.severity == "error" for problem in found.problems):
-        return  # each has its remedy
-    next_command(command(verb, config, overrides=overrides, storage=storage, cluster=cluster))
+    else:
+        show(found)
+        verb = "run" if found.facts.mixture is not None else "prepare"
+        if verb == "prepare" or not has_errors:  # each error has its remedy
+            next_command(command(verb, config, overrides=overrides, storage=storage, cluster=cluster))
+    if exit_code and has_errors:
+        raise typer.Exit(int(ExitCode.CONFIG))
 
 
 def show(found: "Plan") -> None:
@@ -93,7 +98,7 @@ def _extent(found: "Plan") -> Iterator[tuple[str, str]]:
     yield "epochs", ", ".join(f"{each:,.2f}" for each in found.epochs) if found.epochs else f"not known: {facts.corpora_basis}"
     took = found.duration
     most = "at most " if took.is_bound else ""
-    yield "hours", f"not known: {took.basis}" if took.hours is None else f"{most}{took.hours:,.3g} ({took.basis})"
+    yield "hours of pretraining", f"not known: {took.basis}" if took.hours is None else f"{most}{took.hours:,.3g} ({took.basis})"
     if took.step_s is not None:
         yield "seconds a step", f"{most}{took.step_s:.3g}"
     if found.cost is not None:
@@ -116,7 +121,13 @@ def _memory_rows(found: "Plan") -> Iterator[tuple[str, ...]]:
         ways = (stage.activations_bytes_kept, stage.activations_bytes_checkpointed, rank.buffers_bytes)
         name = f"{stage.stage}{' *' if stage.stage == found.config.zero.stage else ''}"
         cells = (name, *map(_gb, (*parts, *ways, rank.peak_bytes)), rank.peak_at, _gb(stage.needed_bytes))
-        yield (*cells, "yes" if stage.fits else "NO", str(stage.largest_micro_batch)) if found.facts.gpu else cells
+        yield (*cells, "yes" if stage.fits else "NO", _largest(stage)) if found.facts.gpu else cells
+
+
+def _largest(stage: "StageMemory") -> str:
+    from launcher.plan_memory import MOST_SAMPLES
+
+    return f"{stage.largest_micro_batch:,}{' or more' if stage.largest_micro_batch == MOST_SAMPLES else ''}"
 
 
 def _size_rows(found: "Plan") -> Iterator[tuple[str, str, str]]:

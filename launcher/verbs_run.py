@@ -26,7 +26,7 @@ from launcher.options import (
     next_command,
     print_json,
 )
-from launcher.run_status import read_status
+from launcher.run_status import pretrains, read_status
 from launcher.runs import find_run, read_cluster, read_config, reference
 from launcher.submission import driving_submission, waiting_submission
 from launcher.verbs_submit import job_log, submit_again
@@ -68,8 +68,7 @@ def resume(run: RunArgument, overrides: Set = None, storage: Storage = None, clu
 
 def _resume(folder: RunFolder, overrides: list[str] | None, cluster: str | None) -> None:
     events = folder.read_events()
-    begun = next((event for event in events if event["kind"] == "command_started"), {})
-    if begun.get("verb") == "finetune":
+    if not pretrains(events):
         raise UsageError(f"run {folder.root.name} only fine-tunes a model, it has nothing to pretrain", "Give the same `maskwright finetune` again.")
     if cluster is None and (last := driving_submission(folder, events)) is not None:
         submit_again(folder, last, overrides or ())
@@ -114,6 +113,8 @@ def logs(
     folder = find_run(run, storage)
     before = last_attempt(folder) if attempt is None and waiting_submission(folder) is not None else 0
     number = attempt or _newest_attempt(folder, before)
+    if attempt is None and number > 1 and not as_json and folder.rank_log(number, rank).exists():
+        print(f"attempt {number}; --attempt shows those before", file=sys.stderr)
     shown, ends = 0, endings(folder)
     while True:
         ended = not follow or next(ends)  # asked before the log is read, so that nothing is missed that was written until then

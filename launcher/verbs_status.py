@@ -43,9 +43,10 @@ def list_(storage: Storage = None, as_json: Json = False) -> None:
         say(f"no runs in {root}")
         next_command(f"{command('run', 'CONFIG', storage=storage)}")
         return
-    rows = ((s.id, s.state, f"{s.step}/{s.steps}", _first_loss(s), human(s.tokens_per_s), s.recoveries, _ago(s.updated_at)) for s in found)
+    rows = ((s.id, s.state, _steps(s), _first_loss(s), human(s.tokens_per_s), s.recoveries, _ago(s.updated_at)) for s in found)
     print_table(("run", "state", "step", "loss", "tokens/s", "recoveries", "updated"), rows)
-    next_command(command("status", found[-1].id, storage=storage))
+    newest = max(found, key=lambda status: status.updated_at or 0.0)
+    next_command(command("status", newest.id, storage=storage))
 
 
 def status(
@@ -115,7 +116,8 @@ def _line(status: RunStatus) -> str:
     losses = [f"{name} {_rounded(value)}" for name, value in status.losses.items() if value is not None]
     speed = [f"{human(status.tokens_per_s)} tokens/s"] if status.tokens_per_s is not None else []
     saved = [] if status.last_checkpoint is None else [f"checkpoint of step {status.last_checkpoint}"]
-    return "  ".join([_state(status), f"step {status.step}/{status.steps}", *losses, *speed, *saved, *([status.cause] if status.cause else [])])
+    steps = [f"step {_steps(status)}"] if status.pretrains else []
+    return "  ".join([_state(status), *steps, *losses, *speed, *saved, *([status.cause] if status.cause else [])])
 
 
 def _fields(status: RunStatus) -> dict[str, Any]:
@@ -126,9 +128,7 @@ def _fields(status: RunStatus) -> dict[str, Any]:
         "cause": status.cause,
         "remedy": status.remedy,
         "stages": ", ".join(f"{name} {clock(seconds)}" for name, seconds in status.stages.items()),
-        "step": f"{status.step} of {status.steps}",
-        **{f"{name} loss": _rounded(value) for name, value in status.losses.items()},
-        "tokens/s": human(status.tokens_per_s),
+        **(_training(status) if status.pretrains else {}),
         "time left": clock(status.seconds_left) if status.seconds_left else None,
         "checkpoint": None if status.last_checkpoint is None else f"step {status.last_checkpoint}",
         "attempts": _attempts(status),
@@ -138,6 +138,11 @@ def _fields(status: RunStatus) -> dict[str, Any]:
         "job": status.submission,
         "updated": _ago(status.updated_at),
     }
+
+
+def _training(status: RunStatus) -> dict[str, Any]:
+    losses = {f"{name} loss": _rounded(value) for name, value in status.losses.items()}
+    return {"step": f"{status.step} of {status.steps}", **losses, "tokens/s": human(status.tokens_per_s)}
 
 
 def _state(status: RunStatus) -> str:
@@ -161,6 +166,10 @@ def _after(status: RunStatus, run: str, storage: str | None) -> str:
         return command("resume", run, storage=storage)
     verb = {"running": "logs", "submitted": "logs", "finished": "report", "failed": "logs"}.get(status.state, "resume")
     return command(verb, run, *(["-f"] if verb == "logs" and status.state != "failed" else []), storage=storage)
+
+
+def _steps(status: RunStatus) -> str:
+    return f"{status.step}/{status.steps}" if status.pretrains else "-"
 
 
 def _first_loss(status: RunStatus) -> str:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from data_pipeline.errors import DataCorruptError, MaskwrightError, NoCheckpointError, NotFoundError
 from data_pipeline.storage import Location
 from launcher.options import Json, next_command, print_fields, print_json, say
+from trainer.runlog import RunFolder
 
 _CORPUS, _MIXTURE, _CHECKPOINT, _MODEL = "corpus.json", "mixture.json", "MANIFEST.json", "lineage.json"
 
@@ -60,6 +61,10 @@ def _recognise(folder: Location) -> tuple[str, Callable[[Location, OnBytes], _Ve
         return found
     if folder.name.startswith("step-") and folder.exists():
         raise NoCheckpointError(f"{folder} has no {_CHECKPOINT}: it is not a committed checkpoint", "Give the folder of a committed checkpoint.")
+    if (run := RunFolder(folder)).config.exists():
+        raise NotFoundError(
+            f"{folder} is a run, of which each part is verified by itself", f"Give one of {run.checkpoints}/step-*, {run.models}/* or the corpus."
+        )
     if folder.is_local and not folder.exists():
         raise NotFoundError(f"{folder} does not exist", "Give the folder of a corpus, a checkpoint or an exported model.")
     files = ", ".join(kinds)

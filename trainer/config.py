@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline.config import BatchConfig, CorpusConfig, DataConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
+from data_pipeline.config import NAME, BatchConfig, CorpusConfig, DataConfig, MixturePart, ObjectiveConfig, Phase, Section, TokenizerConfig
 from trainer.finetune_config import FinetuneConfig
 from trainer.known_architectures import why_unknown
 from trainer.tracking_config import TrackingConfig
@@ -166,7 +166,7 @@ class NumericsConfig(Section):
 class RunConfig(Section):
     """The whole of run.yaml: *what* to train. *Where* is the cluster file's business."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """The run's id and folder name (`corpora` is taken)."""
     storage: str = "runs"
     """Local folder or fsspec URL that holds corpora and runs."""

@@ -92,7 +92,7 @@ def evaluate_model(model: str, task: TaskConfig, work_folder: str, context: RunC
     """
     accelerator, ranks = open_accelerator(), open_ranks(context)
     context.heartbeat(0, "set-up")
-    loaded: Task = ranks.rank_zero_does(f"read task {task.name}", lambda: load_task(task, work_folder))
+    loaded: Task = ranks.rank_zero_does("read the task", lambda: load_task(task, work_folder))
     precision: Precision = ranks.rank_zero_does("choose a precision", lambda: fastest_precision(accelerator.device))
     with local_folder(Location.at(model)) as folder:
         classifier = load_classifier(folder, loaded.label_names, loaded.name)
@@ -117,11 +117,13 @@ def fill_mask(model: str, text: str, top_k: int = 5) -> list[list[tuple[str, flo
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if type(config) not in AutoModelForMaskedLM._model_mapping:  # pyright: ignore[reportPrivateUsage]  # else a ValueError with a page of names
             raise ConfigError(f"{model} is a {config.model_type} model, which fills in no masks", "Name a masked language model.")
+        inputs = tokenizer(text, truncation=True, max_length=longest_row(config), return_tensors="pt")
+        places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
+        if not len(places):
+            raise ConfigError(
+                f"the text has no {tokenizer.mask_token}: {text[:60]!r}", f"Write {tokenizer.mask_token} where the model should fill in."
+            )
         network: Any = load_weights(AutoModelForMaskedLM, folder).eval()
-    inputs = tokenizer(text, truncation=True, max_length=longest_row(config), return_tensors="pt")
-    places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero().flatten()
-    if not len(places):
-        raise ConfigError(f"the text has no {tokenizer.mask_token}: {text[:60]!r}", f"Write {tokenizer.mask_token} where the model should fill in.")
     with torch.inference_mode():
         probabilities = network(**inputs).logits[0, places].float().softmax(dim=-1)
     found = probabilities.topk(top_k, dim=-1)

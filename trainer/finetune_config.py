@@ -4,13 +4,13 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from data_pipeline.config import Section
+from data_pipeline.config import NAME, Section
 
 
 class TaskConfig(Section):
     """A labelled classification task: a folder with train, dev and test files (.jsonl or .csv)."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     """Folder name of the results."""
     path: str
     """Folder with train/dev/test.jsonl (or .csv), or `python-docs`: which package does a docstring belong to."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError, NotFoundError
+from data_pipeline.errors import ConfigError, DataCorruptError, MaskwrightError, NotFoundError, json_fault
 from data_pipeline.storage import Location
 from trainer.finetune_config import TaskConfig
 
@@ -183,7 +183,7 @@ def _json_records(file: Location, content: str) -> Iterator[_Record]:
         try:
             record = json.loads(written)
         except ValueError as error:
-            raise DataCorruptError(f"{file} line {line} is not JSON: {error}", "Correct or delete the line.") from error
+            raise DataCorruptError(f"{file} line {line} is not JSON: {json_fault(error)}", "Correct or delete the line.") from error
         if not isinstance(record, dict):
             raise DataCorruptError(f"{file} line {line}: expected a JSON object, found {type(record).__name__}", "Correct or delete the line.")
         yield line, record

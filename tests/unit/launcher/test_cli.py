@@ -215,6 +215,24 @@ def test_status_and_list_name_the_losses_of_the_objective(made: RunFolder, capsy
     assert (found["losses"], found["mlm_loss"], found["nsp_loss"]) == ({"clm": 3.5}, 3.5, None)
 
 
+def test_list_goes_on_with_the_run_that_was_at_work_last(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not with the last by name."""
+    other = RunFolder(made.root.parent / "zero")
+    other.config.write_bytes(made.config.read_bytes())
+    other.append_event("command_started", attempt=0, verb="run", time=100.0)
+    made.append_event("command_started", attempt=0, verb="run", time=200.0)
+    assert invoke("list") == 0
+    assert capsys.readouterr().out.rstrip().endswith("next: maskwright status made")
+
+
+def test_a_run_that_only_fine_tunes_counts_no_steps(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    made.append_event("command_started", attempt=0, verb="finetune")
+    assert invoke("status", "made") == 0
+    assert "of 10" not in capsys.readouterr().out
+    assert invoke("list") == 0
+    assert "0/10" not in capsys.readouterr().out
+
+
 def test_a_byte_that_is_no_text_does_not_end_status(made: RunFolder) -> None:
     made.append_event("command_started", attempt=0, verb="run")
     with made.events.path.open("ab") as file:
@@ -386,7 +404,9 @@ def test_logs(made: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     made.rank_log(1, 0).write_bytes(b"old\n")
     made.rank_log(2, 0).write_bytes(b"one\ntwo\n")
     assert invoke("logs", "made") == 0
-    assert capsys.readouterr().out == "one\ntwo\n"
+    shown = capsys.readouterr()
+    assert shown.out == "one\ntwo\n"
+    assert shown.err == "attempt 2; --attempt shows those before\n"
     assert invoke("logs", "made", "--follow") == 0, "nobody drives the run, so there is nothing to wait for"
     assert capsys.readouterr().out == "one\ntwo\n"
     assert invoke("logs", "made", "--attempt", "1", "--json") == 0

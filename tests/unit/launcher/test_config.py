@@ -82,6 +82,8 @@ finetune: {tasks: [{name: a, pth: b}]}
     ("text", "overrides", "expected"),
     [
         ("name: a\nbatch: {global_batch_size: 100, micro_batch_size: 32}\n", (), "global_batch_size 100 is not a multiple of micro_batch_size 32"),
+        ("name: a b\n", (), "name: expected letters, digits, dots, underscores and dashes, a letter or digit first, found 'a b' (text)"),
+        ("name: a\nbatch: {global_batch_size: 5, micro_batch_size: 2}\n", (), ": batch: global_batch_size 5 is not a multiple"),
         ("name: corpora\n", (), "name 'corpora' is taken"),
         ("name: a\nmodel: {hidden_size: 30, num_heads: 4}\n", (), "num_heads 4 does not divide hidden_size 30"),
         ("name: a\nbatch: {sequence_length: 1024}\n", (), "exceeds model.max_positions 512"),

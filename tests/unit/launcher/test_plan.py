@@ -137,6 +137,9 @@ def test_a_prepared_corpus_is_counted(here: Path, capsys: pytest.CaptureFixture[
     said = capsys.readouterr().out
     assert "error: 100 ranks exceed" in said
     assert "next:" not in said, "it would not get past the errors"
+    assert cli.run(["plan", config, "-W", "100", "--exit-code"], debug=True) == ExitCode.CONFIG
+    assert cli.run(["plan", config, "-W", "100", "--exit-code", "--json"], debug=True) == ExitCode.CONFIG
+    assert cli.run(["plan", config, "-W", "2", "--exit-code"], debug=True) == 0
 
 
 def test_a_mixture_is_counted_by_corpus(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

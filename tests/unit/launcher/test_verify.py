@@ -96,6 +96,10 @@ def test_the_problems_are_shown_to_people(folder: Path, kind: str, capsys: pytes
 def test_what_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("verify", str(tmp_path / "nothing")) == ExitCode.NOT_FOUND
     assert "does not exist" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.yaml").write_text("name: run\n")
+    assert invoke("verify", str(tmp_path / "run")) == ExitCode.NOT_FOUND
+    assert "run/checkpoints/step-*" in capsys.readouterr().err.splitlines()[1]
     assert invoke("verify", str(tmp_path)) == ExitCode.NOT_FOUND
     assert "holds none of corpus.json, mixture.json, MANIFEST.json, lineage.json" in capsys.readouterr().err
     assert invoke("verify", "memory://nothing/here") == ExitCode.NOT_FOUND

@@ -93,7 +93,7 @@ def test_rows_that_cannot_be_used(tmp_path: Path, splits: dict[str, list[dict[st
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'{"text": "x", "label": 1}\n\n{"text": "x", "lab', "train.jsonl line 3 is not JSON"),
+        (b'{"text": "x", "label": 1}\n\n{"text": "x", "lab', "train.jsonl line 3 is not JSON: Unterminated string starting at in column 15\n"),
         (b'{"text": "x", "label": 1}\n["x", 1]\n', "train.jsonl line 2: expected a JSON object, found list"),
         (b'{"text": "x", "label": 1}\n{"text": "\xff\xfe", "label": 1}\n', "train.jsonl line 2 is not UTF-8"),
     ],
