@@ -57,7 +57,8 @@ def eager_attention_forward(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention by plain matrix products, as transformers calls a kernel: as its own, but for how dropout is drawn.
+    """Attention by plain matrix products, as transformers calls a kernel: as BERT's own, but for how dropout is drawn. The weights are of the type of
+    the scores, where ModernBERT's own are in fp32 for a moment.
 
     `query`, `key` and `value` (R, H, T, W); `mask` is added to the scores. Returns (R, T, H, W).
     """

@@ -216,12 +216,16 @@ class Save:
         with suppress(Exception):  # they have served, and are not in the manifest
             (self._part / RECEIPTS).remove()
 
-        self._do("record the steps of the checkpoint", request.before_commit)
+        def record_steps() -> None:
+            self._go_on()
+            request.before_commit()
 
         def commit() -> None:
+            self._go_on()
             request.require_current()  # asked each time: a newer attempt may have begun while this one waited for storage
             self._checkpoints.publish(manifest)
 
+        self._do("record the steps of the checkpoint", record_steps)
         self._do("commit the checkpoint", commit)
         try:
             self._after(manifest)

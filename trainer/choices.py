@@ -29,21 +29,22 @@ _TIMINGS = 3
 
 
 def settled(config: RunConfig, run: RunFolder, device: torch.device, attempt: int) -> RunConfig:
-    """`config` with `precision: auto` made bf16 or fp32, whichever this run was begun in or, in a new run, rank 0's device is faster in; fp32 where
-    a rank's device has to emulate bf16.
+    """`config` with `precision: auto` made bf16 or fp32, whichever this run was begun in or, in a new run, rank 0's device is faster in; fp32 there
+    where a rank's device has to emulate bf16.
 
     A precision that a person has chosen stays, with an event if the processor is far slower in it than in fp32. Collective.
     """
     everywhere = config.precision == "auto" and all(_of_every_rank(computes_bf16(device)))
-    precision = on_rank_zero("choose a precision", lambda: _precision(config, run, device, attempt, bf16_everywhere=everywhere))
+    precision = on_rank_zero("choose a precision", lambda: _precision(config, run, device, attempt, everywhere=everywhere))
     return config.model_copy(update={"precision": precision})
 
 
 def looked_up(config: RunConfig, run: RunFolder, device: torch.device) -> RunConfig:
     """`config` as `settled` gives it, for who only looks: what the run has not chosen yet is chosen for this once. Collective."""
+    everywhere = config.precision == "auto" and all(_of_every_rank(computes_bf16(device)))
 
     def precision() -> str:
-        return config.precision if config.precision != "auto" else _known(run) or fastest_precision(device)
+        return config.precision if config.precision != "auto" else _known(run) or fastest_precision(device, everywhere=everywhere)
 
     return config.model_copy(update={"precision": on_rank_zero("look up the precision", precision)})
 
@@ -116,7 +117,7 @@ def possible_kernels(kernels: Table, candidates: Sequence[str], usual: str) -> T
     return {length: kernel if kernel in candidates else usual for length, kernel in kernels.items()}
 
 
-def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int, *, bf16_everywhere: bool) -> str:
+def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt: int, *, everywhere: bool) -> str:
     if config.precision != "auto":
         if config.precision == "bf16" and device.type == "cpu" and attempt == 1 and (slower := 1 / bf16_gain()) > _SLOWER:
             run.append_event("slow_precision", attempt=attempt, precision="bf16", faster="fp32", factor=round(slower, 1))
@@ -124,7 +125,7 @@ def _precision(config: RunConfig, run: RunFolder, device: torch.device, attempt:
     known = _known(run)
     if known is not None:
         return known
-    precision = fastest_precision(device) if bf16_everywhere else "fp32"
+    precision = fastest_precision(device, everywhere=everywhere)
     run.choices.write_json({**_read(run), "precision": precision, "device": device.type})
     run.append_event("precision_chosen", attempt=attempt, precision=precision, device=device.type)
     return precision
@@ -153,16 +154,16 @@ def _newest_circumstances(run: RunFolder) -> Circumstances | None:
     return checkpoints[-1].manifest.circumstances if checkpoints else None
 
 
-def fastest_precision(device: torch.device) -> Precision:
-    """bf16 where the hardware multiplies it faster: a GPU says so, a CPU is timed for a few milliseconds."""
-    if device.type == "cuda":
-        return "bf16" if computes_bf16(device) else "fp32"
-    return "bf16" if bf16_gain() > _FASTER else "fp32"
+def fastest_precision(device: torch.device, *, everywhere: bool = True) -> Precision:
+    """bf16 where the hardware multiplies it faster: a GPU says so, a CPU is timed for a few milliseconds. `everywhere`: whether all ranks' devices
+    compute it."""
+    is_faster = everywhere and (computes_bf16(device) if device.type == "cuda" else bf16_gain() > _FASTER)
+    return "bf16" if is_faster else "fp32"
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether it has instructions for bf16, or else is not slower in it than in fp32."""
-    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else bf16_gain() > 1
+    """Whether it has instructions for bf16: a GPU says so, a CPU without them is timed to be far slower than in fp32."""
+    return torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else bf16_gain() > 1 / _SLOWER
 
 
 def bf16_gain() -> float:

@@ -16,7 +16,7 @@ from data_pipeline.storage import Location
 from data_pipeline.tokenizer import load_tokenizer
 from trainer.agreement import Ranks, agreement_group
 from trainer.architectures import longest_row
-from trainer.choices import Precision, fastest_precision
+from trainer.choices import Precision, computes_bf16, fastest_precision
 from trainer.classifier import load_classifier, load_weights, trained_max_length
 from trainer.context import RunContext
 from trainer.finetune_config import TaskConfig
@@ -93,7 +93,8 @@ def evaluate_model(model: str, task: TaskConfig, work_folder: str, context: RunC
     accelerator, ranks = open_accelerator(), open_ranks(context)
     context.heartbeat(0, "set-up")
     loaded: Task = ranks.rank_zero_does("read the task", lambda: load_task(task, work_folder))
-    precision: Precision = ranks.rank_zero_does("choose a precision", lambda: fastest_precision(accelerator.device))
+    everywhere = all(ranks.all_do("time its device", lambda: computes_bf16(accelerator.device)))
+    precision: Precision = ranks.rank_zero_does("choose a precision", lambda: fastest_precision(accelerator.device, everywhere=everywhere))
     with local_folder(Location.at(model)) as folder:
         classifier = load_classifier(folder, loaded.label_names, loaded.name)
         encoded = encode_rows(load_tokenizer(folder), loaded.test, max_length or trained_max_length(folder))

@@ -29,7 +29,7 @@ from data_pipeline.tokenizer import load_tokenizer
 from trainer.agreement import Ranks
 from trainer.architectures import longest_row
 from trainer.baseline import tfidf_baseline
-from trainer.choices import Precision, fastest_precision
+from trainer.choices import Precision, computes_bf16, fastest_precision
 from trainer.classifier import build_classifier, save_classifier
 from trainer.config import ScheduleConfig
 from trainer.context import RunContext
@@ -121,7 +121,7 @@ def _open_stage(
 ) -> _Stage:
     # Rank 0 reads the task for all: installed packages, and so `python-docs`, may differ between nodes.
     work_folder = output.folder.path / "task" if output.folder.is_local else Path(folder) / "task"
-    loaded = ranks.rank_zero_does(f"read task {task.name}", lambda: load_task(task, work_folder))
+    loaded = ranks.rank_zero_does("read the task", lambda: load_task(task, work_folder))
     digest = ranks.rank_zero_does("read the model", lambda: model_digest(folder))
     settings = config.model_dump(mode="json", exclude={"tasks", "num_seeds"})
     key = hashlib.sha256(json.dumps([settings, loaded.digest, digest], sort_keys=True).encode()).hexdigest()
@@ -129,15 +129,16 @@ def _open_stage(
     tokenizer = load_tokenizer(folder)
     max_length = min(config.max_length, longest_row(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
     train, dev, test = (encode_rows(tokenizer, rows, max_length) for rows in (loaded.train, loaded.dev, loaded.test))
-    precision: Precision = ranks.rank_zero_does("choose a precision", lambda: _frozen_precision(output, accelerator.device))
+    everywhere = all(ranks.all_do("time its device", lambda: computes_bf16(accelerator.device)))
+    precision: Precision = ranks.rank_zero_does("choose a precision", lambda: _frozen_precision(output, accelerator.device, everywhere=everywhere))
     return _Stage(config, loaded, folder, digest, output, precision, train, dev, test, accelerator, ranks, context, save_every_s)
 
 
-def _frozen_precision(output: TaskOutput, device: torch.device) -> Precision:
+def _frozen_precision(output: TaskOutput, device: torch.device, *, everywhere: bool) -> Precision:
     choice = output.read_choice()
     if choice.get("device") == device.type:
         return choice["precision"]
-    precision = fastest_precision(device)
+    precision = fastest_precision(device, everywhere=everywhere)
     output.write_choice({"device": device.type, "precision": precision})
     return precision
 

@@ -122,7 +122,8 @@ class PretrainingNetwork(nn.Module):
         """(R, T, D), with the kernel for rows of this length, which transformers looks up in each forward pass."""
         if self.kernels:
             kernel = kernel_for(self.kernels, rows.input_ids.shape[1])
-            self.config._attn_implementation = registered(kernel) if self.takes_bounds else kernel
+            upcasts = kernel == "eager" and getattr(self.config, "reorder_and_upcast_attn", False)  # a GPT-2 that has a kernel of its own
+            self.config._attn_implementation = registered(kernel) if self.takes_bounds and not upcasts else kernel
         return self._encode(rows)
 
     def _encode(self, rows: Rows) -> Tensor:

@@ -103,8 +103,13 @@ class RunFolder:
         self.metrics.append_line(*map(json.dumps, records))
 
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
-        """Every record as it was written, those of steps that were repeated later too, without holding all of them."""
-        return records(self.metrics.iter_lines())
+        """Every record as it was written, those of steps that were repeated later too, without holding all of them. One that its attempt wrote again,
+        because a store's answer was lost, comes once."""
+        last: dict[int, int] = {}
+        for record in records(self.metrics.iter_lines()):
+            if record["step"] > last.get(record["attempt"], -1):
+                last[record["attempt"]] = record["step"]
+                yield record
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One record per optimizer step, ascending: the newest attempt's where a step was repeated, whatever one that it superseded wrote after it.
@@ -132,8 +137,8 @@ class RunFolder:
 class RecordWriter:
     """Writes the records of an attempt's steps: to a disk at once; to a store beside training, those of some seconds in one request.
 
-    A store that does not answer for less than `OUTAGE_S` holds nothing up and loses nothing. What a killed process holds back are steps after its
-    newest checkpoint, which are lost with it, as long as each commit is preceded by `flush`.
+    A store that does not answer for less than `OUTAGE_S` holds up nothing, and an attempt that goes on loses nothing. What a killed process holds
+    back are steps after its newest checkpoint, which are lost with it, as long as each commit is preceded by `flush`.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -143,7 +148,8 @@ class RecordWriter:
         self._thread: threading.Thread | None = None
         self._written_at = -math.inf
         self._error: Exception | None = None
-        self._failing_since = 0.0
+        """Of the last try, where it failed."""
+        self._failing_since = self._failed_at = 0.0
 
     def add(self, record: dict[str, Any]) -> None:
         """Record a step. Errors as `Location.append_line` has them; of a store that does not answer after a while only, and at a later step."""
@@ -156,30 +162,23 @@ class RecordWriter:
     def flush(self) -> None:
         """Write what is held back, and wait for it. What cannot be written stays, for the next time."""
         with self._writing:
-            try:
-                for file, lines in groupby(list(self._held), key=lambda entry: entry[0]):
-                    written = [line for _, line in lines]
-                    file.append_line(*written)
-                    del self._held[: len(written)]
-            except Exception as error:
-                self._failing_since = time.monotonic() if self._error is None else self._failing_since
-                self._error = error
-                raise
-            self._written_at, self._error = time.monotonic(), None
+            self._write()
 
     def close(self) -> None:
-        """Write what is held back, unless the store has not answered lately."""
-        if self._error is not None:
-            raise self._error
-        self.flush()
+        """The same, unless the last try failed: who ends is not to wait for a store that does not answer."""
+        with self._writing:
+            if self._error is not None:
+                raise self._error
+            self._write()
 
     def _hold(self, file: Location, line: str) -> None:
         self._held.append((file, line))
         if file.is_local:
             self.flush()
             return
-        if self._error is not None and (not isinstance(self._error, StorageUnreachableError) or time.monotonic() - self._failing_since > OUTAGE_S):
-            raise self._error
+        error = self._error  # which the thread may take back between two looks
+        if error is not None and (not isinstance(error, StorageUnreachableError) or self._failed_at - self._failing_since > OUTAGE_S):
+            raise error
         if time.monotonic() - self._written_at >= STORE_EVERY_S and (self._thread is None or not self._thread.is_alive()):
             self._thread = threading.Thread(target=self._write_beside, daemon=True, name="records")
             self._thread.start()
@@ -191,6 +190,19 @@ class RecordWriter:
         except Exception as error:  # noqa: BLE001 - kept, and raised at a later step
             if is_news:
                 _log.warning("records of steps are held back: %s", error)
+
+    def _write(self) -> None:
+        try:
+            for file, lines in groupby(list(self._held), key=lambda entry: entry[0]):
+                written = [line for _, line in lines]
+                file.append_line(*written)
+                del self._held[: len(written)]
+        except Exception as error:
+            self._failed_at = time.monotonic()
+            self._failing_since = self._failed_at if self._error is None else self._failing_since
+            self._error = error
+            raise
+        self._written_at, self._error = time.monotonic(), None
 
 
 def event_line(kind: str, *, attempt: int, step: int | None = None, **details: Any) -> str:

@@ -42,7 +42,7 @@ def choose_after_a_checkpoint(rank: int, world_size: int, root: str) -> str:
 
 
 def choose_beside_one_that_emulates(rank: int, world_size: int, root: str) -> str:
-    setattr(choices, "fastest_precision", lambda device: "bf16")  # noqa: B010
+    setattr(choices, "fastest_precision", lambda device, everywhere: "bf16" if everywhere else "fp32")  # noqa: B010
     setattr(choices, "computes_bf16", lambda device: rank == 0)  # noqa: B010
     return settled(small_config(precision="auto"), run_folder(root), CPU, attempt=1).precision
 

@@ -105,7 +105,7 @@ def test_dropout_follows_the_seed_in_both_kernels_of_a_cpu(tmp_path: Any, packin
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("packed", [False, True])
-def test_plain_products_compute_what_the_architectures_own_do(packed: bool, dtype: torch.dtype) -> None:
+def test_plain_products_compute_what_bert_s_own_do(packed: bool, dtype: torch.dtype) -> None:
     """But for dropout, which falls elsewhere."""
     query, key, value = (torch.randn(3, 2, 24, 8, dtype=dtype, requires_grad=True) for _ in range(3))
     samples = 1 + torch.arange(24) // 9

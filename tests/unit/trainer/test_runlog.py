@@ -1,6 +1,7 @@
 """The run folder's records: streamed, the newest from the end, and how far training had got."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,30 +84,40 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 class _Store(Location):
-    """A store in a folder, which answers when it `is_up`."""
+    """A store in a folder, which takes as long as `has_answered` is not set, and then does what `is_up` says."""
 
     is_local = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
     is_up = False
+    has_answered = threading.Event()
 
     def append_line(self, *lines: str) -> None:
+        assert self.has_answered.wait(20)
         if not self.is_up:
             raise StorageUnreachableError("no answer", "Wait.")
         Location.at(self.url).append_line(*lines)
 
 
-def test_a_store_that_does_not_answer_for_a_while_holds_no_step_up_and_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[_Store]:
+    """What a run's records go to, at each step; it answers at once, that it is down."""
     monkeypatch.setattr(runlog, "STORE_EVERY_S", 0.0)
     monkeypatch.setattr(_Store, "is_up", False)
-    run = RunFolder(Location.at(tmp_path / "run"))
     monkeypatch.setattr(RunFolder, "metrics", _Store(str(tmp_path / "metrics")))
     monkeypatch.setattr(RunFolder, "events", _Store(str(tmp_path / "events")))
-    writer = RecordWriter(run)
+    _Store.has_answered.set()
+    return _Store
+
+
+def test_a_store_that_does_not_answer_for_a_while_holds_no_step_up_and_loses_none(tmp_path: Path, store: type[_Store]) -> None:
+    writer = RecordWriter(RunFolder(Location.at(tmp_path / "run")))
+    store.has_answered.clear()
     for step in range(20):
         writer.add({"step": step, "attempt": 1})
         writer.add_event("validation", attempt=1, step=step)
+    store.has_answered.set()
     with pytest.raises(StorageUnreachableError):
         writer.flush()
-    monkeypatch.setattr(_Store, "is_up", True)
+    store.is_up = True
     writer.add({"step": 20, "attempt": 1})
     writer.flush()
     assert [json.loads(line)["step"] for line in Location.at(tmp_path / "metrics").read_lines()] == list(range(21))
@@ -114,21 +125,30 @@ def test_a_store_that_does_not_answer_for_a_while_holds_no_step_up_and_loses_non
     writer.close()
 
 
+@pytest.mark.usefixtures("store")
 def test_a_store_that_does_not_answer_for_long_ends_the_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runlog, "STORE_EVERY_S", 0.0)
-    monkeypatch.setattr(_Store, "is_up", False)
-    monkeypatch.setattr(RunFolder, "metrics", _Store(str(tmp_path / "metrics")))
     writer = RecordWriter(RunFolder(Location.at(tmp_path / "run")))
-    writer.add({"step": 0, "attempt": 1})
-    monkeypatch.setattr(runlog, "OUTAGE_S", 0.0)
 
-    def one_more() -> bool:
+    def is_refused() -> bool:
         try:
             writer.add({"step": 1, "attempt": 1})
         except StorageUnreachableError:
             return True
         return False
 
-    wait_until(one_more)
+    for _ in range(3):
+        assert not is_refused()
+        with pytest.raises(StorageUnreachableError):
+            writer.flush()
+    monkeypatch.setattr(runlog, "OUTAGE_S", 0.0)
+    wait_until(is_refused)
     with pytest.raises(StorageUnreachableError):
         writer.close()
+
+
+def test_no_step_is_counted_twice_where_an_answer_was_lost(tmp_path: Path) -> None:
+    """What its attempt wrote again; another attempt's repetition is one of its own."""
+    run = RunFolder(Location.at(tmp_path / "run"))
+    for attempt, steps in ((1, (0, 1)), (1, (0, 1, 2)), (2, (1, 2)), (1, (3,))):
+        run.append_metrics(*({"step": step, "attempt": attempt} for step in steps))
+    assert [(record["attempt"], record["step"]) for record in run.iter_metrics()] == [(1, 0), (1, 1), (1, 2), (2, 1), (2, 2), (1, 3)]
