@@ -42,10 +42,6 @@ class SaveReason(Enum):
     """The cluster has grown, and more ranks pay."""
 
 
-class BoardLostError(Exception):
-    """The board of an attempt has died: nothing can be known of its ranks any more."""
-
-
 @dataclass(frozen=True)
 class Member:
     """What a rank says of itself once: where it is, and what ends it."""
@@ -67,12 +63,8 @@ class Group(Protocol):
         """The ranks whose processes are known, or processes that are to become ranks (see `is_numbered`)."""
         ...
 
-    def look(self) -> Mapping[int, tuple[int, Beat]] | None:
-        """By rank, how many beats there were, and the last (`UNHEARD` before the first); None when nothing is known for the moment.
-
-        Raises:
-            BoardLostError: nothing will be known any more.
-        """
+    def look(self) -> Mapping[int, tuple[int, Beat]]:
+        """By rank, how many beats there were, and the last (`UNHEARD` before the first)."""
         ...
 
     def see(self, ranks: list[int]) -> Mapping[int, tuple[Seen, str]]:
@@ -111,7 +103,6 @@ class GroupWatch:
     save_reason: SaveReason | None = None
     leaving: tuple[str, ...] = ()
     """Hosts that are about to be taken away."""
-    board_lost: bool = False
     members: Mapping[int, Member] = field(default_factory=dict[int, Member])
     health: Health = field(default_factory=Health)
     pace: Pace = field(default_factory=Pace)
@@ -125,7 +116,7 @@ class GroupWatch:
 
         def watch() -> None:
             looked_at = time.monotonic()
-            while not done.wait(_LOOK_S) and self.verdict is None and not self.board_lost:
+            while not done.wait(_LOOK_S) and self.verdict is None:
                 looked_at, before = time.monotonic(), looked_at
                 try:
                     self.look(group, looked_at - before)
@@ -146,22 +137,16 @@ class GroupWatch:
 
     def look(self, group: Group, elapsed_s: float) -> None:
         """Follow the ranks, and act on what is found."""
-        try:
-            sightings = group.look()
-        except BoardLostError:
-            self.board_lost = True
-            group.end()
-            return
+        sightings = group.look()
         self.members = group.members
         self.pace = self.pace.after(self.health.step(self.world_size), elapsed_s)
-        if sightings is not None:
-            # A driver that was itself held up has not been looking: that time says nothing about the ranks.
-            self.health = self.health.after(sightings, min(elapsed_s, 4 * _LOOK_S))
-            seen = group.see(self.health.suspects(self.deadlines.interval_s))
-            verdict = judge(self.health, {rank: state for rank, (state, _) in seen.items()}, self.world_size, self.deadlines)
-            if verdict is not None:
-                self._end(group, verdict, {rank: text for rank, (_, text) in seen.items()})
-                return
+        # A driver that was itself held up has not been looking: that time says nothing about the ranks.
+        self.health = self.health.after(sightings, min(elapsed_s, 4 * _LOOK_S))
+        seen = group.see(self.health.suspects(self.deadlines.interval_s))
+        verdict = judge(self.health, {rank: state for rank, (state, _) in seen.items()}, self.world_size, self.deadlines)
+        if verdict is not None:
+            self._end(group, verdict, {rank: text for rank, (_, text) in seen.items()})
+            return
         self._ask_to_save(group)
 
     def _ask_to_save(self, group: Group) -> None:

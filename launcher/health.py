@@ -31,11 +31,11 @@ SET_UP_SUSPECT_S = 15.0
 
 BEAT_S = 0.5
 BEATS_PER_S = 250.0
-"""Of all ranks together; a board answers some thousand calls a second."""
+"""Of all ranks together: a poll costs the driver a millisecond or two."""
 
 
 def beat_interval_s(world_size: int) -> float:
-    """Seconds between two beats of a rank."""
+    """Seconds between two beats of a rank, which are its replies to the polls of the driver."""
     return max(BEAT_S, world_size / BEATS_PER_S)
 
 

@@ -1,171 +1,164 @@
-"""The seam between ranks and the driver while an attempt runs: a board, on which ranks say where they are and find commands (a Ray actor)."""
+"""The seam between ranks and the driver while an attempt runs: what ranks say when Ray Train's controller polls them, and commands to them."""
 
+import importlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import RayError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.worker_group.poll import WorkerStatus
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from data_pipeline.errors import UnreachableError
 from data_pipeline.storage import Location
 from launcher.aside import Aside
 from launcher.clusters.existing import Process, draining_nodes, remove_placement_groups, starting_processes
-from launcher.group_watch import BoardLostError, Member
+from launcher.group_watch import Member
 from launcher.health import UNHEARD, Beat, Seen
 from launcher.lease import process_start
 from launcher.process_table import see_processes
 from launcher.rank_log import keep_logs_of_killed
+from launcher.rank_watch import Reply, watch_of_process
 
 _ANSWER_S = 5.0
 _KEEP_LOGS_S = 15.0
 _LOOK_AT_PROCESSES_S = 5.0
-"""Between two looks at all processes of a group that has no ranks yet, which costs the head more than a look at the board."""
-
-
-class Board:
-    """Beats of all ranks and commands to them. Knows nothing and decides nothing; one per attempt, on the driver's node."""
-
-    def __init__(self) -> None:
-        self._members: dict[int, Member] = {}
-        self._beats: dict[int, tuple[int, Beat]] = {}
-        self._obeyed: dict[int, tuple[str, ...]] = {}
-        self._commands: tuple[str, ...] = ()
-
-    def expect(self, members: dict[int, Member]) -> None:
-        """Ranks whose processes are there: what stops or hangs before its first beat is seen all the same."""
-        for rank, member in members.items():
-            self._members.setdefault(rank, member)
-            self._beats.setdefault(rank, (0, UNHEARD))
-
-    def join(self, rank: int, member: Member) -> None:
-        """A rank's first words."""
-        self._members[rank] = member
-
-    def beat(self, rank: int, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...]:
-        """What a rank says about once a second; the answer is every command that was ever given."""
-        self._beats[rank] = (self._beats.get(rank, (0, beat))[0] + 1, beat)
-        self._obeyed[rank] = obeyed
-        return self._commands
-
-    def tell(self, command: str) -> None:
-        """Give a command to all ranks."""
-        if command not in self._commands:
-            self._commands = (*self._commands, command)
-
-    def look(self) -> dict[int, tuple[int, Beat]]:
-        """By rank, how many beats there were, and the last."""
-        return dict(self._beats)
-
-    def members(self) -> dict[int, Member]:
-        """All ranks that have joined."""
-        return dict(self._members)
-
-    def obeyed(self, command: str) -> list[int]:
-        """The ranks that have done what they were told."""
-        return [rank for rank, done in self._obeyed.items() if command in done]
+"""Between two looks at all processes of a group that has no ranks yet, which the head is asked for."""
 
 
 @dataclass
-class BoardLine:
-    """`Line` through the board. Never more than one call is under way, so that a lost board costs a rank no memory."""
+class Status(WorkerStatus):
+    """Ray Train's, of a rank that says where it is."""
 
-    board: Any
-    rank: int
-    _pending: Any = None
+    reply: Reply | None = None
 
-    def join(self) -> None:
-        """Say who this rank is."""
-        context = ray.get_runtime_context()
-        member = Member(os.getpid(), process_start(os.getpid()), context.get_node_id(), socket.gethostname(), context.current_actor)
-        self.board.join.remote(self.rank, member)
 
-    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...] | None:
-        """Say where this rank is; the commands so far, or None when the board has not answered."""
-        if self._pending is None:
-            self._pending = self.board.beat.remote(self.rank, beat, obeyed)
-        try:
-            answer: tuple[str, ...] | None = ray.get(self._pending, timeout=_ANSWER_S)
-        except GetTimeoutError:
-            return None
-        except RayError:
-            answer = None
-        self._pending = None
-        return answer
+class Rank(RayTrainWorker):
+    """Ray Train's worker, an actor whose own thread does not train: it says where the rank is when it is polled, and takes commands."""
 
-    def tell(self, command: str) -> None:
-        """Give a command to all ranks, this one included."""
-        with suppress(RayError):
-            ray.get(self.board.tell.remote(command), timeout=_ANSWER_S)
+    def poll_status(self) -> Status:
+        """See Ray's; with it goes what the rank's watch says, while there is one."""
+        watch = watch_of_process()
+        return Status(**vars(super().poll_status()), reply=watch.reply() if watch else None)
+
+    def obey(self, command: str) -> None:
+        """Do what the driver tells; it tells again until the rank has said that it did."""
+        if (watch := watch_of_process()) is not None:
+            watch.obey(command)
+
+
+def is_driver_there() -> bool:
+    """Whether the cluster knows this rank's driver to be alive, be it stopped or slow. Asked where nothing was heard of it for long."""
+
+    def ask() -> bool:
+        head: Any = importlib.import_module("ray._private.worker").global_worker.gcs_client
+        name = ray.get_runtime_context().get_job_id()
+        return not head.get_all_job_info(job_or_submission_id=name, timeout=_ANSWER_S)[ray.JobID(bytes.fromhex(name))].is_dead
+
+    try:
+        return Aside(ask).ask(_ANSWER_S)
+    except Exception:  # noqa: BLE001 - whatever keeps the head from answering: the network was cut
+        return False
+
+
+class Polls(WorkerGroupCallback):
+    """Tells a group what Ray Train's controller hears of its ranks."""
+
+    def __init__(self, group: "RayGroup") -> None:
+        self._group = group
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Ranks have their numbers. What stops or hangs before it says anything is seen all the same."""
+        self._group.expect({worker.distributed_context.world_rank: _member_of(worker) for worker in worker_group.get_workers()})
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        """Some ranks have answered."""
+        statuses: dict[int, Any] = worker_group_status.worker_statuses
+        self._group.hear({rank: reply for rank, status in statuses.items() if (reply := getattr(status, "reply", None)) is not None})
+
+
+def _member_of(worker: Any) -> Member:
+    """What Ray knows of a worker's process."""
+    known = worker.metadata
+    return Member(known.pid, "", known.node_id, known.hostname, worker.actor)
 
 
 @dataclass
 class RayGroup:
-    """`Group` through the board, Ray and the process table."""
+    """`Group` through the polls of Ray Train's controller, Ray and the process table. Polls come in on another thread than questions."""
 
-    board: Any
     node: str
     """The driver's."""
-    members: dict[int, Member] = field(default_factory=dict[int, Member])
+    _ranks: dict[int, Member] | None = None
+    _unnumbered: dict[int, Member] = field(default_factory=dict[int, Member])
+    _heard: dict[int, tuple[int, Reply]] = field(default_factory=dict[int, tuple[int, Reply]])
+    _commands: tuple[str, ...] = ()
     _seen: dict[int, tuple[Seen, str]] = field(default_factory=dict[int, tuple[Seen, str]])
     _looking: dict[str, Any] = field(default_factory=dict[str, Any])
     _processes: Aside[dict[int, Process]] = field(default_factory=lambda: Aside(starting_processes))
     _processes_at: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def open(cls) -> "RayGroup":
-        """Make a board on this node."""
-        node = ray.get_runtime_context().get_node_id()
-        here: Any = NodeAffinitySchedulingStrategy(node, soft=False)
-        return cls(ray.remote(num_cpus=0)(Board).options(scheduling_strategy=here).remote(), node)
+    def here(cls) -> "RayGroup":
+        """A group of this driver's, of which no rank is there yet."""
+        return cls(ray.get_runtime_context().get_node_id())
 
-    def look(self) -> dict[int, tuple[int, Beat]] | None:
-        """By rank, how many beats there were, and the last; None when the board does not answer in time.
+    @property
+    def members(self) -> dict[int, Member]:
+        """See `Group.members`."""
+        return self._unnumbered if self._ranks is None else self._ranks
 
-        Raises:
-            BoardLostError: the board is gone.
-        """
-        try:
-            sightings: dict[int, tuple[int, Beat]] = ray.get(self.board.look.remote(), timeout=_ANSWER_S)
-            if not sightings:
-                return self._look_at_processes()
-            if any(self._is_new(rank, count) for rank, (count, _) in sightings.items()):
-                self.members = ray.get(self.board.members.remote(), timeout=_ANSWER_S)
-        except GetTimeoutError:
-            return None
-        except RayError as error:
-            raise BoardLostError(str(error)) from error
-        return sightings
+    def expect(self, ranks: dict[int, Member]) -> None:
+        """These are the ranks."""
+        self._ranks = ranks
+
+    def hear(self, replies: Mapping[int, Reply]) -> None:
+        """What ranks have said when they were polled. One that has not obeyed yet is told again."""
+        ranks, heard = dict(self.members), dict(self._heard)
+        for rank, reply in replies.items():
+            ranks[rank] = replace(ranks[rank], started=reply.started)
+            heard[rank] = (heard[rank][0] + 1 if rank in heard else 1, reply)
+            self._send(rank, [command for command in self._commands if command not in reply.obeyed])
+        self._ranks, self._heard = ranks, heard
+
+    def look(self) -> dict[int, tuple[int, Beat]]:
+        """By rank, how many beats there were, and the last."""
+        if self._ranks is None:
+            return self._look_at_processes()
+        heard = self._heard
+        return {rank: (heard[rank][0], heard[rank][1].beat) if rank in heard else (0, UNHEARD) for rank in self._ranks}
 
     def _look_at_processes(self) -> dict[int, tuple[int, Beat]]:
         """Processes that Ray has started and given no rank yet, as it does once all of them answer: one that is stopped keeps it from that."""
         if time.monotonic() > self._processes_at + _LOOK_AT_PROCESSES_S:
             with suppress(UnreachableError, TimeoutError):
-                self.members = {-1 - number: Member(*process, actor=None) for number, process in self._processes.ask(_ANSWER_S).items()}
+                self._unnumbered = {-1 - number: Member(*process, actor=None) for number, process in self._processes.ask(_ANSWER_S).items()}
                 self._processes_at = time.monotonic()
-        return dict.fromkeys(self.members, (0, UNHEARD))
-
-    def _is_new(self, rank: int, count: int) -> bool:
-        """Whether more is known of a rank than was: that it is there, and from its first beat on when its process started."""
-        return rank not in self.members or (count > 0 and not self.members[rank].started)
+        return dict.fromkeys(self._unnumbered, (0, UNHEARD))
 
     def tell(self, command: str) -> None:
         """Give a command to all ranks."""
-        with suppress(RayError):
-            ray.get(self.board.tell.remote(command), timeout=_ANSWER_S)
+        if command not in self._commands:
+            self._commands = (*self._commands, command)
+            for rank in self.members:
+                self._send(rank, [command])
+
+    def _send(self, rank: int, commands: Iterable[str]) -> None:
+        if (actor := self.members[rank].actor) is not None:
+            for command in commands:
+                with suppress(RayError):
+                    actor.obey.remote(command)
 
     def obeyed(self, command: str) -> int:
-        """How many ranks have done what they were told."""
-        try:
-            return len(ray.get(self.board.obeyed.remote(command), timeout=_ANSWER_S))
-        except RayError:
-            return 0
+        """How many ranks have said that they did what they were told."""
+        return sum(command in reply.obeyed for _, reply in self._heard.values())
 
     def see(self, ranks: Iterable[int]) -> Mapping[int, tuple[Seen, str]]:
         """What is seen of the processes of silent ranks, and what the system says of them, as far as their nodes answer. Does not wait."""
@@ -227,11 +220,6 @@ class RayGroup:
 
         with suppress(RayError, TimeoutError):  # why the attempt ended is the news
             Aside(copy).ask(_KEEP_LOGS_S + 1)  # a head that hangs does not even take the tasks
-
-    def close(self) -> None:
-        """End the board."""
-        with suppress(RayError, ValueError):
-            ray.kill(self.board)
 
 
 def _on(node: str, function: Callable[..., Any]) -> Any:

@@ -10,44 +10,39 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Protocol
 
 from data_pipeline.errors import MaskwrightError
 from launcher.aside import Aside
 from launcher.attempts import last_attempt, stacks_folder
-from launcher.health import Beat, beat_interval_s
+from launcher.health import SUSPECT_S, Beat
+from launcher.lease import process_start
 from trainer.manifest import nothing
 from trainer.runlog import RunFolder
 
-SAVE, STACKS, END = "save", "stacks", "end"
-"""Commands to all ranks: save and end; write down the stacks of all threads; end at once."""
+SAVE, STACKS = "save", "stacks"
+"""Commands to all ranks: save and end; write down the stacks of all threads."""
 
 ORPHANED_AFTER_S = 60.0
 """A rank that has not heard of its driver for so long ends: the network was cut, and elsewhere another attempt may have begun."""
 
 ENDED = 75
-_LOOK_FOR_SUCCESSOR_S = 2.0
-_LOOK_FOR_SUCCESSOR_REMOTE_S = 10.0
+_LOOK_S, _LOOK_REMOTE_S = 2.0, 10.0
+"""Between two looks at the run's attempts, in a folder and in a store."""
 _WRITE_S = 2.0
-"""How long the watch waits for what it writes into the run folder: beats go on whether storage answers or not."""
+"""How long the watch waits for storage."""
 _KEEP_LOG_S = 15.0
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
-class Line(Protocol):
-    """A rank's line to the driver."""
+@dataclass(frozen=True)
+class Reply:
+    """What a rank says when it is polled."""
 
-    def join(self) -> None:
-        """Say who this rank is."""
-        ...
-
-    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...] | None:
-        """Say where this rank is; every command so far, or None when nobody answers."""
-        ...
-
-    def tell(self, command: str) -> None:
-        """Give a command to all ranks."""
-        ...
+    beat: Beat
+    obeyed: tuple[str, ...]
+    """The commands that it has carried out."""
+    started: str
+    """When its process started (`process_start`)."""
 
 
 @dataclass
@@ -90,82 +85,81 @@ class RankWatch:
     run: RunFolder
     attempt: int
     rank: int
-    world_size: int
     whereabouts: Whereabouts
-    line: Line
     ask_to_stop: Callable[[], None]
+    is_driver_there: Callable[[], bool]
+    """Asked where nothing was heard of the driver for long: one that is stopped is there."""
     end: Callable[[int], None] = os._exit
     keep_log: Callable[[], object] = nothing
     """Copies the log to storage; called where nobody else will."""
+    _started: str = field(default_factory=lambda: process_start(os.getpid()))
+    _told: tuple[str, ...] = ()
     _obeyed: tuple[str, ...] = ()
-    _unanswered: int = 0
     _heard_at: float = field(default_factory=time.monotonic)
-    _stacks: Aside[None] = field(init=False)
+    _successor: Aside[None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._stacks = Aside(self._write_stacks)
+        self._successor = Aside(self._look_for_successor)
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """Watch from threads for the length of the block."""
+        """Reply for this process, and watch from a thread, for the length of the block."""
+        global _watch  # noqa: PLW0603 - a process is one rank, and Ray's call finds it here
         done = threading.Event()
 
         def watch() -> None:
-            self.line.join()
-            while not done.wait(beat_interval_s(self.world_size)):
+            while not done.wait(_LOOK_S if self.run.root.is_local else _LOOK_REMOTE_S):
                 self.look()
 
-        def watch_for_successor() -> None:
-            while not done.wait(_LOOK_FOR_SUCCESSOR_S if self.run.root.is_local else _LOOK_FOR_SUCCESSOR_REMOTE_S):
-                with suppress(MaskwrightError, OSError):
-                    self.look_for_successor()
-
         thread = threading.Thread(target=watch, daemon=True, name="watch")
+        self._heard_at = time.monotonic()
         thread.start()
-        if self.rank == 0:  # apart from the beats, which a dead mount must not hold up; nor a board that does not answer this look
-            threading.Thread(target=watch_for_successor, daemon=True, name="successor").start()
+        _watch = self
         try:
             yield
         finally:
+            _watch = None
             done.set()
             thread.join(timeout=5.0)
 
-    def look(self) -> None:
-        """Say where this rank is, do what it is told, and end the process if its attempt is over."""
-        commands = self.line.beat(self.whereabouts.beat(), self._obeyed)
-        if commands is None:
-            self._unanswered += 1
-            if self._unanswered > 2 and time.monotonic() - self._heard_at > ORPHANED_AFTER_S:
-                silent_s = time.monotonic() - self._heard_at
-                self._end_with("nothing has been heard of the driver for %.0f s", silent_s, last=self.keep_log, within_s=_KEEP_LOG_S)
-            return
-        self._unanswered, self._heard_at = 0, time.monotonic()
-        for command in commands:
-            if command not in self._obeyed:
-                self._obey(command)
+    def reply(self) -> Reply:
+        """Where this rank is, for a driver that asks, which is a sign of life."""
+        self._heard_at = time.monotonic()
+        return Reply(self.whereabouts.beat(), self._obeyed, self._started)
 
-    def _obey(self, command: str) -> None:
-        if command == SAVE:
+    def obey(self, command: str) -> None:
+        """Carry out a command, once. Does not wait for storage: what is written counts as obeyed when it is there, or cannot be."""
+        if command in self._told:
+            return
+        self._told = (*self._told, command)
+        if command == STACKS:
+            threading.Thread(target=self._write_stacks, daemon=True, name="stacks").start()
+        else:
             self.ask_to_stop()
-        elif command == STACKS:
-            try:
-                self._stacks.ask(_WRITE_S)
-            except TimeoutError:
-                return  # said to be done when it is: the driver waits a little for it
-            except (MaskwrightError, OSError):  # the group is ended without them; the log, on the same storage, could hold up this thread
-                pass
-        elif command == END:
-            self._end_with("the driver ends attempt %d", self.attempt)
-        self._obeyed = (*self._obeyed, command)
+            self._obeyed = (*self._obeyed, command)
+
+    def look(self) -> None:
+        """End the process if its attempt is over: another has begun, or the driver is gone.
+
+        One rank looks for a successor, for all; the others, too, where the driver that would end them says nothing.
+        """
+        silent_s = time.monotonic() - self._heard_at
+        if self.rank == 0 or silent_s > SUSPECT_S:
+            with suppress(MaskwrightError, OSError):
+                self._successor.ask(_WRITE_S)
+        if silent_s > ORPHANED_AFTER_S:
+            if not self.is_driver_there():
+                self._end_with("nothing has been heard of the driver for %.0f s", silent_s, last=self.keep_log, within_s=_KEEP_LOG_S)
+            self._heard_at = max(self._heard_at, time.monotonic() - SUSPECT_S)  # asked again after as long, and still without a word
+
+    def _look_for_successor(self) -> None:
+        if last_attempt(self.run) > self.attempt:
+            self._end_with("attempt %d is superseded by a newer one", self.attempt)
 
     def _write_stacks(self) -> None:
-        (stacks_folder(self.run, self.attempt) / f"rank-{self.rank:05d}.txt").write_bytes(stacks_of_threads().encode())
-
-    def look_for_successor(self) -> None:
-        """One rank asks storage, for all: a driver that is stopped or cut off cannot say that another has taken over."""
-        if last_attempt(self.run) > self.attempt:
-            self.line.tell(END)
-            self._end_with("attempt %d is superseded by a newer one", self.attempt)
+        with suppress(MaskwrightError, OSError):  # the group is ended without them; the log, on the same storage, could hold up this thread
+            (stacks_folder(self.run, self.attempt) / f"rank-{self.rank:05d}.txt").write_bytes(stacks_of_threads().encode())
+        self._obeyed = (*self._obeyed, STACKS)
 
     def _end_with(self, why: str, *values: object, last: Callable[[], object] = nothing, within_s: float = _WRITE_S) -> None:
         def log() -> None:
@@ -176,6 +170,14 @@ class RankWatch:
         with suppress(OSError):  # the log lies in the run folder
             Aside(log).ask(within_s)
         self.end(ENDED)
+
+
+_watch: RankWatch | None = None
+
+
+def watch_of_process() -> RankWatch | None:
+    """The watch that runs in this process."""
+    return _watch
 
 
 def _frames() -> dict[int, FrameType]:

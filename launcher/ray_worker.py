@@ -1,5 +1,7 @@
 """The seam to Ray Train: one attempt of a worker group, and how it ended (starts processes through Ray)."""
 
+import asyncio
+import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,7 +16,9 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from data_pipeline.errors import ExitCode, UnreachableError
@@ -24,9 +28,9 @@ from launcher.attempts import read_failure
 from launcher.clusters.existing import remove_placement_groups
 from launcher.clusters.local import Workers
 from launcher.deaths import tell_deaths
-from launcher.group_watch import GroupWatch, Member, SaveReason, describe
-from launcher.health import is_numbered
-from launcher.heartbeats import BoardLine, RayGroup
+from launcher.group_watch import GroupWatch, SaveReason, describe
+from launcher.health import beat_interval_s, is_numbered
+from launcher.heartbeats import Polls, Rank, RayGroup, is_driver_there
 from launcher.interfaces import choose_interface, interface_of
 from launcher.policy import Failure, FailureKind
 from launcher.rank_log import lies_on_node
@@ -43,8 +47,6 @@ class WorkerGroupConfig(BackendConfig):
 
     threads: int
     use_gpu: bool
-    board: Any
-    """Is told of the ranks before anything is asked of them."""
 
     @property
     def backend_cls(self) -> Any:
@@ -67,8 +69,8 @@ class _WorkerGroupBackend(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Ray waits without a limit for each rank's part in this; the watch must know of a rank that stands still in it."""
-        backend_config.board.expect.remote({worker.distributed_context.world_rank: member_of(worker) for worker in worker_group.get_workers()})
+        """Ray waits without a limit for each rank's part in this; the watch knows of the ranks by now, and ends one that stands still in it."""
+        ray.kill(worker_group.get_worker_group_state().sync_actor)  # of Ray's own collectives, which nobody calls; it wakes a hundred times a second
         worker_group.execute(_prepare_rank, backend_config.threads, backend_config.use_gpu)
         host, port = worker_group.execute_single(0, get_address_and_port)  # as late as can be: nobody keeps the port
         worker_group.execute(_join_process_group, "nccl" if backend_config.use_gpu else "gloo", host, port)
@@ -96,12 +98,6 @@ def _join_process_group(backend: str, host: str, port: int) -> None:
     join(backend, context.get_world_rank(), context.get_world_size(), "env://", COLLECTIVE_TIMEOUT_S)
 
 
-def member_of(worker: Any) -> Member:
-    """What Ray knows of a worker's process."""
-    known = worker.metadata
-    return Member(known.pid, "", known.node_id, known.hostname, worker.actor)
-
-
 def set_worker_environment(threads: int, use_gpu: bool) -> None:
     """Set what libraries read when they are first imported: the network interface of Ray's address, threads, DeepSpeed's device."""
     interface = interface_of(ray.util.get_node_ip_address())
@@ -119,14 +115,11 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupW
 
     Never retries by itself, start-up included: the policy decides, and sees every failure.
     """
-    group, run = RayGroup.open(), RunFolder(Location(task.run))
-    try:
-        with watch.over(group):
-            error = _fit(task, workers, scratch, group)
-        logs = {rank: run.rank_log(task.attempt, rank) for rank in _killed(error, watch)}
-        group.keep_logs({rank: log for rank, log in logs.items() if lies_on_node(log, rank, workers.num_workers)})
-    finally:
-        group.close()
+    group, run = RayGroup.here(), RunFolder(Location(task.run))
+    with watch.over(group):
+        error = _fit(task, workers, scratch, group)
+    logs = {rank: run.rank_log(task.attempt, rank) for rank in _killed(error, watch)}
+    group.keep_logs({rank: log for rank, log in logs.items() if lies_on_node(log, rank, workers.num_workers)})
     recorded = through_outages(lambda: read_failure(run, task.attempt))
     return recorded_reason(watch, recorded) if error is None else _diagnose(error, recorded, watch)
 
@@ -134,8 +127,8 @@ def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupW
 def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> Exception | None:
     trainer = _Trainer(
         _on_worker,
-        train_loop_config={"task": task, "board": group.board},
-        backend_config=WorkerGroupConfig(workers.threads_per_worker, workers.use_gpu, group.board),
+        train_loop_config={"task": task},
+        backend_config=WorkerGroupConfig(workers.threads_per_worker, workers.use_gpu),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
@@ -150,6 +143,8 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
         ),
     )
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what the controller finds is in what it raises
+    trainer.polls = Polls(group)
     try:
         trainer.fit()
     except (TrainingFailedError, RayError) as error:
@@ -161,15 +156,52 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
 
 
 class _Trainer(DataParallelTrainer):
-    """Without processes of Ray's that a group of ours does not need and would wait for: the manager of Ray's datasets; the coordinator of requests to
-    the autoscaler, which looks at placement groups in any case; their cleaner, a detached actor that outlives a killed driver for ever where there is
-    no dashboard."""
+    """Without processes of Ray's that a group of ours does not need and would wait for: an actor for the controller, which runs on this thread; the
+    manager of Ray's datasets; the coordinator of requests to the autoscaler, which looks at placement groups in any case; their cleaner, a detached
+    actor that outlives a killed driver for ever where there is no dashboard."""
+
+    polls: Polls
 
     def _create_default_callbacks(self) -> list[Any]:
+        """Ours first: the next one asks the ranks for something."""
+        return [self.polls, *self._callbacks_of_ray()]
+
+    def _callbacks_of_ray(self) -> list[Any]:
         return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback | PlacementGroupCleanerCallback)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**given, "scaling_policy": _FixedSize(self.scaling_config)})
+        controller = _Controller(**{**given, "scaling_policy": _FixedSize(self.scaling_config)})
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _Group(WorkerGroup):
+    """Of ranks that have no actor of the controller to ask for checkpoints that were reported to Ray: none are."""
+
+    _worker_cls = Rank
+
+    def _init_train_context_on_workers(self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]) -> None:
+        started = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[number] for name, values in train_context_args.items()},
+            )
+            for number, worker in enumerate(workers)
+        ]
+        ray.get(started)
+
+
+class _Controller(TrainController):
+    worker_group_cls = _Group
+
+    def __init__(self, *, train_run_context: Any, **given: Any) -> None:
+        super().__init__(train_run_context=train_run_context, **given)
+        self._health_check_interval_s = beat_interval_s(train_run_context.scaling_config.num_workers)
 
 
 class _FixedSize(FixedScalingPolicy):
@@ -188,7 +220,7 @@ class _FixedSize(FixedScalingPolicy):
 def _on_worker(settings: dict[str, Any]) -> None:
     context = get_context()
     rank = context.get_world_rank()
-    run_task(settings["task"], rank, context.get_world_size(), BoardLine(settings["board"], rank))
+    run_task(settings["task"], rank, context.get_world_size(), is_driver_there)
 
 
 def _resources(workers: Workers) -> dict[str, float]:
@@ -211,8 +243,7 @@ def _diagnose(error: Exception, recorded: Failure | None, watch: GroupWatch) -> 
         return replace(_lost(watch, min(dead), tell_deaths(sorted(dead), words, watch)), traceback=words)
     if recorded is not None:
         return recorded
-    what = "the board of the attempt died" if watch.board_lost else f"the worker group failed: {_last_line(error)}"
-    return Failure(FailureKind.INFRASTRUCTURE, what, _RESUME, ExitCode.FAILED, traceback=str(error))
+    return Failure(FailureKind.INFRASTRUCTURE, f"the worker group failed: {_last_line(error)}", _RESUME, ExitCode.FAILED, traceback=str(error))
 
 
 _RESUME = "Run `maskwright resume`."

@@ -17,7 +17,7 @@ from data_pipeline.storage import Location
 from launcher.attempts import last_attempt, record_failure
 from launcher.env_from import Sources, take_variables
 from launcher.rank_log import is_kept_only_if_failed, log_to
-from launcher.rank_watch import Line, RankWatch, Whereabouts
+from launcher.rank_watch import RankWatch, Whereabouts
 from trainer.redaction import without_hidden
 from trainer.runlog import RunFolder
 
@@ -77,8 +77,8 @@ def resolve(entry: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
-    """Run the task's entry on this rank, inside a thread of a worker process; `line` leads to the driver.
+def run_task(task: WorkerTask, rank: int, world_size: int, is_driver_there: Callable[[], bool]) -> None:
+    """Run the task's entry on this rank, inside a thread of a worker process.
 
     An interrupted run returns: it has saved, and raising would end the other ranks in the middle of it. Every other
     error is recorded in the run folder and raised, so that the group ends at once instead of waiting for this rank. Neither has a secret in it.
@@ -87,7 +87,7 @@ def run_task(task: WorkerTask, rank: int, world_size: int, line: Line) -> None:
     with suppress(OSError):
         os.chdir(task.home)
     context = WorkerContext(rank, world_size, run, task.attempt)
-    watch = RankWatch(run, task.attempt, rank, world_size, context.whereabouts, line, context.ask_to_stop)
+    watch = RankWatch(run, task.attempt, rank, context.whereabouts, context.ask_to_stop, is_driver_there)
     with log_to(run.rank_log(task.attempt, rank), only_if_failed=is_kept_only_if_failed(rank, world_size)) as watch.keep_log, watch.running():
         _log.info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:

@@ -26,8 +26,8 @@ from launcher.elastic import Node
 from launcher.submission import SUBMISSION_VARIABLE
 
 _ANSWER_S = 1.0
-_RANK_ACTOR = "RayTrainWorker"
-"""What Ray Train calls the actors that become ranks."""
+_RANK_ACTOR = "Rank"
+"""The class of the actors that become ranks."""
 _HEAD_ANSWER_S = 10.0
 """How long a head is waited for that may hang: Ray knows no time-out for most of what it asks it."""
 _WORKER_ENVIRONMENT = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DISABLE_IMPORT_WARNING": "1", "TOKENIZERS_PARALLELISM": "false"}

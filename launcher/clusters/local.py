@@ -30,8 +30,7 @@ _LOOPBACK = "127.0.0.2"
 """Ray replaces 127.0.0.1 by an address that other machines can reach; the rest of the loopback network it leaves alone."""
 
 RAY_ENVIRONMENT = {
-    # Found by Ray when it starts its processes. A dead worker is noticed at the next poll; a finished group likewise.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Found by Ray when it starts its processes.
     # Above every limit of our own watch, which tells a late process from a hung one and says which: Ray would only kill it.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{2 * FIRST_S:.0f}",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
@@ -51,6 +50,18 @@ RAY_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+
+_UNOBSERVED = {
+    # Nobody collects what Ray measures of a cluster that lasts as long as a command, and ranks that fill every core lose what it takes.
+    "RAY_enable_metrics_collection": "false",
+    "REPORTER_UPDATE_INTERVAL_MS": "600000",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_event_stats": "false",
+    "RAY_io_context_monitor_probe_interval_ms": "60000",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "60000",
+}
+_UNUSED_PARTS = ("start_api_server", "start_monitor", "start_log_monitor")
+"""Of Ray's node, each a process: the dashboard's server, the autoscaler, and who sends the workers' output to drivers (ours takes none)."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> G
     """
     scratch = session_folder()
     folder = scratch.path
-    with environment({**RAY_ENVIRONMENT, **_new_token(folder)}):
+    with environment({**RAY_ENVIRONMENT, **_UNOBSERVED, **_new_token(folder)}):
         import ray
 
         read_token_again()
@@ -156,7 +167,7 @@ def environment(values: Mapping[str, str]) -> Generator[None]:
 def start_ray(ray: Any, config: LocalCluster, workers: Workers, machine: Machine, folder: Path) -> None:
     """Start Ray on this machine, with its files in `folder`."""
     folder.mkdir()
-    with undisturbed(folder), _own_process_groups():
+    with undisturbed(folder), _own_process_groups(), _without_unused_parts():
         ray.init(
             address="local",
             num_cpus=max(machine.num_cpus, workers.num_workers * workers.threads_per_worker),
@@ -199,11 +210,31 @@ def _own_process_groups() -> Generator[None]:
         os.setpgrp()
         tie_to_parent()
 
-    utils.set_kill_on_parent_death_linux = tie_to_parent_apart
+    with _replaced(utils, {"set_kill_on_parent_death_linux": tie_to_parent_apart}):
+        yield
+
+
+@contextmanager
+def _without_unused_parts() -> Generator[None]:
+    """`ray.init` has no switch for them. Each takes a second or two of a core to start, and half a percent of one for the length of the run."""
+
+    def leave_out(node: Any, **given: Any) -> None:
+        del node, given
+
+    with _replaced(importlib.import_module("ray._private.node").Node, dict.fromkeys(_UNUSED_PARTS, leave_out)):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, attributes: Mapping[str, Any]) -> Generator[None]:
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        utils.set_kill_on_parent_death_linux = tie_to_parent
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
 def silence_driver(ray: Any) -> None:

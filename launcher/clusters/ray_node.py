@@ -47,7 +47,14 @@ class Place:
 
     def ray(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start a node of Ray, which ends with the process; what that prints goes to a file."""
-        own = ["--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0", "--log-color=false"]
+        own = [
+            "--disable-usage-stats",
+            "--min-worker-port=0",
+            "--max-worker-port=0",
+            "--dashboard-agent-listen-port=0",
+            "--log-color=false",
+            "--include-log-monitor=false",
+        ]
         sizes = [f"--object-store-memory={OBJECT_STORE_BYTES}", *resources(os.environ), f"--temp-dir={self.folder / 'ray'}"]
         words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", *arguments, *own, *sizes]
         with self._output.open("wb") as out:

@@ -16,7 +16,7 @@ from tests.support.faults import NumericFault, environment_of
 from tests.support.ray_nodes import cluster_of
 from tests.support.tiny_run import write_run
 
-STEPS = 80
+STEPS = 160
 SLOW_S = 14
 """Longer than a rank may be stopped."""
 HANGS_AT = 43

@@ -1,4 +1,4 @@
-"""The board on a real Ray cluster of several nodes: beats and commands, what is seen of processes elsewhere, drains, and how a group is ended."""
+"""A group on a real Ray cluster of several nodes: what ranks answer and obey, what is seen of processes elsewhere, drains, how a group is ended."""
 
 import os
 import signal
@@ -11,29 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from data_pipeline.storage import Location
-from launcher.group_watch import BoardLostError, Member
-from launcher.health import UNHEARD, Beat, Seen
-from launcher.heartbeats import BoardLine, RayGroup
+from launcher.attempts import stacks_folder
+from launcher.group_watch import Member
+from launcher.health import UNHEARD, Seen
+from launcher.heartbeats import Rank, RayGroup, is_driver_there
 from launcher.lease import process_start
 from launcher.rank_log import log_to
-from launcher.rank_watch import SAVE, STACKS
+from launcher.rank_watch import SAVE, STACKS, RankWatch, Reply, Whereabouts, watch_of_process
 from tests.support.ray_nodes import RayCluster
+from trainer.runlog import RunFolder
 
 pytestmark = pytest.mark.timeout(180)
 
 
-class Rank:
-    """A rank that says where it is when it is told to."""
+class Speaking(Rank):
+    """A rank that trains nothing, and is polled without the rest of Ray Train."""
 
-    def __init__(self, board: Any, rank: int) -> None:
-        self._line = BoardLine(board, rank)
-        self._line.join()
+    def begin(self, run: Location, rank: int) -> Member:
+        self._place = Whereabouts()
+        self._running = RankWatch(RunFolder(run), 1, rank, self._place, lambda: None, is_driver_there).running()
+        self._running.__enter__()
+        return Member(os.getpid(), "", ray.get_runtime_context().get_node_id(), "host", None)
 
-    def beat(self, step: int, obeyed: tuple[str, ...] = ()) -> tuple[str, ...] | None:
-        return self._line.beat(Beat(step, "forward", step, 0, False, 0.0), obeyed)
+    def move(self, step: int) -> None:
+        self._place.move(step, "forward")
+
+    def reply(self) -> Reply | None:
+        watch = watch_of_process()
+        return watch.reply() if watch else None
+
+    def is_driver_there(self) -> bool:
+        return is_driver_there()
 
     def say(self, log: Location, text: str) -> None:
         self._log = log_to(log, only_if_failed=True)
@@ -43,8 +55,6 @@ class Rank:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[RayCluster]:
-    import ray
-
     with RayCluster(tmp_path_factory.mktemp("nodes"), token=False) as nodes:
         for _ in range(2):
             nodes.add_node()
@@ -67,16 +77,12 @@ class Silent:
     """A rank that has not come to its first word."""
 
     def where(self) -> Member:
-        import ray
-
         context = ray.get_runtime_context()
         return Member(os.getpid(), process_start(os.getpid()), context.get_node_id(), "host", None)
 
 
 def silent_rank() -> tuple[Any, Member]:
     """Where Ray Train puts ranks: in a placement group of this driver."""
-    import ray
-
     place = ray.util.placement_group([{"CPU": 1}])
     actor = ray.remote(num_cpus=1)(Silent).options(scheduling_strategy=PlacementGroupSchedulingStrategy(place)).remote()
     return actor, ray.get(actor.where.remote(), timeout=60)
@@ -89,23 +95,20 @@ def is_gone(member: Member) -> bool:
 @pytest.mark.parametrize("expected", [False, True])
 def test_a_rank_that_is_stopped_before_its_first_word_is_seen_and_ended(cluster: RayCluster, *, expected: bool) -> None:
     """Also one of which the group does not know, by the place that is reserved for it."""
-    import ray
-
-    group = RayGroup.open()
+    group = RayGroup.here()
     actor, member = silent_rank()
     os.kill(member.pid, signal.SIGSTOP)
     if expected:
-        ray.get(group.board.expect.remote({0: replace(member, started="", actor=actor)}), timeout=60)
+        group.expect({0: replace(member, started="", actor=actor)})
         assert group.look() == {0: (0, UNHEARD)}
         until(lambda: group.see([0]).get(0, (None, ""))[0] is Seen.STOPPED)
     group.end()
     until(lambda: is_gone(member), 30)
     if expected:
         until(lambda: group.see([0])[0][0] is Seen.GONE)
-    group.close()
 
 
-class RayTrainWorker:
+class Starting:
     """A process that Ray Train has begun to make a rank of; its constructor takes its time."""
 
     def __init__(self, folder: str) -> None:
@@ -116,11 +119,10 @@ class RayTrainWorker:
 @pytest.mark.full
 def test_a_process_that_is_stopped_before_it_has_a_rank_is_seen_and_ended(cluster: RayCluster, tmp_path: Path) -> None:
     """Of two, one is there and waits for the other, which is what is told."""
-    import ray
-
-    group, place = RayGroup.open(), ray.util.placement_group([{"CPU": 1}, {"CPU": 1}])
+    Starting.__name__ = Starting.__qualname__ = Rank.__name__  # by which Ray's table is searched
+    group, place = RayGroup.here(), ray.util.placement_group([{"CPU": 1}, {"CPU": 1}])
     here = PlacementGroupSchedulingStrategy(place)
-    first, second = [ray.remote(num_cpus=1)(RayTrainWorker).options(scheduling_strategy=here) for _ in (0, 1)]
+    first, second = [ray.remote(num_cpus=1)(Starting).options(scheduling_strategy=here) for _ in (0, 1)]
     actors = [first.remote(str(tmp_path))]
     (ready,) = until(lambda: os.listdir(tmp_path))
     until(lambda: [member.pid for member in members_now(group)] == [int(ready)])
@@ -134,30 +136,36 @@ def test_a_process_that_is_stopped_before_it_has_a_rank_is_seen_and_ended(cluste
     started = process_start(late)
     group.end()
     until(lambda: process_start(late) != started, 30)
-    group.close()
 
 
 def members_now(group: RayGroup) -> list[Member]:
     sightings = group.look()
-    assert sightings is not None
     assert all(sighting == (0, UNHEARD) for sighting in sightings.values())
     return list(group.members.values())
 
 
 @pytest.mark.full
 def test_a_group_of_two_nodes(cluster: RayCluster, tmp_path: Path) -> None:
-    import ray
+    run = Location.at(tmp_path / "run")
+    group, ranks = RayGroup.here(), [ray.remote(num_cpus=1)(Speaking).remote() for _ in (0, 1)]
+    group.tell(STACKS)  # before there is anybody to be told
+    members = ray.get([actor.begin.remote(run, rank) for rank, actor in enumerate(ranks)], timeout=60)
+    group.expect({rank: replace(member, actor=actor) for rank, (member, actor) in enumerate(zip(members, ranks, strict=True))})
+    assert group.look() == {0: (0, UNHEARD), 1: (0, UNHEARD)}
+    assert not any(member.started for member in group.members.values())
 
-    group = RayGroup.open()
-    ranks = [ray.remote(num_cpus=1)(Rank).remote(group.board, rank) for rank in (0, 1)]
-    assert ray.get([rank.beat.remote(1) for rank in ranks], timeout=60) == [(), ()]
-    group.tell(STACKS)
+    def poll() -> None:
+        group.hear(dict(enumerate(ray.get([actor.reply.remote() for actor in ranks], timeout=60))))
+
+    ray.get([actor.move.remote(2) for actor in ranks], timeout=60)
+    poll()
+    assert {rank: (count, beat.step) for rank, (count, beat) in group.look().items()} == {0: (1, 2), 1: (1, 2)}
+    assert all(process_start(member.pid) == member.started for member in group.members.values())
     group.tell(SAVE)
-    assert ray.get([rank.beat.remote(2, (STACKS,)) for rank in ranks], timeout=60) == [(STACKS, SAVE)] * 2
-    assert (group.obeyed(STACKS), group.obeyed(SAVE)) == (2, 0)
-    sightings = group.look()
-    assert sightings is not None
-    assert {rank: (count, beat.step) for rank, (count, beat) in sightings.items()} == {0: (2, 2), 1: (2, 2)}
+    until(lambda: poll() or (group.obeyed(STACKS), group.obeyed(SAVE)) == (2, 2))
+    assert group.look()[0][0] > 1
+    assert len(list((stacks_folder(RunFolder(run), 1)).children())) == 2
+    assert ray.get(ranks[1].is_driver_there.remote(), timeout=60)
     assert len({member.node for member in group.members.values()} | {group.node}) == 3
 
     logs = [Location.at(tmp_path / f"logs/rank-{rank}") for rank in (0, 1)]
@@ -180,16 +188,6 @@ def test_a_group_of_two_nodes(cluster: RayCluster, tmp_path: Path) -> None:
     group.keep_logs({0: logs[0]})  # the drained node shuts down as soon as nothing works on it
     assert [log.exists() for log in logs] == [True, False]
     assert b"last words of rank-0" in logs[0].read_bytes()
-    group.close()
-    until(lambda: is_lost(group))
-
-
-def is_lost(group: RayGroup) -> bool:
-    try:
-        group.look()
-    except BoardLostError:
-        return True
-    return False
 
 
 def drain(cluster: RayCluster, node: str) -> None:

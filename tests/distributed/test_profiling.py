@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from data_pipeline.errors import InterruptedRunError, MaskwrightError, NoCheckpointError
 from data_pipeline.storage import Location
-from launcher.health import Beat
 from launcher.lease import PROFILE_FOLDER
 from launcher.profiling import PROFILE, RESULT
 from launcher.worker_process import WorkerTask, run_task
@@ -114,24 +113,13 @@ def test_a_finished_run_is_profiled_in_its_last_steps_and_at_another_layout(hear
     assert labels == {f"phase: {name}" for name in ("data", "agree", "forward", "backward", "reduce", "optimizer")}
 
 
-class QuietLine:
-    """A line to a driver that says nothing."""
-
-    def join(self) -> None: ...
-
-    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...]:
-        return ()
-
-    def tell(self, command: str) -> None: ...
-
-
 def as_a_task(rank: int, world_size: int, corpus: str, root: str) -> None:
     """As a worker process does it: in a thread, told what to do by name, with a log of its own."""
     run, profile = RunFolder(Location.at(root)), RunFolder(Location.at(root) / PROFILE_FOLDER)
     arguments = {"config": config_of(0), "corpus": corpus, "run": run.root.url, "output": profile.root.url, "steps": 2, "attempt": 1}
     task = WorkerTask(PROFILE, arguments, profile.root.url, attempt=1, threads=1, home=root)
     with ThreadPoolExecutor(1) as threads:
-        threads.submit(run_task, task, rank, world_size, QuietLine()).result()
+        threads.submit(run_task, task, rank, world_size, bool).result()
 
 
 def test_a_worker_process_profiles_and_leaves_its_log_with_the_profile(tmp_path: Path) -> None:

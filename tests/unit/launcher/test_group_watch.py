@@ -13,7 +13,7 @@ from launcher.attempts import driver_log, stacks_folder
 from launcher.control import read_stop
 from launcher.deaths import name_ranks, tell_deaths
 from launcher.event_texts import tell
-from launcher.group_watch import BoardLostError, GroupWatch, Member, SaveReason, describe
+from launcher.group_watch import GroupWatch, Member, SaveReason, describe
 from launcher.health import UNHEARD, Beat, Deadlines, Seen, State, Verdict
 from launcher.rank_watch import SAVE, STACKS
 from tests.support.dead_storage import dead_storage
@@ -25,13 +25,11 @@ class Ranks:
 
     def __init__(self) -> None:
         self.members: Mapping[int, Member] = {rank: Member(100 + rank, "7", f"node-id-{rank}", f"host{rank}", None) for rank in (0, 1)}
-        self.beats, self.silent, self.lost, self.told, self.ended = 0, set[int](), False, list[str](), 0
+        self.beats, self.silent, self.told, self.ended = 0, set[int](), list[str](), 0
         self.counts = {0: 0, 1: 0}
         self.leaving: Mapping[str, int] = {}
 
     def look(self) -> Mapping[int, tuple[int, Beat]]:
-        if self.lost:
-            raise BoardLostError("died")
         self.beats += 1
         self.counts |= {rank: self.beats for rank in (0, 1) if rank not in self.silent}
         return {rank: (self.counts[rank], Beat(self.beats, "forward", self.beats, 2, False, 1.0)) for rank in (0, 1)}
@@ -178,14 +176,6 @@ def test_a_node_that_is_taken_away_makes_all_ranks_save(run: RunFolder) -> None:
     assert (ranks.told, watch.save_reason, watch.leaving) == ([SAVE], SaveReason.PREEMPTION, ("host1",))
     (event,) = run.read_events()
     assert (event["kind"], event["nodes"], event["deadline"]) == ("preempted", ["host1"], 1_800_000_000.0)
-
-
-def test_a_lost_board_ends_the_group(run: RunFolder) -> None:
-    ranks = Ranks()
-    ranks.lost = True
-    watch = watch_of(run, [])
-    watch.look(ranks, 1.0)
-    assert (watch.board_lost, ranks.ended) == (True, 1)
 
 
 def test_storage_that_fails_does_not_keep_a_group_from_being_ended(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

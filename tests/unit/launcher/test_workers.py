@@ -23,10 +23,9 @@ from launcher.attempts import attempt_folder, claim_attempt, read_failure
 from launcher.cluster_config import ClusterConfig, LocalCluster
 from launcher.clusters import local
 from launcher.clusters.local import Machine, Workers, resolve_workers, start_ray
-from launcher.health import Beat
 from launcher.policy import FailureKind
 from launcher.rank_log import keep_logs_of_killed
-from launcher.rank_watch import SAVE
+from launcher.rank_watch import SAVE, watch_of_process
 from launcher.worker_process import WorkerTask, resolve, run_task
 from trainer.context import RunContext
 from trainer.runlog import RunFolder
@@ -155,25 +154,24 @@ def entry_superseded(context: RunContext, folder: str) -> None:
     time.sleep(30)
 
 
-class QuietLine:
-    """A line to a driver that gives the same commands again and again."""
+def run_told(task: WorkerTask, rank: int, world_size: int, *commands: str) -> None:
+    """Run a task as a worker process does, whose driver gives it `commands`."""
 
-    def __init__(self, *commands: str) -> None:
-        self.commands = commands
+    def tell() -> None:
+        while (watch := watch_of_process()) is None:
+            time.sleep(0.01)
+        for command in commands:
+            watch.obey(command)
 
-    def join(self) -> None: ...
-
-    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...]:
-        return self.commands
-
-    def tell(self, command: str) -> None: ...
+    threading.Thread(target=tell, daemon=True).start()
+    run_task(task, rank, world_size, lambda: True)
 
 
 def in_process(run: RunFolder, entry: str, *commands: str, rank: int = 0, world_size: int = 2, **arguments: Any) -> int:
     """Run a task as rank `rank` of `world_size` in a process of its own, because it takes over stdout; the process' exit code."""
     attempt = claim_attempt(run)
     task = WorkerTask(f"{__name__}:{entry}", arguments, run.root.url, attempt, threads=1, home=run.root.parent.url)
-    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, rank, world_size, QuietLine(*commands)))
+    process = multiprocessing.get_context("fork").Process(target=run_told, args=(task, rank, world_size, *commands))
     process.start()
     process.join(60)
     if process.is_alive():
@@ -208,7 +206,7 @@ def test_the_log_of_a_run_in_a_store_leaves_nothing_on_the_machine(tmp_path: Pat
     run = RunFolder(Location(f"file://{tmp_path}/store/run"))  # as a URL it is a store
     attempt = claim_attempt(run)
     task = WorkerTask(f"{__name__}:entry_ok", {"word": "hello"}, run.root.url, attempt, threads=1, home=str(tmp_path))
-    process = multiprocessing.get_context("spawn").Process(target=run_task, args=(task, 0, 2, QuietLine()))
+    process = multiprocessing.get_context("spawn").Process(target=run_told, args=(task, 0, 2))
     process.start()
     process.join(60)
     assert process.exitcode == 0
