@@ -44,7 +44,7 @@ class SaveReason(Enum):
 
 @dataclass(frozen=True)
 class Member:
-    """What a rank says of itself once: where it is, and what ends it."""
+    """Where a rank is, and what ends it."""
 
     pid: int
     started: str
@@ -63,8 +63,8 @@ class Group(Protocol):
         """The ranks whose processes are known, or processes that are to become ranks (see `is_numbered`)."""
         ...
 
-    def look(self) -> Mapping[int, tuple[int, Beat]]:
-        """By rank, how many beats there were, and the last (`UNHEARD` before the first)."""
+    def look(self) -> Mapping[int, tuple[int, Beat]] | None:
+        """By rank, how many beats there were, and the last (`UNHEARD` before the first); None once the group is being ended."""
         ...
 
     def see(self, ranks: list[int]) -> Mapping[int, tuple[Seen, str]]:
@@ -137,7 +137,8 @@ class GroupWatch:
 
     def look(self, group: Group, elapsed_s: float) -> None:
         """Follow the ranks, and act on what is found."""
-        sightings = group.look()
+        if (sightings := group.look()) is None:
+            return
         self.members = group.members
         self.pace = self.pace.after(self.health.step(self.world_size), elapsed_s)
         # A driver that was itself held up has not been looking: that time says nothing about the ranks.

@@ -39,6 +39,11 @@ def beat_interval_s(world_size: int) -> float:
     return max(BEAT_S, world_size / BEATS_PER_S)
 
 
+def longest_interval_s(world_size: int) -> float:
+    """The same where a rank does not reply: a round of polls waits an interval for it, and the next begins an interval later."""
+    return 2 * beat_interval_s(world_size)
+
+
 class Seen(Enum):
     """What is seen of the process of a rank that says nothing."""
 
@@ -67,7 +72,7 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself, about once a second."""
+    """What a rank says of itself whenever it is polled."""
 
     step: int
     phase: str
@@ -152,7 +157,7 @@ class Deadlines:
     fresh_steps: frozenset[int] = frozenset()
     """Steps whose shapes are new: what is known of earlier ones says nothing about them."""
     interval_s: float = 1.0
-    """How far apart beats are meant to be."""
+    """How far apart beats may be (`longest_interval_s`)."""
 
     def of(self, beat: Beat, longest_s: Mapping[str, float]) -> float:
         """Seconds that a rank may stay where it says that it is, given the longest that any has taken for the phase."""

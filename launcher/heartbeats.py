@@ -54,18 +54,22 @@ class Rank(RayTrainWorker):
             watch.obey(command)
 
 
-def is_driver_there() -> bool:
-    """Whether the cluster knows this rank's driver to be alive, be it stopped or slow. Asked where nothing was heard of it for long."""
+def is_driver_there() -> bool | None:
+    """Whether the cluster knows this rank's driver to be alive, be it stopped or slow; None where nobody answers."""
 
     def ask() -> bool:
         head: Any = importlib.import_module("ray._private.worker").global_worker.gcs_client
         name = ray.get_runtime_context().get_job_id()
-        return not head.get_all_job_info(job_or_submission_id=name, timeout=_ANSWER_S)[ray.JobID(bytes.fromhex(name))].is_dead
+        # By default the head asks the driver, too.
+        found = head.get_all_job_info(
+            job_or_submission_id=name, skip_submission_job_info_field=True, skip_is_running_tasks_field=True, timeout=_ANSWER_S
+        )
+        return not found[ray.JobID(bytes.fromhex(name))].is_dead
 
     try:
         return Aside(ask).ask(_ANSWER_S)
     except Exception:  # noqa: BLE001 - whatever keeps the head from answering: the network was cut
-        return False
+        return None
 
 
 class Polls(WorkerGroupCallback):
@@ -83,6 +87,10 @@ class Polls(WorkerGroupCallback):
         statuses: dict[int, Any] = worker_group_status.worker_statuses
         self._group.hear({rank: reply for rank, status in statuses.items() if (reply := getattr(status, "reply", None)) is not None})
 
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:
+        """Nobody is polled any more."""
+        self._group.is_ending = True
+
 
 def _member_of(worker: Any) -> Member:
     """What Ray knows of a worker's process."""
@@ -96,6 +104,8 @@ class RayGroup:
 
     node: str
     """The driver's."""
+    is_ending: bool = False
+    """Ray Train has found what ends the group, and ends it: from now on silence means nothing."""
     _ranks: dict[int, Member] | None = None
     _unnumbered: dict[int, Member] = field(default_factory=dict[int, Member])
     _heard: dict[int, tuple[int, Reply]] = field(default_factory=dict[int, tuple[int, Reply]])
@@ -117,7 +127,7 @@ class RayGroup:
 
     def expect(self, ranks: dict[int, Member]) -> None:
         """These are the ranks."""
-        self._ranks = ranks
+        self._ranks, self._heard, self.is_ending = ranks, {}, False
 
     def hear(self, replies: Mapping[int, Reply]) -> None:
         """What ranks have said when they were polled. One that has not obeyed yet is told again."""
@@ -128,8 +138,10 @@ class RayGroup:
             self._send(rank, [command for command in self._commands if command not in reply.obeyed])
         self._ranks, self._heard = ranks, heard
 
-    def look(self) -> dict[int, tuple[int, Beat]]:
-        """By rank, how many beats there were, and the last."""
+    def look(self) -> dict[int, tuple[int, Beat]] | None:
+        """See `Group.look`."""
+        if self.is_ending:
+            return None
         if self._ranks is None:
             return self._look_at_processes()
         heard = self._heard

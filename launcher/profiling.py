@@ -13,7 +13,7 @@ from launcher.clusters.opening import workers_of
 from launcher.control import clear_stop, read_stop
 from launcher.env_from import take_variables
 from launcher.group_watch import GroupWatch
-from launcher.health import Deadlines, beat_interval_s
+from launcher.health import Deadlines, longest_interval_s
 from launcher.jobs import work_left
 from launcher.lease import PROFILE_FOLDER, Lease, holder
 from launcher.policy import Failure, FailureKind
@@ -93,12 +93,13 @@ def _attempt(profile: RunFolder, config: RunConfig, ray: RayOnDemand, arguments:
         trains=True,
         data_s=config.data.total_timeout_s,
         fresh_steps=(phase.first_step for phase in config.phases),
-        interval_s=beat_interval_s(workers.num_workers),
+        interval_s=longest_interval_s(workers.num_workers),
     )
     watch = GroupWatch(profile, attempt, workers.num_workers, deadlines, say, lambda: None)
     everything = {**arguments, "attempt": attempt}
     task = WorkerTask(PROFILE, everything, profile.root.url, attempt, workers.threads_per_worker, os.getcwd(), ray.config.env_from)
-    failure = run_attempt(task, workers, scratch, watch)
+    failure = run_attempt(task, workers, scratch, watch, ray.before_end)
+    ray.require_open()
     if failure is not None:
         raise with_own_remedy(failure, profile, attempt).to_error()
 

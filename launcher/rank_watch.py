@@ -14,7 +14,7 @@ from types import FrameType
 from data_pipeline.errors import MaskwrightError
 from launcher.aside import Aside
 from launcher.attempts import last_attempt, stacks_folder
-from launcher.health import SUSPECT_S, Beat
+from launcher.health import SUSPECT_S, Beat, longest_interval_s
 from launcher.lease import process_start
 from trainer.manifest import nothing
 from trainer.runlog import RunFolder
@@ -23,7 +23,8 @@ SAVE, STACKS = "save", "stacks"
 """Commands to all ranks: save and end; write down the stacks of all threads."""
 
 ORPHANED_AFTER_S = 60.0
-"""A rank that has not heard of its driver for so long ends: the network was cut, and elsewhere another attempt may have begun."""
+"""A rank that has not heard of its driver for so long asks the cluster, and ends if it is gone or twice nobody answers: the network was cut, and
+elsewhere another attempt may have begun."""
 
 ENDED = 75
 _LOOK_S, _LOOK_REMOTE_S = 2.0, 10.0
@@ -31,6 +32,7 @@ _LOOK_S, _LOOK_REMOTE_S = 2.0, 10.0
 _WRITE_S = 2.0
 """How long the watch waits for storage."""
 _KEEP_LOG_S = 15.0
+_log = logging.getLogger(__name__)
 _COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
@@ -39,7 +41,7 @@ class Reply:
     """What a rank says when it is polled."""
 
     beat: Beat
-    obeyed: tuple[str, ...]
+    obeyed: frozenset[str]
     """The commands that it has carried out."""
     started: str
     """When its process started (`process_start`)."""
@@ -85,17 +87,20 @@ class RankWatch:
     run: RunFolder
     attempt: int
     rank: int
+    world_size: int
     whereabouts: Whereabouts
     ask_to_stop: Callable[[], None]
-    is_driver_there: Callable[[], bool]
-    """Asked where nothing was heard of the driver for long: one that is stopped is there."""
+    is_driver_there: Callable[[], bool | None]
+    """Asked where nothing was heard of the driver for long: one that is stopped is there. None where nobody can tell."""
     end: Callable[[int], None] = os._exit
     keep_log: Callable[[], object] = nothing
     """Copies the log to storage; called where nobody else will."""
     _started: str = field(default_factory=lambda: process_start(os.getpid()))
-    _told: tuple[str, ...] = ()
-    _obeyed: tuple[str, ...] = ()
+    _told: set[str] = field(default_factory=set[str])
+    _obeyed: set[str] = field(default_factory=set[str])
     _heard_at: float = field(default_factory=time.monotonic)
+    _ask_at: float = 0.0
+    _unanswered: int = 0
     _successor: Aside[None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -109,7 +114,10 @@ class RankWatch:
 
         def watch() -> None:
             while not done.wait(_LOOK_S if self.run.root.is_local else _LOOK_REMOTE_S):
-                self.look()
+                try:
+                    self.look()
+                except Exception:  # noqa: BLE001 - the next look is soon; without any, a rank that is cut off would never end
+                    _log.exception("the watch of this rank failed")
 
         thread = threading.Thread(target=watch, daemon=True, name="watch")
         self._heard_at = time.monotonic()
@@ -124,33 +132,43 @@ class RankWatch:
 
     def reply(self) -> Reply:
         """Where this rank is, for a driver that asks, which is a sign of life."""
-        self._heard_at = time.monotonic()
-        return Reply(self.whereabouts.beat(), self._obeyed, self._started)
+        self._heard_at, self._unanswered = time.monotonic(), 0
+        return Reply(self.whereabouts.beat(), frozenset(self._obeyed), self._started)
 
     def obey(self, command: str) -> None:
         """Carry out a command, once. Does not wait for storage: what is written counts as obeyed when it is there, or cannot be."""
         if command in self._told:
             return
-        self._told = (*self._told, command)
+        self._told.add(command)
         if command == STACKS:
             threading.Thread(target=self._write_stacks, daemon=True, name="stacks").start()
         else:
             self.ask_to_stop()
-            self._obeyed = (*self._obeyed, command)
+            self._obeyed.add(command)
 
     def look(self) -> None:
         """End the process if its attempt is over: another has begun, or the driver is gone.
 
         One rank looks for a successor, for all; the others, too, where the driver that would end them says nothing.
         """
-        silent_s = time.monotonic() - self._heard_at
-        if self.rank == 0 or silent_s > SUSPECT_S:
+        if self.rank == 0 or self._silent_s > SUSPECT_S + longest_interval_s(self.world_size):
             with suppress(MaskwrightError, OSError):
                 self._successor.ask(_WRITE_S)
-        if silent_s > ORPHANED_AFTER_S:
-            if not self.is_driver_there():
-                self._end_with("nothing has been heard of the driver for %.0f s", silent_s, last=self.keep_log, within_s=_KEEP_LOG_S)
-            self._heard_at = max(self._heard_at, time.monotonic() - SUSPECT_S)  # asked again after as long, and still without a word
+        if self._silent_s > ORPHANED_AFTER_S and time.monotonic() > self._ask_at:
+            self._ask_for_driver()
+
+    @property
+    def _silent_s(self) -> float:
+        return time.monotonic() - self._heard_at
+
+    def _ask_for_driver(self) -> None:
+        there = self.is_driver_there()
+        if there:
+            self._ask_at = time.monotonic() + ORPHANED_AFTER_S
+            return
+        self._unanswered += 1
+        if self._silent_s > ORPHANED_AFTER_S and (there is False or self._unanswered > 1):
+            self._end_with("nothing has been heard of the driver for %.0f s", self._silent_s, last=self.keep_log, within_s=_KEEP_LOG_S)
 
     def _look_for_successor(self) -> None:
         if last_attempt(self.run) > self.attempt:
@@ -159,11 +177,11 @@ class RankWatch:
     def _write_stacks(self) -> None:
         with suppress(MaskwrightError, OSError):  # the group is ended without them; the log, on the same storage, could hold up this thread
             (stacks_folder(self.run, self.attempt) / f"rank-{self.rank:05d}.txt").write_bytes(stacks_of_threads().encode())
-        self._obeyed = (*self._obeyed, STACKS)
+        self._obeyed.add(STACKS)
 
     def _end_with(self, why: str, *values: object, last: Callable[[], object] = nothing, within_s: float = _WRITE_S) -> None:
         def log() -> None:
-            logging.getLogger(__name__).error("this process ends: " + why, *values)
+            _log.error("this process ends: " + why, *values)
             sys.stderr.flush()
             last()
 

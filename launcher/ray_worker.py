@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import Generator, Sequence
+import traceback
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,12 +17,14 @@ from ray.train._internal.utils import get_address_and_port
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.state_manager import StateManagerCallback
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError
 
-from data_pipeline.errors import ExitCode, UnreachableError
+from data_pipeline.errors import ExitCode, InterruptedRunError, UnreachableError
 from data_pipeline.storage import Location
 from launcher.aside import through_outages
 from launcher.attempts import read_failure
@@ -35,10 +38,14 @@ from launcher.interfaces import choose_interface, interface_of
 from launcher.policy import Failure, FailureKind
 from launcher.rank_log import lies_on_node
 from launcher.worker_process import WorkerTask, run_task
+from trainer.manifest import nothing
 from trainer.runlog import RunFolder
 
 COLLECTIVE_TIMEOUT_S = 1800
 """A backstop behind the watch, whose deadlines are all shorter."""
+
+BeforeEnd = Callable[[Callable[[], object]], None]
+"""Takes what is to be called before Ray ends under an attempt (`RayOnDemand.before_end`)."""
 
 
 @dataclass
@@ -110,21 +117,24 @@ def set_worker_environment(threads: int, use_gpu: bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupWatch) -> Failure | None:
+def run_attempt(task: WorkerTask, workers: Workers, scratch: Path, watch: GroupWatch, before_end: BeforeEnd) -> Failure | None:
     """Run `task` once on a fresh worker group, watched over; None when every rank returned.
 
     Never retries by itself, start-up included: the policy decides, and sees every failure.
+
+    Raises:
+        InterruptedRunError: Ray is about to end.
     """
     group, run = RayGroup.here(), RunFolder(Location(task.run))
     with watch.over(group):
-        error = _fit(task, workers, scratch, group)
+        error = _fit(task, workers, scratch, group, before_end)
     logs = {rank: run.rank_log(task.attempt, rank) for rank in _killed(error, watch)}
     group.keep_logs({rank: log for rank, log in logs.items() if lies_on_node(log, rank, workers.num_workers)})
     recorded = through_outages(lambda: read_failure(run, task.attempt))
     return recorded_reason(watch, recorded) if error is None else _diagnose(error, recorded, watch)
 
 
-def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> Exception | None:
+def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup, before_end: BeforeEnd) -> Exception | None:
     trainer = _Trainer(
         _on_worker,
         train_loop_config={"task": task},
@@ -140,39 +150,61 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup) -> 
         run_config=RunConfig(
             name=f"{Path(task.run).name}-{task.attempt}",
             storage_path=str(scratch / "train"),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what the controller finds is in what it raises
-    trainer.polls = Polls(group)
+    trainer.polls, trainer.before_end = Polls(group), before_end
+    ended_by: Exception | None = None
     try:
         trainer.fit()
+    except asyncio.CancelledError:
+        raise InterruptedRunError("the command that ran this ends", _RESUME) from None
     except (TrainingFailedError, RayError) as error:
-        return error
-    finally:
-        with suppress(UnreachableError):  # a head that is busy or restarts: what ended the attempt is the news
-            remove_placement_groups()
-    return None
+        ended_by = error
+    with suppress(UnreachableError):  # a head that is busy or restarts: what ended the attempt is the news
+        remove_placement_groups()
+    return ended_by
+
+
+_LEFT_OUT = (DatasetsCallback, PlacementGroupCleanerCallback, StateManagerCallback)
 
 
 class _Trainer(DataParallelTrainer):
     """Without processes of Ray's that a group of ours does not need and would wait for: an actor for the controller, which runs on this thread; the
     manager of Ray's datasets; the coordinator of requests to the autoscaler, which looks at placement groups in any case; their cleaner, a detached
-    actor that outlives a killed driver for ever where there is no dashboard."""
+    actor that outlives a killed driver for ever where there is no dashboard; the dashboard's record of controllers, which knows actors only."""
 
     polls: Polls
+    before_end: BeforeEnd
 
     def _create_default_callbacks(self) -> list[Any]:
         """Ours first: the next one asks the ranks for something."""
         return [self.polls, *self._callbacks_of_ray()]
 
     def _callbacks_of_ray(self) -> list[Any]:
-        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback | PlacementGroupCleanerCallback)]
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, _LEFT_OUT)]
 
     def _initialize_and_run_controller(self, **given: Any) -> Any:
-        controller = _Controller(**{**given, "scaling_policy": _FixedSize(self.scaling_config)})
-        asyncio.run(controller.run())
+        try:
+            controller = _Controller(**{**given, "scaling_policy": _FixedSize(self.scaling_config)})
+        except Exception as error:  # what it finds later it wraps itself
+            raise ControllerError(error) from error
+        asyncio.run(self._run(controller))
         return controller.get_result()
+
+    async def _run(self, controller: TrainController) -> None:
+        loop, running = asyncio.get_running_loop(), asyncio.ensure_future(controller.run())
+
+        def cancel() -> None:
+            with suppress(RuntimeError):  # the loop has just ended by itself
+                loop.call_soon_threadsafe(running.cancel)
+
+        self.before_end(cancel)
+        try:
+            await running
+        finally:
+            self.before_end(nothing)
 
 
 class _Group(WorkerGroup):
@@ -243,7 +275,8 @@ def _diagnose(error: Exception, recorded: Failure | None, watch: GroupWatch) -> 
         return replace(_lost(watch, min(dead), tell_deaths(sorted(dead), words, watch)), traceback=words)
     if recorded is not None:
         return recorded
-    return Failure(FailureKind.INFRASTRUCTURE, f"the worker group failed: {_last_line(error)}", _RESUME, ExitCode.FAILED, traceback=str(error))
+    text = "".join(traceback.format_exception(error))
+    return Failure(FailureKind.INFRASTRUCTURE, f"the worker group failed: {_last_line(_root(error))}", _RESUME, ExitCode.FAILED, traceback=text)
 
 
 _RESUME = "Run `maskwright resume`."
@@ -282,6 +315,12 @@ def _dead(error: Exception | None) -> dict[int, Exception]:
 def _is_death(error: Exception) -> bool:
     inner = getattr(error, "health_check_failure", error)
     return isinstance(inner, RayActorError) or "HealthCheck" in type(error).__name__
+
+
+def _root(error: BaseException) -> BaseException:
+    """Where Ray's controller met with it, what that came from."""
+    met = getattr(error, "controller_failure", error)
+    return met.__cause__ or met
 
 
 def _last_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from launcher.clusters.sizing import TooFewWorkersError
 from launcher.control import read_stop
 from launcher.elastic import Pace
 from launcher.group_watch import GroupWatch, SaveReason
-from launcher.health import Deadlines, beat_interval_s
+from launcher.health import Deadlines, longest_interval_s
 from launcher.job import Job
 from launcher.policy import Budgets, Failure, FailureKind, History, Retry, blame_newcomers, decide
 from launcher.run_status import committed_steps
@@ -35,6 +35,7 @@ def run_with_retries(job: Job, entry: str, arguments: dict[str, Any], done: Call
         last, nodes_before = failure, nodes
         try:
             failure, nodes = _attempt(job, entry, arguments)
+            job.ray.require_open()
             started = True
         except TooFewWorkersError as error:
             failure, started = _too_few(error, last), False
@@ -110,7 +111,7 @@ def _attempt(job: Job, entry: str, arguments: dict[str, Any]) -> tuple[Failure |
     everything = {**arguments, "attempt": job.attempt}
     task = WorkerTask(entry, everything, job.run.root.url, job.attempt, workers.threads_per_worker, job.home, job.ray.config.env_from)
     watch = _watch(job, workers)
-    return run_attempt(task, workers, scratch, watch), {member.node for member in watch.members.values()}
+    return run_attempt(task, workers, scratch, watch, job.ray.before_end), {member.node for member in watch.members.values()}
 
 
 def _what_is_awaited(workers: Workers | None) -> str:
@@ -154,7 +155,7 @@ def _watch(job: Job, workers: Workers) -> GroupWatch:
         trains=job.stage == "pretrain",
         data_s=job.config.data.total_timeout_s,
         fresh_steps=(phase.first_step for phase in job.config.phases),
-        interval_s=beat_interval_s(workers.num_workers),
+        interval_s=longest_interval_s(workers.num_workers),
     )
     watch = GroupWatch(job.run, job.attempt, workers.num_workers, deadlines, job.say, lambda: _why_save(job, workers, watch.pace))
     return watch

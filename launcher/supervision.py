@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence, Set
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from launcher.clusters.opening import OpenCluster, open_cluster
 from launcher.control import GRACE_VARIABLE, Grace, StopRequest, read_stop, request_stop
 from launcher.elastic import Pace, Work
 from launcher.lease import Lease
+from trainer.manifest import nothing
 from trainer.runlog import RunFolder
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ POLL_S = 0.25
 ANSWER_S = 2.0
 """How long the main thread waits for storage at a time: longer than any healthy one takes, and signals are obeyed while a dead one hangs."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LEAVE_S = 2.0
+"""For a stage at work to let go of Ray before it ends: a call that finds it half gone ends this process."""
 SIGNAL_GRACE_S = 60.0
 """What a run has to save in after a signal, where the environment says nothing else."""
 
@@ -68,6 +71,7 @@ class RayOnDemand:
     _answered: threading.Event = field(default_factory=threading.Event)
     _cluster: OpenCluster | None = None
     _error: BaseException | None = None
+    _before_end: Callable[[], object] = nothing
 
     def scratch(self) -> Path:
         """Wait for Ray and return its scratch folder; raises what starting it raised."""
@@ -118,10 +122,20 @@ class RayOnDemand:
             self._error = error
         self._answered.set()
 
+    def require_open(self) -> None:
+        """Refuse whoever goes by what has become of workers: they went with Ray. Raises InterruptedRunError."""
+        if self._answered.is_set():
+            self._open()
+
+    def before_end(self, function: Callable[[], object]) -> None:
+        """Have `function` called, from another thread, when Ray is about to end under a stage that is at work."""
+        self._before_end = function
+
     def close(self) -> None:
         """Call before Ray ends: a stage that is still at work, and sees its workers go, must not start others."""
         self._error = InterruptedRunError("the command that ran this has ended", "Run `maskwright resume`.")
         self._answered.set()
+        self._before_end()
 
 
 @dataclass
@@ -170,12 +184,14 @@ class Supervisor:
         work = _Work(stages)
         thread = threading.Thread(target=work.run, daemon=True, name="stages")
         try:
-            with self._catch_signals(), ExitStack() as stack, closing(self.ray):
+            with self._catch_signals(), ExitStack() as stack:
                 thread.start()
                 try:
                     self._follow(thread, stack)
                 finally:
                     self._ends = True
+                    self.ray.close()
+                    thread.join(_LEAVE_S)
         except InterruptedRunError:
             if not work.result:
                 raise

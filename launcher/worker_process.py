@@ -77,7 +77,7 @@ def resolve(entry: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def run_task(task: WorkerTask, rank: int, world_size: int, is_driver_there: Callable[[], bool]) -> None:
+def run_task(task: WorkerTask, rank: int, world_size: int, is_driver_there: Callable[[], bool | None]) -> None:
     """Run the task's entry on this rank, inside a thread of a worker process.
 
     An interrupted run returns: it has saved, and raising would end the other ranks in the middle of it. Every other
@@ -87,7 +87,7 @@ def run_task(task: WorkerTask, rank: int, world_size: int, is_driver_there: Call
     with suppress(OSError):
         os.chdir(task.home)
     context = WorkerContext(rank, world_size, run, task.attempt)
-    watch = RankWatch(run, task.attempt, rank, context.whereabouts, context.ask_to_stop, is_driver_there)
+    watch = RankWatch(run, task.attempt, rank, world_size, context.whereabouts, context.ask_to_stop, is_driver_there)
     with log_to(run.rank_log(task.attempt, rank), only_if_failed=is_kept_only_if_failed(rank, world_size)) as watch.keep_log, watch.running():
         _log.info("attempt %d, rank %d of %d, process %d: %s", task.attempt, rank, world_size, os.getpid(), task.entry)
         try:

@@ -30,7 +30,7 @@ _LOOPBACK = "127.0.0.2"
 """Ray replaces 127.0.0.1 by an address that other machines can reach; the rest of the loopback network it leaves alone."""
 
 RAY_ENVIRONMENT = {
-    # Found by Ray when it starts its processes.
+    # Found by Ray when it starts its processes, and by its parts in this one.
     # Above every limit of our own watch, which tells a late process from a hung one and says which: Ray would only kill it.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": f"{2 * FIRST_S:.0f}",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
@@ -52,7 +52,7 @@ RAY_ENVIRONMENT = {
 }
 
 _UNOBSERVED = {
-    # Nobody collects what Ray measures of a cluster that lasts as long as a command, and ranks that fill every core lose what it takes.
+    # Unless metrics are published, nobody collects what Ray measures here, and ranks that fill every core lose what it takes.
     "RAY_enable_metrics_collection": "false",
     "REPORTER_UPDATE_INTERVAL_MS": "600000",
     "RAY_task_events_report_interval_ms": "0",
@@ -129,7 +129,7 @@ def local_cluster(config: LocalCluster, workers: Workers, machine: Machine) -> G
     """
     scratch = session_folder()
     folder = scratch.path
-    with environment({**RAY_ENVIRONMENT, **_UNOBSERVED, **_new_token(folder)}):
+    with environment({**RAY_ENVIRONMENT, **({} if config.metrics else _UNOBSERVED), **_new_token(folder)}):
         import ray
 
         read_token_again()

@@ -11,6 +11,7 @@ import pytest
 
 from launcher.health import DEADLINES_S
 from launcher.lease import STALE_AFTER_S, process_start
+from launcher.rank_watch import ORPHANED_AFTER_S
 from tests.support.commands import Command, maskwright, worker_pid
 from tests.support.faults import NumericFault, environment_of
 from tests.support.ray_nodes import cluster_of
@@ -195,6 +196,28 @@ def test_ranks_of_a_driver_that_is_stopped_end_when_another_takes_over(folder: P
     finally:
         command.kill_everything()
         second.kill_everything()
+
+
+@pytest.mark.full
+def test_a_driver_that_is_stopped_for_a_while_costs_no_attempt(folder: Path) -> None:
+    """Its ranks ask the cluster, which knows it to be alive, and go on."""
+    run = folder / "storage/paused"
+    settings = ["--set", "name=paused", "--set", "schedule.steps=100000", "--set", "checkpoint.every_steps=100000"]
+    command = Command(["run", "run.yaml", "--cluster", "cluster.yaml", *settings], folder).start()
+    try:
+        command.wait_until(lambda: len(surviving(run)) >= 2)
+        os.kill(command.process.pid, signal.SIGSTOP)
+        time.sleep(ORPHANED_AFTER_S + 15)
+        os.kill(command.process.pid, signal.SIGCONT)
+        reached = len(surviving(run))
+        command.wait_until(lambda: len(surviving(run)) > reached)
+        code, output = maskwright("stop", "paused", "--storage", "storage", folder=folder)
+        assert code == 0, output
+        assert command.wait() == 75, command.text()
+    finally:
+        command.kill_everything()
+    assert not events(run, "rank_unhealthy", "worker_failed")
+    assert [event["attempt"] for event in events(run, "attempt_started")] == [1]
 
 
 @pytest.mark.full

@@ -119,7 +119,7 @@ def as_a_task(rank: int, world_size: int, corpus: str, root: str) -> None:
     arguments = {"config": config_of(0), "corpus": corpus, "run": run.root.url, "output": profile.root.url, "steps": 2, "attempt": 1}
     task = WorkerTask(PROFILE, arguments, profile.root.url, attempt=1, threads=1, home=root)
     with ThreadPoolExecutor(1) as threads:
-        threads.submit(run_task, task, rank, world_size, bool).result()
+        threads.submit(run_task, task, rank, world_size, lambda: True).result()
 
 
 def test_a_worker_process_profiles_and_leaves_its_log_with_the_profile(tmp_path: Path) -> None:

@@ -181,6 +181,9 @@ def test_stop_ends_the_run(flags: list[str], saved: bool, folder: Path) -> None:
     finally:
         command.kill_everything()
     assert ((run / "checkpoints").exists() and any((run / "checkpoints").glob("step-*/MANIFEST.json"))) == saved
+    kinds = [json.loads(line)["kind"] for line in (run / "events.jsonl").read_text().splitlines()]
+    assert kinds[-1] == "stopped"
+    assert not {"worker_failed", "rank_unhealthy", "failed"} & set(kinds), "workers that went with Ray have not failed"
     assert maskwright("status", name, "--storage", "storage", "--exit-code", folder=folder)[0] == 75
 
 

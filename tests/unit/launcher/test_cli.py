@@ -62,7 +62,7 @@ def test_start_up_loads_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_ranks_are_started_without_torch() -> None:
-    """They import it themselves: the command that drives them, and Ray's controller, would make them wait for seconds."""
+    """They import it themselves: the command that drives them would make them wait for seconds."""
     code = "import sys, launcher.retries, launcher.ray_worker\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "False\n"

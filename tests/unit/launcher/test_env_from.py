@@ -17,7 +17,6 @@ from launcher.cluster_config import KubeRayCluster, LocalCluster
 from launcher.cluster_environment import SecretFile
 from launcher.config import validate_cluster
 from launcher.env_from import take_variables
-from launcher.health import Beat
 from launcher.policy import FailureKind
 from launcher.worker_process import WorkerTask, run_task
 from tests.support.tiny_run import tiny_config
@@ -104,17 +103,6 @@ def test_inside_kubernetes_secrets_are_variables() -> None:
     assert cluster.inside().env_from == ("B", "C")
 
 
-class Line:
-    """To a driver that wants nothing."""
-
-    def join(self) -> None: ...
-
-    def beat(self, beat: Beat, obeyed: tuple[str, ...]) -> tuple[str, ...]:
-        return ()
-
-    def tell(self, command: str) -> None: ...
-
-
 def entry_leaks(context: RunContext, seen: str) -> None:
     """Says its secrets in every way that it has."""
     import logging
@@ -129,7 +117,7 @@ def entry_leaks(context: RunContext, seen: str) -> None:
 def what_ray_sees(task: WorkerTask, told: str) -> None:
     """Run the task as Ray does, and keep what it raises."""
     try:
-        run_task(task, 0, 1, Line())
+        run_task(task, 0, 1, lambda: True)
     except RuntimeError as error:
         Path(told).write_text("".join(traceback.format_exception(error)))
 
@@ -164,7 +152,7 @@ def test_a_rank_has_its_secrets_and_nothing_that_it_leaves_behind_does(tmp_path:
 def test_a_rank_whose_machine_lacks_a_secret_fails_for_good(tmp_path: Path) -> None:
     run = RunFolder(Location.at(tmp_path / "run"))
     task = WorkerTask(f"{__name__}:entry_leaks", {"seen": ""}, run.root.url, claim_attempt(run), threads=1, home=str(tmp_path), env_from=("MISSING",))
-    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, 0, 1, Line()))
+    process = multiprocessing.get_context("fork").Process(target=run_task, args=(task, 0, 1, lambda: True))
     process.start()
     process.join(60)
     failure = read_failure(run, 1)

@@ -87,7 +87,7 @@ def test_a_dead_rank_is_told_in_our_words(run: RunFolder) -> None:
     watch, log = watch_of(run, []), run.rank_log(1, 1)
     assert tell_deaths([1], "", watch) == f"rank 1 died: it was killed, or crashed; see {log}", "before anything was seen of it"
     watch.look(Ranks(), 1.0)
-    rays = "The actor died unexpectedly before finishing this task.\n\tclass_name: RayTrainWorker\nWorker unexpectedly exits with a connection error"
+    rays = "The actor died unexpectedly before finishing this task.\n\tclass_name: Rank\nWorker unexpectedly exits with a connection error"
     where = "died on host1 (process 101) in forward of step 1"
     assert tell_deaths([1], rays, watch) == f"rank 1 {where}: it was killed, or crashed; see {log}"
     assert "rank 1, 7 died on host1" in tell_deaths([1, 7], "The actor died because its node has died. Node Id: 7", watch)

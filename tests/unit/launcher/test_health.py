@@ -232,6 +232,6 @@ def test_where_everybody_waits_the_last_to_come_is_named() -> None:
     assert ranks.verdict.rank == 1
 
 
-def test_a_thousand_ranks_do_not_hurry_the_board() -> None:
+def test_a_thousand_ranks_do_not_hurry_the_driver() -> None:
     assert beat_interval_s(2) < 1
     assert 1000 / beat_interval_s(1000) <= BEATS_PER_S
