@@ -187,7 +187,7 @@ class GroupWatch:
     def _wait_for_stacks(self, group: Group, num_silent: int) -> None:
         """Ranks that answer write their own."""
         group.tell(STACKS)
-        deadline = time.monotonic() + _STACKS_S + 2 * self.deadlines.interval_s
+        deadline = time.monotonic() + _STACKS_S + self.deadlines.interval_s
         while group.obeyed(STACKS) < len(group.members) - num_silent and time.monotonic() < deadline:
             time.sleep(0.1)
 

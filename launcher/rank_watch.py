@@ -23,8 +23,8 @@ SAVE, STACKS = "save", "stacks"
 """Commands to all ranks: save and end; write down the stacks of all threads."""
 
 ORPHANED_AFTER_S = 60.0
-"""A rank that has not heard of its driver for so long asks the cluster, and ends if it is gone or twice nobody answers: the network was cut, and
-elsewhere another attempt may have begun."""
+"""A rank that has not heard of its driver for so long asks the cluster, and ends if it is gone or nobody answers twice in a row: the network was cut,
+and elsewhere another attempt may have begun."""
 
 ENDED = 75
 _LOOK_S, _LOOK_REMOTE_S = 2.0, 10.0
@@ -116,8 +116,8 @@ class RankWatch:
             while not done.wait(_LOOK_S if self.run.root.is_local else _LOOK_REMOTE_S):
                 try:
                     self.look()
-                except Exception:  # noqa: BLE001 - the next look is soon; without any, a rank that is cut off would never end
-                    _log.exception("the watch of this rank failed")
+                except Exception as error:  # noqa: BLE001 - the next look is soon; without any, a rank that is cut off would never end
+                    self._complain(error)
 
         thread = threading.Thread(target=watch, daemon=True, name="watch")
         self._heard_at = time.monotonic()
@@ -164,7 +164,7 @@ class RankWatch:
     def _ask_for_driver(self) -> None:
         there = self.is_driver_there()
         if there:
-            self._ask_at = time.monotonic() + ORPHANED_AFTER_S
+            self._unanswered, self._ask_at = 0, time.monotonic() + ORPHANED_AFTER_S
             return
         self._unanswered += 1
         if self._silent_s > ORPHANED_AFTER_S and (there is False or self._unanswered > 1):
@@ -178,6 +178,10 @@ class RankWatch:
         with suppress(MaskwrightError, OSError):  # the group is ended without them; the log, on the same storage, could hold up this thread
             (stacks_folder(self.run, self.attempt) / f"rank-{self.rank:05d}.txt").write_bytes(stacks_of_threads().encode())
         self._obeyed.add(STACKS)
+
+    def _complain(self, error: Exception) -> None:
+        with suppress(OSError):  # the log lies in the run folder
+            Aside(lambda: _log.error("the watch of this rank failed", exc_info=error)).ask(_WRITE_S)
 
     def _end_with(self, why: str, *values: object, last: Callable[[], object] = nothing, within_s: float = _WRITE_S) -> None:
         def log() -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from launcher.interfaces import choose_interface, interface_of
 from launcher.policy import Failure, FailureKind
 from launcher.rank_log import lies_on_node
 from launcher.worker_process import WorkerTask, run_task
-from trainer.manifest import nothing
 from trainer.runlog import RunFolder
 
 COLLECTIVE_TIMEOUT_S = 1800
@@ -46,10 +45,10 @@ COLLECTIVE_TIMEOUT_S = 1800
 
 _MALLOC = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
 """Of ranks on CPUs. Ray trains on a thread that is not the first of its process, to which glibc gives an arena of its own: a step takes up to 5 %
-longer there."""
+longer there. What is set where the driver runs goes first."""
 
-BeforeEnd = Callable[[Callable[[], object]], None]
-"""Takes what is to be called before Ray ends under an attempt (`RayOnDemand.before_end`)."""
+BeforeEnd = Callable[[Callable[[], object]], AbstractContextManager[None]]
+"""`RayOnDemand.before_end`."""
 
 
 @dataclass
@@ -205,11 +204,8 @@ class _Trainer(DataParallelTrainer):
             with suppress(RuntimeError):  # the loop has just ended by itself
                 loop.call_soon_threadsafe(running.cancel)
 
-        self.before_end(cancel)
-        try:
+        with self.before_end(cancel):
             await running
-        finally:
-            self.before_end(nothing)
 
 
 class _Group(WorkerGroup):

@@ -19,7 +19,6 @@ from launcher.clusters.opening import OpenCluster, open_cluster
 from launcher.control import GRACE_VARIABLE, Grace, StopRequest, read_stop, request_stop
 from launcher.elastic import Pace, Work
 from launcher.lease import Lease
-from trainer.manifest import nothing
 from trainer.runlog import RunFolder
 
 T = TypeVar("T")
@@ -71,7 +70,7 @@ class RayOnDemand:
     _answered: threading.Event = field(default_factory=threading.Event)
     _cluster: OpenCluster | None = None
     _error: BaseException | None = None
-    _before_end: Callable[[], object] = nothing
+    _before_end: Callable[[], object] | None = None
 
     def scratch(self) -> Path:
         """Wait for Ray and return its scratch folder; raises what starting it raised."""
@@ -127,15 +126,31 @@ class RayOnDemand:
         if self._answered.is_set():
             self._open()
 
-    def before_end(self, function: Callable[[], object]) -> None:
-        """Have `function` called, from another thread, when Ray is about to end under a stage that is at work."""
-        self._before_end = function
+    @contextmanager
+    def before_end(self, function: Callable[[], object]) -> Generator[None]:
+        """For a block that works with workers: `function` is called, on another thread, if Ray is about to end under it.
 
-    def close(self) -> None:
-        """Call before Ray ends: a stage that is still at work, and sees its workers go, must not start others."""
+        Raises:
+            InterruptedRunError: it is so already.
+        """
+        self._before_end = function
+        try:
+            self.require_open()
+            yield
+        finally:
+            self._before_end = None
+
+    def close(self) -> bool:
+        """Call before Ray ends: a stage that is still at work, and sees its workers go, must not start others.
+
+        Returns whether one is at work, and now lets go of Ray.
+        """
         self._error = InterruptedRunError("the command that ran this has ended", "Run `maskwright resume`.")
         self._answered.set()
-        self._before_end()
+        if (before_end := self._before_end) is None:
+            return False
+        before_end()
+        return True
 
 
 @dataclass
@@ -190,8 +205,8 @@ class Supervisor:
                     self._follow(thread, stack)
                 finally:
                     self._ends = True
-                    self.ray.close()
-                    thread.join(_LEAVE_S)
+                    if self.ray.close():
+                        thread.join(_LEAVE_S)
         except InterruptedRunError:
             if not work.result:
                 raise

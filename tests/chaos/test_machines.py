@@ -105,7 +105,7 @@ def test_a_cut_link_shrinks_the_run_and_what_was_cut_off_ends_in_silence(machine
 
 
 ENDED_S = ORPHANED_AFTER_S + 30
-"""After the cut: a rank beyond it has not heard of its driver for so long, and what its beats wait for."""
+"""After the cut: a rank beyond it has not heard of its driver for so long, and twice had no answer from the head."""
 
 
 def is_alive(pid: int) -> bool:

@@ -18,7 +18,7 @@ from data_pipeline.storage import Location
 from launcher.attempts import stacks_folder
 from launcher.group_watch import Member
 from launcher.health import UNHEARD, Seen
-from launcher.heartbeats import Rank, RayGroup, is_driver_there
+from launcher.heartbeats import Polls, Rank, RayGroup, is_driver_there
 from launcher.lease import process_start
 from launcher.rank_log import log_to
 from launcher.rank_watch import SAVE, STACKS, RankWatch, Reply, Whereabouts, watch_of_process
@@ -167,6 +167,11 @@ def test_a_group_of_two_nodes(cluster: RayCluster, tmp_path: Path) -> None:
     assert len(list((stacks_folder(RunFolder(run), 1)).children())) == 2
     assert ray.get(ranks[1].is_driver_there.remote(), timeout=60)
     assert len({member.node for member in group.members.values()} | {group.node}) == 3
+
+    Polls(group).before_worker_group_shutdown(None)
+    assert group.look() is None, "Ray Train ends the group and polls nobody"
+    group.expect(group.members)
+    assert group.look() == {0: (0, UNHEARD), 1: (0, UNHEARD)}
 
     logs = [Location.at(tmp_path / f"logs/rank-{rank}") for rank in (0, 1)]
     ray.get([rank.say.remote(log, f"last words of {log.name}") for rank, log in zip(ranks, logs, strict=True)], timeout=60)

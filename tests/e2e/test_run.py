@@ -175,6 +175,8 @@ def test_stop_ends_the_run(flags: list[str], saved: bool, folder: Path) -> None:
     command = Command(["run", "run.yaml", *ON_CLUSTER, *settings], folder).start()
     try:
         command.wait_until(lambda: steps_done(run) >= 3)
+        rank = worker_pid(run, attempt=1, rank=1)
+        assert b"MALLOC_ARENA_MAX=" in Path(f"/proc/{rank}/environ").read_bytes(), "the C library reads it when the process starts"
         code, output = maskwright("stop", name, "--storage", "storage", *flags, folder=folder)
         assert code == 0, output
         assert command.wait(30) == 75, command.text()

@@ -28,8 +28,11 @@ class Ranks:
         self.beats, self.silent, self.told, self.ended = 0, set[int](), list[str](), 0
         self.counts = {0: 0, 1: 0}
         self.leaving: Mapping[str, int] = {}
+        self.is_ending = False
 
-    def look(self) -> Mapping[int, tuple[int, Beat]]:
+    def look(self) -> Mapping[int, tuple[int, Beat]] | None:
+        if self.is_ending:
+            return None
         self.beats += 1
         self.counts |= {rank: self.beats for rank in (0, 1) if rank not in self.silent}
         return {rank: (self.counts[rank], Beat(self.beats, "forward", self.beats, 2, False, 1.0)) for rank in (0, 1)}
@@ -176,6 +179,16 @@ def test_a_node_that_is_taken_away_makes_all_ranks_save(run: RunFolder) -> None:
     assert (ranks.told, watch.save_reason, watch.leaving) == ([SAVE], SaveReason.PREEMPTION, ("host1",))
     (event,) = run.read_events()
     assert (event["kind"], event["nodes"], event["deadline"]) == ("preempted", ["host1"], 1_800_000_000.0)
+
+
+def test_silence_of_a_group_that_is_being_ended_means_nothing(run: RunFolder) -> None:
+    ranks = Ranks()
+    watch = watch_of(run, [])
+    watch.look(ranks, 1.0)
+    ranks.silent, ranks.is_ending = {0, 1}, True
+    look_until_verdict(watch, ranks)
+    assert (watch.verdict, ranks.ended) == (None, 0)
+    assert set(watch.health.pulses) == {0, 1}, "what was known of the ranks is told of their deaths"
 
 
 def test_storage_that_fails_does_not_keep_a_group_from_being_ended(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,13 @@ class Rank:
 
     def __init__(self, run: RunFolder, rank: int) -> None:
         self.whereabouts, self.stop, self.ends, self.asked = Whereabouts(), threading.Event(), list[int](), 0
+        self.asked_before_end = 0
         self.driver_is_there: bool | None = None
-        self.watch = RankWatch(run, claim_attempt(run), rank, 2, self.whereabouts, self.stop.set, self.ask, self.ends.append)
+        self.watch = RankWatch(run, claim_attempt(run), rank, 2, self.whereabouts, self.stop.set, self.ask, self.end)
+
+    def end(self, code: int) -> None:
+        self.ends.append(code)
+        self.asked_before_end = self.asked if len(self.ends) == 1 else self.asked_before_end
 
     def ask(self) -> bool | None:
         self.asked += 1
@@ -159,7 +164,7 @@ def test_a_rank_whose_driver_is_gone_ends_within_the_bound(make: Callable[[int],
         lost_at = time.monotonic()
         until(lambda: rank.ends)
     assert time.monotonic() - lost_at >= 0.3
-    assert rank.asked == 2, "an answer that is late must not end the ranks of a driver that is only stopped"
+    assert rank.asked_before_end == 2, "an answer that is late must not end the ranks of a driver that is only stopped"
     assert kept[:1] == ["log"], "nobody else can copy it any more"
 
 
@@ -175,6 +180,17 @@ def test_a_driver_that_is_stopped_is_not_gone(make: Callable[[int], Rank], monke
         rank.driver_is_there = False
         until(lambda: rank.ends)
     assert rank.asked < 10
+
+
+def test_a_head_that_is_late_now_and_then_ends_no_rank(make: Callable[[int], Rank], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "ORPHANED_AFTER_S", -1.0)  # long over, and asked at every look
+    rank = make(1)
+    for there in (None, True, None, True, None):
+        rank.driver_is_there = there
+        rank.watch.look()
+    assert (rank.asked, rank.ends) == (5, [])
+    rank.watch.look()
+    assert rank.ends == [ENDED]
 
 
 def test_a_thread_inside_a_collective_is_known_by_its_stack(tmp_path: Path) -> None:

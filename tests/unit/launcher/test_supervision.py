@@ -373,3 +373,19 @@ def test_a_closed_terminal_does_not_make_what_is_said_fail() -> None:
     time.sleep(0.1)
     os.kill(child, signal.SIGHUP)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_who_works_with_ray_is_told_before_it_ends() -> None:
+    ray, told = RayOnDemand(ClusterConfig(), Workers(1, 1, False), Machine(1, 0)), list[str]()
+    with ray.before_end(lambda: told.append("first")):
+        pass
+    with ray.before_end(lambda: told.append("second")):
+        ray.require_open()
+        assert ray.close()
+    assert told == ["second"]
+    assert not ray.close(), "nobody is left to wait for"
+    with pytest.raises(InterruptedRunError):
+        ray.require_open()
+    with pytest.raises(InterruptedRunError), ray.before_end(lambda: told.append("late")):
+        pytest.fail("a stage that comes late must not start workers")
+    assert told == ["second"]
