@@ -44,8 +44,8 @@ COLLECTIVE_TIMEOUT_S = 1800
 """A backstop behind the watch, whose deadlines are all shorter."""
 
 _MALLOC = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
-"""Of ranks on CPUs. Ray trains on a thread that is not the first of its process, to which glibc gives an arena of its own: a step takes up to 5 %
-longer there. What is set where the driver runs goes first."""
+"""Of ranks on CPUs. Ray trains on a thread that is not the first of its process, to which glibc gives an arena of its own: a step took up to 5 %
+longer there, in some runs. What is set where the driver runs goes first."""
 
 BeforeEnd = Callable[[Callable[[], object]], AbstractContextManager[None]]
 """`RayOnDemand.before_end`."""
@@ -230,6 +230,8 @@ class _Group(WorkerGroup):
 
 
 class _Controller(TrainController):
+    """Polls as often as beats are meant to come."""
+
     worker_group_cls = _Group
 
     def __init__(self, *, train_run_context: Any, **given: Any) -> None:
