@@ -1,9 +1,8 @@
 """How long training stands still for a checkpoint of a BERT-base, against a synchronous commit of the same state and DeepSpeed's own save."""
 
-import sys
 from importlib.metadata import version
 
-from benchmarks.children import Contestant, Runs, measure
+from benchmarks.children import Runs, measure, rank_contestant
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
 from benchmarks.harness import Options, run_benchmark
 
@@ -27,7 +26,7 @@ _MEASURED = (
 def main(options: Options) -> list[Claim]:
     """Everything in one process and by turns, a fresh one each round; the wall clock, because waiting for a disk counts."""
     arguments = {**_SIZES, "repeats": 1 if options.short else _REPEATS}
-    contestant = Contestant(_OURS, sys.executable, "benchmarks.contestants.saving:stalls", arguments, is_ours=True)
+    contestant = rank_contestant(_OURS, "benchmarks.contestants.saving:stalls", arguments)
     runs = measure([contestant], options.rounds, options.progress)[_OURS]
     rows = [(title, unit, number(None if (value := middle(runs.values(key))) is None else value * scale)) for key, title, unit, scale in _MEASURED]
     found = runs.measurements[0]

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from trainer.heap import HEAP_ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parent.parent
 _ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -32,6 +34,13 @@ class Contestant:
     function: str
     arguments: dict[str, Any]
     is_ours: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What its process has beside ours."""
+
+
+def rank_contestant(name: str, function: str, arguments: dict[str, Any]) -> Contestant:
+    """One of ours whose process has its memory as ranks on CPUs have it."""
+    return Contestant(name, sys.executable, function, arguments, is_ours=True, environment=HEAP_ENVIRONMENT)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def run_child(contestant: Contestant, timeout_s: float = 900) -> Measurement:
         try:
             done = subprocess.run(
                 [contestant.python, "-m", "benchmarks.children", json.dumps(job)],
-                cwd=folder, env=_environment(), capture_output=True, text=True, timeout=timeout_s, check=False,
+                cwd=folder, env={**_environment(), **contestant.environment}, capture_output=True, text=True, timeout=timeout_s, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise ContestantError(f"{contestant.name} did not finish in {timeout_s:.0f} s") from error

@@ -4,11 +4,10 @@ On a CPU: what is measured is what a process takes above that of one that has im
 """
 
 import os
-import sys
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.children import Contestant, run_child
+from benchmarks.children import Contestant, rank_contestant, run_child
 from benchmarks.claims import Claim, make_claim, number
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.planned import GOAL, Case, planned_bytes
@@ -60,7 +59,7 @@ def main(options: Options) -> list[Claim]:
 
 def _contestant(case: Case) -> Contestant:
     given: dict[str, Any] = {**asdict(case), "cores": sorted(os.sched_getaffinity(0))}
-    return Contestant(case.name, sys.executable, "benchmarks.contestants.peaks:peak", given, is_ours=True)
+    return rank_contestant(case.name, "benchmarks.contestants.peaks:peak", given)
 
 
 if __name__ == "__main__":

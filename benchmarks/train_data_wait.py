@@ -4,11 +4,10 @@ The whole stream is on: two corpora by weight, masks of whole words, sentence pa
 network has to do for a token is the same whatever it says.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.children import Contestant, measure
+from benchmarks.children import measure, rank_contestant
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.training import SMALL, TINY, Shape, arguments, our_precision
@@ -40,9 +39,7 @@ def main(options: Options) -> list[Claim]:
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
         folders = write_corpora(Path(folder), 200 if options.short else _DOCUMENTS, shape.length, options)
         given = arguments(network, shape, micro_batches=MICRO_BATCHES, precision=precision, seconds=options.seconds)
-        contestant = Contestant(
-            network.name, sys.executable, "benchmarks.contestants.waiting:wait", {**given, "folders": folders, "weights": WEIGHTS}, is_ours=True
-        )
+        contestant = rank_contestant(network.name, "benchmarks.contestants.waiting:wait", {**given, "folders": folders, "weights": WEIGHTS})
         runs = measure([contestant], options.rounds, options.progress)[network.name]
     options.table(
         f"{network.name}, {precision}", ("of a step", "median"), [(title, number(middle(runs.values(key)))) for key, title in _MEASURED.items()]

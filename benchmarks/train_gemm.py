@@ -4,9 +4,7 @@ The products are recorded from a pass of our network (BERT-base, 16 rows of 128,
 the other on one core, by turns with the pass. A product inside a fused attention kernel counts as the kernel makes it.
 """
 
-import sys
-
-from benchmarks.children import Contestant, measure
+from benchmarks.children import measure, rank_contestant
 from benchmarks.claims import Claim, Goal, make_claim
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.training import BASE, TINY, Shape, arguments, our_precision, seconds_of
@@ -22,7 +20,7 @@ def main(options: Options) -> list[Claim]:
     network, shape = (TINY, Shape(4, 32, count=1)) if options.short else (BASE, Shape(16, 128, count=1))
     precision = our_precision()
     given = arguments(network, shape, precision=precision, seconds=seconds_of(network, options))
-    contestant = Contestant(f"{network.name}, {precision}", sys.executable, "benchmarks.contestants.gemms:rates", given, is_ours=True)
+    contestant = rank_contestant(f"{network.name}, {precision}", "benchmarks.contestants.gemms:rates", given)
     runs = measure([contestant], options.rounds, options.progress, timeout_s=1800)[contestant.name]
     ours, bare = ([_GIGA * rate for rate in runs.values(key)] for key in ("ours_flops_per_s", "bare_flops_per_s"))
     environment = {**options.environment, "precision": precision, **runs.measurements[0]["counts"]}

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from typing import Any, Literal
 
-from benchmarks.children import Contestant, Runs, measure
+from benchmarks.children import Contestant, Runs, measure, rank_contestant
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.training import BASE, SMALL, Network, Shape, arguments, networks, our_precision, seconds_of
@@ -39,7 +39,7 @@ def name_of(network: Network, fill: float, layout: Literal["none", "rows"]) -> s
 
 def _speed(network: Network, shape: Shape, fill: float, layout: Literal["none", "rows"], precision: str, options: Options) -> Contestant:
     given = arguments(network, replace(shape, fill=fill, packing=layout), precision=precision, seconds=seconds_of(network, options))
-    return Contestant(name_of(network, fill, layout), sys.executable, "benchmarks.contestants.training:ours", given, is_ours=True)
+    return rank_contestant(name_of(network, fill, layout), "benchmarks.contestants.training:ours", given)
 
 
 def _losses(network: Network, shape: Shape) -> Contestant:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import Contestant, Runs, measure
+from benchmarks.children import Contestant, Runs, measure, rank_contestant
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.machine import installed_version
@@ -62,7 +62,7 @@ def _rank_contestant(
 ) -> Contestant:  # fmt: skip
     given = {"cores": _cores(), "precision": precision, "world_size": world_size, "accumulation": accumulation, "seconds": seconds, "loop": loop}
     name = name_of(world_size, accumulation, loop)
-    return Contestant(name, sys.executable, "benchmarks.contestants.ranks:ranks", arguments(network, shape, **given), is_ours=True)
+    return rank_contestant(name, "benchmarks.contestants.ranks:ranks", arguments(network, shape, **given))
 
 
 def _against_one(network: Network, accumulation: int, runs: dict[str, Runs], environment: dict[str, Any], *, judged: bool) -> Claim:

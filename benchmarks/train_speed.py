@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.children import Contestant, Runs, measure
+from benchmarks.children import Contestant, Runs, measure, rank_contestant
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.machine import installed_version
@@ -81,7 +81,7 @@ def peer_name(network: Network, mode: str) -> str:
 
 def _ours(network: Network, shape: Shape, precision: str, options: Options) -> Contestant:
     given = arguments(network, shape, precision=precision, seconds=seconds_of(network, options))
-    return Contestant(our_name(network, precision), sys.executable, "benchmarks.contestants.training:ours", given, is_ours=True)
+    return rank_contestant(our_name(network, precision), "benchmarks.contestants.training:ours", given)
 
 
 def _peer(network: Network, shape: Shape, mode: str, options: Options) -> Contestant:

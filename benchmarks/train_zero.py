@@ -3,10 +3,9 @@
 One rank, so that nothing is sent: what is left is bookkeeping. The plain loop accumulates gradients in fp32, clips, and steps fused AdamW.
 """
 
-import sys
 from typing import Any
 
-from benchmarks.children import Contestant, Runs, measure
+from benchmarks.children import Contestant, Runs, measure, rank_contestant
 from benchmarks.claims import Claim, Goal, make_claim, middle, number
 from benchmarks.harness import Options, run_benchmark
 from benchmarks.training import SMALL, TINY, Network, Shape, arguments, our_precision
@@ -37,7 +36,7 @@ def name_of(whose: str, accumulation: int) -> str:
 
 def _contestant(whose: str, network: Network, shape: Shape, accumulation: int, precision: str, options: Options) -> Contestant:
     given = arguments(network, shape, precision=precision, seconds=options.seconds, accumulation=accumulation)
-    return Contestant(name_of(whose, accumulation), sys.executable, _FUNCTIONS[whose], given, is_ours=True)
+    return rank_contestant(name_of(whose, accumulation), _FUNCTIONS[whose], given)
 
 
 def _claim(network: Network, accumulation: int, runs: dict[str, Runs], environment: dict[str, Any], *, judged: bool) -> Claim:

@@ -38,14 +38,11 @@ from launcher.interfaces import choose_interface, interface_of
 from launcher.policy import Failure, FailureKind
 from launcher.rank_log import lies_on_node
 from launcher.worker_process import WorkerTask, run_task
+from trainer.heap import HEAP_ENVIRONMENT
 from trainer.runlog import RunFolder
 
 COLLECTIVE_TIMEOUT_S = 1800
 """A backstop behind the watch, whose deadlines are all shorter."""
-
-_MALLOC = {"MALLOC_ARENA_MAX": os.environ.get("MALLOC_ARENA_MAX", "1")}
-"""Of ranks on CPUs. Ray trains on a thread that is not the first of its process, to which glibc gives an arena of its own: a step took up to 5 %
-longer there, in some runs. What is set where the driver runs goes first."""
 
 BeforeEnd = Callable[[Callable[[], object]], AbstractContextManager[None]]
 """`RayOnDemand.before_end`."""
@@ -153,7 +150,7 @@ def _fit(task: WorkerTask, workers: Workers, scratch: Path, group: RayGroup, bef
         run_config=RunConfig(
             name=f"{Path(task.run).name}-{task.attempt}",
             storage_path=str(scratch / "train"),
-            worker_runtime_env={} if workers.use_gpu else {"env_vars": _MALLOC},
+            worker_runtime_env={} if workers.use_gpu else {"env_vars": dict(HEAP_ENVIRONMENT)},
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )

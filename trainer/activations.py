@@ -69,16 +69,11 @@ def stored_layer(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
 def kept_layer(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
     """What the backward pass of a layer needs."""
     kind = network.architecture
-    tensors = _hidden(network, batch, kernels) * _HIDDEN[kind] + widest_of_layer(network, batch, kernels)
+    tensors = _hidden(network, batch, kernels) * _HIDDEN[kind] + _inner(network, batch, kernels) * _INNER[kind]
     if network.dropout > 0:
         tensors += _mask(_hidden(network, batch, kernels), kernels) * _HIDDEN_MASKS[kind]
         tensors += _mask(_inner(network, batch, kernels), kernels) * _INNER_MASKS[kind]
     return tensors + _attention(network, batch, kernels) + _norm(batch) * 2
-
-
-def widest_of_layer(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:
-    """Of those the ones in the feed-forward part, without dropout masks."""
-    return _inner(network, batch, kernels) * _INNER[network.architecture]
 
 
 def kept_outside(network: Dimensions, batch: Pass, kernels: Kernels) -> Tensors:

@@ -39,12 +39,10 @@ class _Moment:
     name: str
     gradients: Tensors
     activations: Tensors = NOTHING
-    holes: Tensors = NOTHING
-    """Of a CPU's heap, in which nothing fits."""
 
     @property
     def tensors(self) -> Tensors:
-        return self.gradients + self.activations + self.holes
+        return self.gradients + self.activations
 
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
@@ -54,9 +52,7 @@ def rank_memory(job: Job, stage: int) -> RankMemory:
     update = (state.norming, state.stepping + updates(job, stage), state.gathering)
     moments = [*_backward(job, state), _Moment("reduce", state.reducing), *(_Moment("step", each) for each in update)]
     most = max(moments, key=lambda moment: moment.tensors.num_bytes)
-    # The gradient of the decoder lies there until that of the embeddings comes: of a CPU's heap it leaves a hole that nothing fits.
-    hole = NOTHING if job.kernels.on_gpu else Tensors.of(job.network.embedding * job.kernels.element_bytes).in_heap
-    taken = peak_bytes(kept + hole, [moment.tensors for moment in moments], on_gpu=job.kernels.on_gpu)
+    taken = peak_bytes(kept, [moment.tensors for moment in moments], on_gpu=job.kernels.on_gpu)
     gradients = (each_parameter(job, FP32_BYTES) if stage < 2 else own_part(job, FP32_BYTES)).num_bytes
     held = (state.gradients + state.carried).num_bytes if most.name == "backward" else gradients
     return RankMemory(
@@ -95,20 +91,17 @@ def _backward(job: Job, state: State) -> list[_Moment]:
     table = Tensors.of(network.embedding * kernels.element_bytes)  # the gradient of the decoder, which waits for that of the embeddings
     kept = activations.kept(network, batch, kernels) + activations.kept_by_head(network, batch, kernels)
     outside, stored = activations.kept_outside(network, batch, kernels), activations.stored_layer(network, batch, kernels)
-    work, holes = activations.work_of_layer(network, batch, kernels), NOTHING
+    work = activations.work_of_layer(network, batch, kernels)
     if kernels.checkpointing:
         work += activations.kept_layer(network, batch, kernels)
-        # Gradients come to lie where a layer was: the widest tensors of the next one, which is computed again, find no room between them.
-        widest = activations.widest_of_layer(network, batch, kernels)
-        holes = NOTHING if kernels.on_gpu else widest.in_heap * (network.num_layers - 1)
     grown = Tensors.of((network.parameters - network.embedding) / network.num_layers / MATRICES * state.grown_bytes, MATRICES)
     there = state.carried + state.bucket
     last = network.num_layers - 1
     return [
         _Moment("backward", there, kept + activations.logits(network, batch) * 2),
         _Moment("backward", there + table, kept),
-        _Moment("backward", there + table, outside + stored * last + work, holes),
-        _Moment("backward", there + table + grown * last, outside + work, holes),
+        _Moment("backward", there + table, outside + stored * last + work),
+        _Moment("backward", there + table + grown * last, outside + work),
         _Moment("backward", there + table * 3 + grown * network.num_layers),  # both gradients of the table of tokens, and their sum
     ]
 

@@ -3,12 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-MAPPED_BYTES = 32 << 20
-"""From here on glibc maps a piece of memory by itself, and gives it back when it is freed (mallopt(3), DEFAULT_MMAP_THRESHOLD_MAX)."""
-HEAP_GROWTH = 1.4
-"""What smaller tensors that come and go take of the heap, over the sum of their sizes. Torch asks for aligned memory, for which glibc wants a hole
-larger than the tensor: one that another tensor of the same size has left does not do. Fitted to peaks that `benchmarks/plan_memory.py` has measured,
-which gave 1.3 to 1.6."""
+LARGE_BYTES = 32 << 20
+"""From here on a tensor hardly comes to lie where smaller ones were, nor they where it was."""
+HEAP_GROWTH = 1.3
+"""What tensors that come and go take of the C library's heap, in which all of a CPU's lie (`trainer.heap`), over the sum of their sizes. Fitted to
+peaks that `benchmarks/plan_memory.py` has measured, which gave 1.2 to 1.5."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,21 @@ class Tensors:
         return round(sum(size * number for size, number in self))
 
     @property
-    def in_heap(self) -> "Tensors":
-        """Those that a C library keeps in its heap."""
-        return Tensors(tuple((size, number) for size, number in self if size < MAPPED_BYTES))
+    def large(self) -> "Tensors":
+        """Those of `LARGE_BYTES` or more."""
+        return Tensors(tuple((size, number) for size, number in self if size >= LARGE_BYTES))
 
 
 def peak_bytes(kept: Tensors, moments: Sequence[Tensors], *, on_gpu: bool) -> int:
     """The most that is taken by tensors that are kept all along, and by others that are there at one of several moments.
 
-    A GPU's memory is used again whole. A process' heap is not given back: what it took at one moment stays beside what is mapped at another.
+    A GPU's memory is used again whole. Of a process' heap what small tensors took at one moment stays beside what large ones take at another.
     """
     if on_gpu:
         return kept.num_bytes + max(each.num_bytes for each in moments)
-    heap = [each.in_heap.num_bytes for each in moments]
-    mapped = max(each.num_bytes - in_heap for each, in_heap in zip(moments, heap, strict=True))
-    return round(kept.num_bytes + mapped + HEAP_GROWTH * max(heap))
+    large = [each.large.num_bytes for each in moments]
+    small = [each.num_bytes - of_these for each, of_these in zip(moments, large, strict=True)]
+    return round(kept.num_bytes + HEAP_GROWTH * (max(large) + max(small)))
 
 
 NOTHING = Tensors()

@@ -1,9 +1,10 @@
-"""How gradients lie when DeepSpeed reduces them, and in what pieces: bucket by bucket at every stage, and without copies where it makes them.
+"""How gradients lie when DeepSpeed reduces them, and in what pieces: bucket by bucket at every stage, and at stage 1 without copies.
 
+At stage 1 each rank updates its own part of the weights, and needs the sums of that part alone: half of what the all-reduce of DeepSpeed sends.
 Stages 2 and 3 are left alone, and so is stage 1 in fp16, offloaded, overlapped, or (in fp32) under a raw block of `zero_optimization`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,19 +12,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # pyright: ignore[reportDeprecated]
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # pyright: ignore[reportDeprecated]
+"""As torch 2.13 calls them, and as it did before."""
 _ROW = 1 << 12
 """Elements whose squares a CPU sums to 1e-7; of 2^26 in one go it loses half a per cent."""
+_PIECE = 1 << 22
+"""Elements that two ranks on CPUs exchange at once: larger pieces are no faster, of smaller ones each waits for the other rank to look."""
 
 
 def cut_into_buckets(engine: Any) -> None:
     """Make a freshly built DeepSpeed engine reduce `reduce_bucket_size` elements at once also where it does not know the setting."""
     optimizer, elements = engine.optimizer, engine.zero_reduce_bucket_size()
-    if hasattr(optimizer, "get_grads_for_reduction"):  # stage 1 in bf16: flat vectors, which would be joined in a copy and copied back
-        if optimizer.immediate_grad_update:
-            add_up_in_place(optimizer)
-        parts = [part for flat in optimizer.get_grads_for_reduction()[0] for part in flat.split(elements)]
-        optimizer.get_grads_for_reduction = lambda: (parts, {})
-        engine.allreduce_gradients = partial(engine.allreduce_gradients, bucket_size=0)  # each part by itself
+    if hasattr(optimizer, "fp32_groups_gradients_flat"):  # stage 1 in bf16
+        add_up_in_place(optimizer)
+        reduce_to_parts(optimizer, elements)
     elif engine.zero_optimization_stage() == 1 and _copies_at_the_end(optimizer):
         optimizer.reduce_gradients = FlatGradients.of(optimizer, elements).reduce
     else:
@@ -31,7 +34,7 @@ def cut_into_buckets(engine: Any) -> None:
 
 
 def add_up_in_place(optimizer: Any) -> None:
-    """Stage 1 in bf16: let autograd itself add each gradient to its place in DeepSpeed's fp32 vectors, and take norms and clip by the vector.
+    """Stage 1 in bf16: let autograd itself add each gradient to its place in DeepSpeed's fp32 vectors.
 
     DeepSpeed does so parameter by parameter, in Python and with copies: of BERT-base some 800 of 2,000 kernels of a step, and a GPU waits.
     """
@@ -42,15 +45,92 @@ def add_up_in_place(optimizer: Any) -> None:
         for parameter, gradient in zip(group, gradients, strict=True):
             parameter.grad_dtype = None  # of any type, to which 16-bit gradients are added as they come
             parameter.grad = gradient.view(parameter.shape)
-    flats, own = optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition
-    optimizer.get_grads_for_norm = lambda for_clipping=False: own if for_clipping else ([_with_its_norm(flat) for flat in flats], {})
-    optimizer.clear_lp_grads = lambda set_to_none=False: None  # they are those of the vectors, which are cleared
+    clear = optimizer.clear_hp_grads
+    optimizer.zero_grad = lambda set_to_none=True: clear()
+    optimizer.clear_hp_grads = lambda: None  # `zero_grad` follows whoever asks for it
+    optimizer.clear_lp_grads = lambda set_to_none=False: None  # they are the same
 
 
-def _with_its_norm(flat: Tensor) -> Tensor:
-    """A vector with the norm of `flat`: itself on a GPU, which sums in a tree; on a CPU, which adds one square to the next, the norms of its rows."""
+def reduce_to_parts(optimizer: Any, elements: int) -> None:
+    """Stage 1 in bf16: give each rank the sums of its part alone, make the norm of all parts from those of each, and clip only its own.
+
+    DeepSpeed copies every vector, reduces it whole, and copies it back.
+    """
+    ranks, flats, own = optimizer.dp_process_group, optimizer.fp32_groups_gradients_flat, optimizer.fp32_groups_gradient_flat_partition
+
+    def reduce(pipeline_parallel: bool = False) -> None:
+        del pipeline_parallel
+        for flat in flats:
+            average_own_part(flat, ranks, elements)
+
+    def round_and_gather() -> None:
+        for flat, parts, masters in zip(
+            optimizer.bf16_groups_flat, optimizer.bf16_partitioned_groups, optimizer.fp32_groups_flat_partition, strict=True
+        ):  # fmt: skip
+            parts[dist.get_rank(ranks)].copy_(masters.detach())
+            gather_parts(flat, ranks)
+
+    optimizer.reduce_gradients = reduce
+    optimizer.get_grads_for_norm = lambda for_clipping=False: own if for_clipping else ([norm_of_parts(own, ranks)], {})
+    optimizer.update_lp_params = torch.no_grad()(round_and_gather)
+
+
+def average_own_part(flat: Tensor, ranks: Any, elements: int) -> None:
+    """Make this rank's part of `flat`, of as many as there are ranks, the mean over the ranks. What it has of the others' is then of no use.
+
+    In place. NCCL reduces all of it at once; gloo, which would reduce a copy and to everybody, only exchanges, at most `elements` at once.
+    """
+    size = dist.get_world_size(ranks)
+    if size == 1:
+        return
+    parts, own = flat.view(size, -1), flat.view(size, -1)[dist.get_rank(ranks)]
+    if flat.device.type == "cpu":
+        at_once = min(elements, _PIECE, len(own))
+        arrived = flat.new_empty(at_once)
+        for source, target in _exchanges(ranks):
+            for mine, theirs in zip(own.split(at_once), parts[target].split(at_once), strict=True):
+                _exchange(theirs, target, arrived[: len(mine)], source, ranks)
+                mine.add_(arrived[: len(mine)])
+    else:
+        _REDUCE_SCATTER(own, flat, group=ranks)
+    own.div_(size)
+
+
+def gather_parts(flat: Tensor, ranks: Any) -> None:
+    """Give each rank what the others have in their parts of `flat`. In place, where gloo would gather a copy."""
+    size = dist.get_world_size(ranks)
+    parts, own = flat.view(size, -1), flat.view(size, -1)[dist.get_rank(ranks)]
+    if flat.device.type == "cpu":
+        for source, target in _exchanges(ranks):
+            _exchange(own, target, parts[source], source, ranks)
+    elif size > 1:
+        _ALL_GATHER(flat, own, group=ranks)
+
+
+def _exchanges(ranks: Any) -> Iterator[tuple[int, int]]:
+    """From whom a rank receives and to whom it sends, until it has met all: at any time no two ranks send to the same."""
+    rank, size = dist.get_rank(ranks), dist.get_world_size(ranks)
+    return (((rank - distance) % size, (rank + distance) % size) for distance in range(1, size))
+
+
+def _exchange(sent: Tensor, target: int, received: Tensor, source: int, ranks: Any) -> None:
+    transfers = [dist.isend(sent, group=ranks, group_dst=target), dist.irecv(received, group=ranks, group_src=source)]
+    for transfer in transfers:
+        assert transfer is not None  # nothing is sent only by who is not in the group
+        transfer.wait()
+
+
+def norm_of_parts(own: Sequence[Tensor], ranks: Any) -> Tensor:
+    """The 2-norm of all ranks' parts together, the same on each: a scalar."""
+    square = torch.linalg.vector_norm(torch.cat([_norms(part) for part in own])).square()
+    dist.all_reduce(square, group=ranks)
+    return square.sqrt()
+
+
+def _norms(flat: Tensor) -> Tensor:
+    """Norms whose norm is that of `flat`: one on a GPU, which sums in a tree; on a CPU, which adds one square to the next, those of its rows."""
     if flat.device.type == "cuda":
-        return flat
+        return torch.linalg.vector_norm(flat)[None]
     even = flat.numel() // _ROW * _ROW
     return torch.cat([torch.linalg.vector_norm(flat[:even].view(-1, _ROW), dim=1), torch.linalg.vector_norm(flat[even:])[None]])
 
@@ -79,17 +159,14 @@ class FlatGradients:
         return cls(optimizer, elements, flats, places)
 
     def reduce(self, pipeline_parallel: bool = False) -> None:
-        """Average the parameters' gradients over the ranks, and give the optimizer its part of them."""
+        """Give the optimizer its part of the parameters' gradients, averaged over the ranks."""
         del pipeline_parallel
         ranks = self._optimizer.dp_process_group
         for number, (group, flat, places) in enumerate(zip(self._optimizer.bit16_groups, self._flats, self._places, strict=True)):
             for each, place in zip(group, places, strict=True):
                 place.copy_(each.grad) if each.grad is not None else place.zero_()
                 each.grad = None
-            if dist.get_world_size(ranks) > 1:
-                flat.div_(dist.get_world_size(ranks))
-                for bucket in flat.split(self._elements):
-                    dist.all_reduce(bucket, group=ranks)
+            average_own_part(flat, ranks, self._elements)
             self._optimizer.averaged_gradients[number] = self._parts[number]
 
     def _part(self, number: int, flat: Tensor) -> Any:

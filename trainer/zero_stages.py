@@ -132,8 +132,8 @@ def _stage_1_buckets(job: Job) -> State:
 
 
 def _stage_1_bf16(job: Job) -> State:
-    """DeepSpeed's BF16_Optimizer keeps all gradients in fp32 on every rank, to which those of a pass are added as they come, and copies them to sum
-    them."""
+    """DeepSpeed's BF16_Optimizer keeps all gradients in fp32 on every rank, to which those of a pass are added as they come; they are reduced, and
+    weights gathered, in place (`zero_buckets.reduce_to_parts`)."""
     part, fp32 = own_part(job, FP32_BYTES), _flat(job, FP32_BYTES)
     return State(
         weights=_flat(job, job.kernels.element_bytes),
@@ -143,9 +143,8 @@ def _stage_1_bf16(job: Job) -> State:
         carried=NOTHING,
         bucket=NOTHING,
         grown_bytes=0,
-        reducing=fp32,
+        reducing=NOTHING,
         stepping=NOTHING,
-        gathering=_gathered(job),
     )
 
 
@@ -178,7 +177,7 @@ def _stage_3(job: Job) -> State:
     """
     element, part, on_gpu = job.kernels.element_bytes, own_part(job, FP32_BYTES), job.kernels.on_gpu
     gathered = each_parameter(job, element) if job.world_size > 1 else NOTHING
-    holes = NOTHING if on_gpu else each_parameter(job, FP32_BYTES).in_heap
+    holes = NOTHING if on_gpu else each_parameter(job, FP32_BYTES)
     return State(
         weights=own_part(job, element),
         optimizer=part * 3,

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.children import Measurement
+from trainer.heap import HEAP_ENVIRONMENT
 
 WARM_UP_STEPS = 10
 """First steps of a run, which do not count."""
@@ -34,15 +36,15 @@ def under_torchrun(cores: list[int], config: dict[str, Any], corpus: str) -> Mea
     with tempfile.TemporaryDirectory(prefix="maskwright-bench-") as folder:
         job = json.dumps({"config": {**config, "storage": folder}, "corpus": corpus, "run": str(Path(folder) / config["name"])})
         torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={_CLUSTER['num_workers']}"]
-        _run(cores, folder, [*torchrun, "-m", "benchmarks.contestants.launching", job])
+        _run(cores, folder, [*torchrun, "-m", "benchmarks.contestants.launching", job], HEAP_ENVIRONMENT)  # as ranks under Ray have it
         return measured(Path(folder) / config["name"])
 
 
-def _run(cores: list[int], folder: str, module: list[str]) -> None:
+def _run(cores: list[int], folder: str, module: list[str], own: Mapping[str, str] | None = None) -> None:
     """Run a module on all of `cores`; a contestant itself is held to one. Raises RuntimeError."""
     os.sched_setaffinity(0, cores)
     # Ray's workers on one machine talk over the loopback, too.
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", **(own or {})}
     done = subprocess.run(
         [sys.executable, "-m", *module], cwd=folder, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
     )  # fmt: skip

@@ -11,8 +11,8 @@ from tests.distributed.test_offload import step_of
 from tests.support.batches import small_config, write_tokenizer
 from tests.support.checkpoints import build_engine, train_step, write_engine
 from tests.support.distributed import run_distributed
-from trainer import zero_buckets
-from trainer.zero_buckets import FlatGradients
+from trainer import zero_reduce
+from trainer.zero_buckets import FlatGradients, average_own_part, gather_parts, norm_of_parts
 
 CASES = [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16")]
 LARGEST = 97 * 32
@@ -21,14 +21,10 @@ SMALL = 3000
 
 
 def reduced(rank: int, world_size: int, tokenizer: str) -> list[dict[int, tuple[list[float], int]]]:
-    """By case and size of a bucket: gradient norms, and elements of the largest all-reduce."""
-    all_reduce, sizes = torch.distributed.all_reduce, list[int]()
-
-    def counted(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
-        sizes.append(tensor.numel())
-        return all_reduce(tensor, *arguments, **named)
-
-    torch.distributed.all_reduce = counted
+    """By case and size of a bucket: gradient norms, and the most elements of gradients that were reduced or sent at once."""
+    sizes = list[int]()
+    for call in ("all_reduce", "isend"):
+        _count(call, sizes)
     found: list[dict[int, tuple[list[float], int]]] = []
     for stage, precision in CASES:
         found.append({})
@@ -38,6 +34,18 @@ def reduced(rank: int, world_size: int, tokenizer: str) -> list[dict[int, tuple[
             norms = [train_step(engine, rank, world_size, step)[1] for step in range(2)]
             found[-1][elements] = (norms, max(sizes))
     return found
+
+
+def _count(call: str, sizes: list[int]) -> None:
+    """Make a function of torch.distributed note how many numbers it is given, if they are of fp32 as gradients are."""
+    inner = getattr(torch.distributed, call)
+
+    def counted(tensor: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        if tensor.dtype == torch.float32:
+            sizes.append(tensor.numel())
+        return inner(tensor, *arguments, **named)
+
+    setattr(torch.distributed, call, counted)
 
 
 def test_no_more_than_a_bucket_is_reduced_at_once(tmp_path: Path) -> None:
@@ -83,11 +91,11 @@ def test_gradients_that_lie_flat_are_those_of_deepspeed(tmp_path: Path, world_si
 
 
 def summed(rank: int, world_size: int, tokenizer: str, root: str) -> dict[str, list[float]]:
-    """As `each_way`, at stage 1 in bf16, with gradients added up in place and by DeepSpeed; nothing is clipped, which norms would decide."""
+    """As `each_way`, at stage 1 in bf16, with our vectors and all by DeepSpeed; nothing is clipped, which norms would decide."""
     found: dict[str, list[float]] = {}
     for name in ("in place", "DeepSpeed's"):
         if name == "DeepSpeed's":
-            zero_buckets.add_up_in_place = lambda optimizer: None
+            zero_reduce.cut_into_buckets = lambda engine: None
         engine = build_engine(small_config(zero={"stage": 1}, precision="bf16", optimizer={"clip_norm": 1e9}), tokenizer)
         assert bool(engine._deepspeed.optimizer._grad_acc_hooks) == (name == "DeepSpeed's")
         step_of(engine, rank, world_size, 99, dropped=True)
@@ -97,7 +105,7 @@ def summed(rank: int, world_size: int, tokenizer: str, root: str) -> dict[str, l
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(1, marks=pytest.mark.full)])
-def test_gradients_added_up_in_place_are_those_of_deepspeed(tmp_path: Path, world_size: int) -> None:
+def test_gradients_that_are_added_up_and_reduced_in_place_are_those_of_deepspeed(tmp_path: Path, world_size: int) -> None:
     """Weights and moments to the bit, over steps of two micro-batches."""
     write_tokenizer(str(tmp_path / "tokenizer"))
     for norms in run_distributed(summed, world_size, (str(tmp_path / "tokenizer"), str(tmp_path)), timeout_s=60):
@@ -105,3 +113,21 @@ def test_gradients_added_up_in_place_are_those_of_deepspeed(tmp_path: Path, worl
     expected = values_of(tmp_path / "DeepSpeed's")
     for key, value in values_of(tmp_path / "in place").items():
         torch.testing.assert_close(value, expected[key], rtol=0.0, atol=0.0, msg=key)
+
+
+def exchanged(rank: int, world_size: int) -> tuple[list[float], list[float], float]:
+    """A vector of which each rank averages its part in pieces of two; the parts that come together then; their norm."""
+    flat = torch.arange(5 * world_size, dtype=torch.float32) * (rank + 1)
+    average_own_part(flat, None, elements=2)
+    own = flat.view(world_size, -1)[rank].tolist()
+    gather_parts(flat, None)
+    return own, flat.tolist(), float(norm_of_parts([flat.view(world_size, -1)[rank]], None))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, pytest.param(5, marks=pytest.mark.full)])
+def test_each_rank_averages_its_part_and_hears_the_others(world_size: int) -> None:
+    mean = torch.arange(5 * world_size, dtype=torch.float32) * (world_size + 1) / 2
+    for rank, (own, gathered, norm) in enumerate(run_distributed(exchanged, world_size, (), timeout_s=60)):
+        assert own == mean.view(world_size, -1)[rank].tolist()
+        assert gathered == mean.tolist()
+        assert norm == pytest.approx(float(mean.norm()), rel=1e-6)
