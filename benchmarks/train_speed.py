@@ -1,7 +1,7 @@
 """Training steps on one core: ours against the Hugging Face Trainer, as `run_mlm` sets it up, on the same batches.
 
 Both train the same network with both BERT objectives, dropout 0.1 and AdamW; batches are ready in memory, padded, of full rows. Tokens by
-second of CPU time.
+second of CPU time. Each is started as its users start it: ours as a rank of a run, with the memory of one (`trainer.heap`), the Trainer by itself.
 """
 
 import sys
