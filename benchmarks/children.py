@@ -39,7 +39,7 @@ class Contestant:
 
 
 def rank_contestant(name: str, function: str, arguments: dict[str, Any]) -> Contestant:
-    """One of ours whose process has its memory as ranks on CPUs have it."""
+    """One whose process has its memory as ranks on CPUs have it."""
     return Contestant(name, sys.executable, function, arguments, is_ours=True, environment=HEAP_ENVIRONMENT)
 
 

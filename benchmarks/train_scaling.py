@@ -49,7 +49,7 @@ def name_of(world_size: int, accumulation: int, loop: str = "ours") -> str:
 def _of_ranks(network: Network, shape: Shape, environment: dict[str, Any], options: Options) -> list[Claim]:
     kinds = [(size, accumulation, "ours") for accumulation in GOALS for size in WORLD_SIZES]
     kinds += [(max(WORLD_SIZES), accumulation, "DDP") for accumulation in GOALS]
-    contestants = [_rank_contestant(network, shape, *kind, precision=environment["precision"], seconds=options.seconds) for kind in kinds]
+    contestants = [_contestant(network, shape, *kind, precision=environment["precision"], seconds=options.seconds) for kind in kinds]
     runs = measure(contestants, options.rounds, options.progress)
     rows = [(name, *(number(middle(found.values(key))) for key in ("tokens_per_s", "wall_share"))) for name, found in runs.items()]
     options.table("By second of wall clock", ("contestant", "tokens/s", "wall / CPU of rank 0"), rows)
@@ -57,7 +57,7 @@ def _of_ranks(network: Network, shape: Shape, environment: dict[str, Any], optio
     return found + [_against_ddp(network, accumulation, runs, environment) for accumulation in GOALS]
 
 
-def _rank_contestant(
+def _contestant(
     network: Network, shape: Shape, world_size: int, accumulation: int, loop: str, *, precision: str, seconds: float
 ) -> Contestant:  # fmt: skip
     given = {"cores": _cores(), "precision": precision, "world_size": world_size, "accumulation": accumulation, "seconds": seconds, "loop": loop}

@@ -1,7 +1,8 @@
-"""How gradients lie when DeepSpeed reduces them, and in what pieces: bucket by bucket at every stage, and at stage 1 without copies.
+"""How gradients lie when DeepSpeed reduces them, in what pieces, and to whom.
 
-At stage 1 each rank updates its own part of the weights, and needs the sums of that part alone: half of what the all-reduce of DeepSpeed sends.
-Stages 2 and 3 are left alone, and so is stage 1 in fp16, offloaded, overlapped, or (in fp32) under a raw block of `zero_optimization`.
+At stage 1 each rank updates its own part of the weights, and needs the sums of that part alone: half of what the all-reduce of DeepSpeed sends, and
+without its copies. Stages 2 and 3 are left alone, and so is stage 1 in fp16, offloaded, overlapped, or (in fp32) under a raw block of
+`zero_optimization`; in bf16 `allgather_bucket_size` of such a block has no effect.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,10 @@ _PIECE = 1 << 22
 
 
 def cut_into_buckets(engine: Any) -> None:
-    """Make a freshly built DeepSpeed engine reduce `reduce_bucket_size` elements at once also where it does not know the setting."""
+    """Make a freshly built DeepSpeed engine reduce `reduce_bucket_size` elements at once also where it does not know the setting.
+
+    But for NCCL at stage 1, which reduces a vector in place and needs no bucket.
+    """
     optimizer, elements = engine.optimizer, engine.zero_reduce_bucket_size()
     if hasattr(optimizer, "fp32_groups_gradients_flat"):  # stage 1 in bf16
         add_up_in_place(optimizer)
@@ -48,7 +52,7 @@ def add_up_in_place(optimizer: Any) -> None:
     clear = optimizer.clear_hp_grads
     optimizer.zero_grad = lambda set_to_none=True: clear()
     optimizer.clear_hp_grads = lambda: None  # `zero_grad` follows whoever asks for it
-    optimizer.clear_lp_grads = lambda set_to_none=False: None  # they are the same
+    optimizer.clear_lp_grads = lambda set_to_none=False: None  # those of the network are the vectors
 
 
 def reduce_to_parts(optimizer: Any, elements: int) -> None:
@@ -83,8 +87,9 @@ def average_own_part(flat: Tensor, ranks: Any, elements: int) -> None:
     size = dist.get_world_size(ranks)
     if size == 1:
         return
-    parts, own = flat.view(size, -1), flat.view(size, -1)[dist.get_rank(ranks)]
-    if flat.device.type == "cpu":
+    parts = flat.view(size, -1)
+    own = parts[dist.get_rank(ranks)]
+    if has_gloo(flat):
         at_once = min(elements, _PIECE, len(own))
         arrived = flat.new_empty(at_once)
         for source, target in _exchanges(ranks):
@@ -99,16 +104,24 @@ def average_own_part(flat: Tensor, ranks: Any, elements: int) -> None:
 def gather_parts(flat: Tensor, ranks: Any) -> None:
     """Give each rank what the others have in their parts of `flat`. In place, where gloo would gather a copy."""
     size = dist.get_world_size(ranks)
-    parts, own = flat.view(size, -1), flat.view(size, -1)[dist.get_rank(ranks)]
-    if flat.device.type == "cpu":
+    if size == 1:
+        return
+    parts = flat.view(size, -1)
+    own = parts[dist.get_rank(ranks)]
+    if has_gloo(flat):
         for source, target in _exchanges(ranks):
             _exchange(own, target, parts[source], source, ranks)
-    elif size > 1:
+    else:
         _ALL_GATHER(flat, own, group=ranks)
 
 
+def has_gloo(tensor: Tensor) -> bool:
+    """Whether gloo moves it, and not NCCL."""
+    return tensor.device.type == "cpu"
+
+
 def _exchanges(ranks: Any) -> Iterator[tuple[int, int]]:
-    """From whom a rank receives and to whom it sends, until it has met all: at any time no two ranks send to the same."""
+    """From whom a rank receives and to whom it sends, round after round until it has met all: in none do two ranks send to the same."""
     rank, size = dist.get_rank(ranks), dist.get_world_size(ranks)
     return (((rank - distance) % size, (rank + distance) % size) for distance in range(1, size))
 
