@@ -22,7 +22,7 @@ class RankMemory:
     activations_bytes: int
     """What the passes keep and work with, the logits included."""
     buffers_bytes: int
-    """Of the peak: DeepSpeed's buckets and copies, parameters that stage 3 gathers; on a CPU also the holes in the C library's heap."""
+    """Of the peak: DeepSpeed's buckets and copies, parameters that stage 3 gathers; on a CPU also what the C library's heap grows by beyond them."""
     peak_bytes: int
     peak_at: str
     """`backward`, `reduce` (gradients over the ranks), or `step` (the update)."""

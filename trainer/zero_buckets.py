@@ -84,11 +84,9 @@ def average_own_part(flat: Tensor, ranks: Any, elements: int) -> None:
 
     In place. NCCL reduces all of it at once; gloo, which would reduce a copy and to everybody, only exchanges, at most `elements` at once.
     """
-    size = dist.get_world_size(ranks)
-    if size == 1:
+    parts, own = _cut(flat, ranks)
+    if len(parts) == 1:
         return
-    parts = flat.view(size, -1)
-    own = parts[dist.get_rank(ranks)]
     if has_gloo(flat):
         at_once = min(elements, _PIECE, len(own))
         arrived = flat.new_empty(at_once)
@@ -98,21 +96,23 @@ def average_own_part(flat: Tensor, ranks: Any, elements: int) -> None:
                 mine.add_(arrived[: len(mine)])
     else:
         _REDUCE_SCATTER(own, flat, group=ranks)
-    own.div_(size)
+    own.div_(len(parts))
 
 
 def gather_parts(flat: Tensor, ranks: Any) -> None:
     """Give each rank what the others have in their parts of `flat`. In place, where gloo would gather a copy."""
-    size = dist.get_world_size(ranks)
-    if size == 1:
-        return
-    parts = flat.view(size, -1)
-    own = parts[dist.get_rank(ranks)]
+    parts, own = _cut(flat, ranks)
     if has_gloo(flat):
         for source, target in _exchanges(ranks):
             _exchange(own, target, parts[source], source, ranks)
-    else:
+    elif len(parts) > 1:
         _ALL_GATHER(flat, own, group=ranks)
+
+
+def _cut(flat: Tensor, ranks: Any) -> tuple[Tensor, Tensor]:
+    """All parts, one row a rank, and this rank's."""
+    parts = flat.view(dist.get_world_size(ranks), -1)
+    return parts, parts[dist.get_rank(ranks)]
 
 
 def has_gloo(tensor: Tensor) -> bool:
