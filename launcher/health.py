@@ -30,6 +30,7 @@ SET_UP_SUSPECT_S = 15.0
 """The same before a rank's first beat: connections are made in silence and for seconds, and to look costs a busy node a process."""
 
 BEAT_S = 0.5
+"""How long a rank rests before it replies; a smaller group is not polled more often."""
 BEATS_PER_S = 250.0
 """Of all ranks together: a poll costs the driver a millisecond or two."""
 
@@ -40,8 +41,8 @@ def beat_interval_s(world_size: int) -> float:
 
 
 def longest_interval_s(world_size: int) -> float:
-    """The same where a rank does not reply: a round of polls waits an interval for it, and the next begins an interval later."""
-    return 2 * beat_interval_s(world_size)
+    """The same where a rank does not reply: a round of polls waits so long for it."""
+    return BEAT_S + beat_interval_s(world_size)
 
 
 class Seen(Enum):

@@ -41,11 +41,17 @@ class Status(WorkerStatus):
 
 
 class Rank(RayTrainWorker):
-    """Ray Train's worker, an actor whose own thread does not train: it says where the rank is when it is polled, and takes commands."""
+    """Ray Train's worker, an actor whose own thread does not train: it says where the rank is when it is polled, and takes commands.
+
+    A thread of Ray's that has nothing to do asks Python for signals a hundred times a second, each time for the interpreter that training
+    needs: half a percent of a core, and more where ranks wait for each other. While it waits in a call of ours, it does not.
+    """
 
     def poll_status(self) -> Status:
-        """See Ray's; with it goes what the rank's watch says, while there is one."""
+        """See Ray's; with it goes what the rank's watch says, while there is one, when a beat is due or the rank has ended."""
         watch = watch_of_process()
+        if watch is not None:
+            watch.rest()
         return Status(**vars(super().poll_status()), reply=watch.reply() if watch else None)
 
     def obey(self, command: str) -> None:

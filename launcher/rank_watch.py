@@ -14,7 +14,7 @@ from types import FrameType
 from data_pipeline.errors import MaskwrightError
 from launcher.aside import Aside
 from launcher.attempts import last_attempt, stacks_folder
-from launcher.health import SUSPECT_S, Beat, longest_interval_s
+from launcher.health import BEAT_S, SUSPECT_S, Beat, longest_interval_s
 from launcher.lease import process_start
 from trainer.manifest import nothing
 from trainer.runlog import RunFolder
@@ -101,6 +101,7 @@ class RankWatch:
     _heard_at: float = field(default_factory=time.monotonic)
     _ask_at: float = 0.0
     _unanswered: int = 0
+    _done: threading.Event = field(default_factory=threading.Event)
     _successor: Aside[None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -110,10 +111,9 @@ class RankWatch:
     def running(self) -> Generator[None]:
         """Reply for this process, and watch from a thread, for the length of the block."""
         global _watch  # noqa: PLW0603 - a process is one rank, and Ray's call finds it here
-        done = threading.Event()
 
         def watch() -> None:
-            while not done.wait(_LOOK_S if self.run.root.is_local else _LOOK_REMOTE_S):
+            while not self._done.wait(_LOOK_S if self.run.root.is_local else _LOOK_REMOTE_S):
                 try:
                     self.look()
                 except Exception as error:  # noqa: BLE001 - the next look is soon; without any, a rank that is cut off would never end
@@ -127,8 +127,12 @@ class RankWatch:
             yield
         finally:
             _watch = None
-            done.set()
+            self._done.set()
             thread.join(timeout=5.0)
+
+    def rest(self) -> None:
+        """Wait, for a driver that asks, until a beat is due or the attempt is over."""
+        self._done.wait(BEAT_S)
 
     def reply(self) -> Reply:
         """Where this rank is, for a driver that asks, which is a sign of life."""

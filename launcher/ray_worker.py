@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -32,7 +33,7 @@ from launcher.clusters.existing import remove_placement_groups
 from launcher.clusters.local import Workers
 from launcher.deaths import tell_deaths
 from launcher.group_watch import GroupWatch, SaveReason, describe
-from launcher.health import beat_interval_s, is_numbered
+from launcher.health import beat_interval_s, is_numbered, longest_interval_s
 from launcher.heartbeats import Polls, Rank, RayGroup, is_driver_there
 from launcher.interfaces import choose_interface, interface_of
 from launcher.policy import Failure, FailureKind
@@ -227,13 +228,19 @@ class _Group(WorkerGroup):
 
 
 class _Controller(TrainController):
-    """Polls as often as beats are meant to come."""
+    """Polls as often as beats are meant to come: a round begins an interval after the last one began, in which ranks rested (`Rank.poll_status`)."""
 
     worker_group_cls = _Group
 
     def __init__(self, *, train_run_context: Any, **given: Any) -> None:
         super().__init__(train_run_context=train_run_context, **given)
-        self._health_check_interval_s = beat_interval_s(train_run_context.scaling_config.num_workers)
+        self._world_size = train_run_context.scaling_config.num_workers
+
+    async def _poll_workers(self) -> Any:
+        """A round waits for ranks that do not answer no longer than a beat may take."""
+        await asyncio.sleep(max(0.0, self._latest_poll_time + beat_interval_s(self._world_size) - time.monotonic()))
+        self._latest_poll_time = time.monotonic()
+        return self._worker_group.poll_status(timeout=longest_interval_s(self._world_size))
 
 
 class _FixedSize(FixedScalingPolicy):

@@ -23,7 +23,8 @@ from trainer.runlog import RunFolder
 
 T = TypeVar("T")
 
-POLL_S = 0.25
+POLL_S, _EARLY_POLL_S = 0.5, 0.1
+"""Between two looks; while Ray is not there, and a stage may wait for it."""
 ANSWER_S = 2.0
 """How long the main thread waits for storage at a time: longer than any healthy one takes, and signals are obeyed while a dead one hangs."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -217,7 +218,7 @@ class Supervisor:
     def _follow(self, thread: threading.Thread, stack: ExitStack) -> None:
         """Serve the stages, show what they do and obey who asks for a stop, until they are done."""
         while thread.is_alive():
-            thread.join(POLL_S)
+            thread.join(POLL_S if self.ray.is_open else _EARLY_POLL_S)
             self.ray.serve(stack)
             self._look(lambda: self._ticks.ask(ANSWER_S))
             self._look(self._obey)

@@ -54,6 +54,13 @@ def run_on_gpu(fn: Callable[..., Any], args: Sequence[Any] = (), timeout_s: floa
     return _run(get_context("spawn").Process, fn, 1, (tuple(args), timeout_s, "nccl"), timeout_s)[0]
 
 
+def on_machines_of_their_own() -> None:
+    """Called by all ranks: from now on they take each other to be on other machines, and so share no memory."""
+    from trainer import shared_vectors
+
+    shared_vectors._machine = lambda: ("another", os.getpid())
+
+
 def _run(start: Callable[..., BaseProcess], fn: Callable[..., Any], world_size: int, given: tuple[Any, ...], timeout_s: float) -> list[Any]:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks = [start(target=_run_rank, args=(fn, rank, world_size, folder, *given), daemon=False) for rank in range(world_size)]

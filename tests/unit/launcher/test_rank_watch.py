@@ -13,6 +13,7 @@ import torch.distributed as dist
 from data_pipeline.storage import Location
 from launcher import rank_watch
 from launcher.attempts import claim_attempt, stacks_folder
+from launcher.health import BEAT_S
 from launcher.lease import process_start
 from launcher.rank_watch import ENDED, SAVE, STACKS, RankWatch, Whereabouts, in_collective
 from tests.support.dead_storage import dead_storage
@@ -59,6 +60,27 @@ def test_what_a_rank_says_of_itself(make: Callable[[int], Rank]) -> None:
     assert (beat.step, beat.phase, beat.moves, beat.place, beat.waits) == (3, "forward", 7, 0, False)
     assert (reply.obeyed, reply.started) == (set(), process_start(os.getpid()))
     assert 0.05 <= beat.longest_s < 0.2, "the first time, which compiles, does not count"
+
+
+def test_a_rank_that_is_polled_rests_until_a_beat_is_due_or_it_has_ended(make: Callable[[int], Rank]) -> None:
+    watch = make(1).watch
+    rested = list[float]()
+
+    def rest() -> None:
+        started_at = time.monotonic()
+        watch.rest()
+        rested.append(time.monotonic() - started_at)
+
+    with watch.running():
+        rest()
+        thread = threading.Thread(target=rest)
+        thread.start()
+        time.sleep(0.05)
+    thread.join()
+    rest()
+    assert BEAT_S <= rested[0] < 2 * BEAT_S
+    assert rested[1] < BEAT_S / 2, "the end is said at once"
+    assert rested[2] < BEAT_S / 2
 
 
 def test_saying_it_again_is_progress() -> None:
