@@ -30,7 +30,7 @@ SET_UP_SUSPECT_S = 15.0
 """The same before a rank's first beat: connections are made in silence and for seconds, and to look costs a busy node a process."""
 
 BEAT_S = 0.5
-"""How long a rank rests before it replies; a smaller group is not polled more often."""
+"""How long a rank rests before it replies; groups of up to 125 ranks are polled as often."""
 BEATS_PER_S = 250.0
 """Of all ranks together: a poll costs the driver a millisecond or two."""
 

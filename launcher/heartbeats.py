@@ -44,7 +44,8 @@ class Rank(RayTrainWorker):
     """Ray Train's worker, an actor whose own thread does not train: it says where the rank is when it is polled, and takes commands.
 
     A thread of Ray's that has nothing to do asks Python for signals a hundred times a second, each time for the interpreter that training
-    needs: half a percent of a core, and more where ranks wait for each other. While it waits in a call of ours, it does not.
+    needs: half a percent of a core, and more where ranks wait for each other. While it waits in a call of ours, it does not. A command is taken
+    when that is over.
     """
 
     def poll_status(self) -> Status:

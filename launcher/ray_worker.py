@@ -240,6 +240,7 @@ class _Controller(TrainController):
         """A round waits for ranks that do not answer no longer than a beat may take."""
         await asyncio.sleep(max(0.0, self._latest_poll_time + beat_interval_s(self._world_size) - time.monotonic()))
         self._latest_poll_time = time.monotonic()
+        assert self._worker_group is not None  # Ray polls none that is not there
         return self._worker_group.poll_status(timeout=longest_interval_s(self._world_size))
 
 

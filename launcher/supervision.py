@@ -28,8 +28,9 @@ POLL_S, _EARLY_POLL_S = 0.5, 0.1
 ANSWER_S = 2.0
 """How long the main thread waits for storage at a time: longer than any healthy one takes, and signals are obeyed while a dead one hangs."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LEAVE_S = 2.0
-"""For a stage at work to let go of Ray before it ends: a call that finds it half gone ends this process."""
+_LEAVE_S = 5.0
+"""For a stage at work to let go of Ray before it ends: a call that finds it half gone ends this process. A round of polls of a thousand ranks of
+which one is silent takes nearly as long."""
 SIGNAL_GRACE_S = 60.0
 """What a run has to save in after a signal, where the environment says nothing else."""
 

@@ -1,10 +1,13 @@
 """Vectors that the ranks of one machine read where another rank has them, instead of being sent a copy.
 
-Each lies in shared memory of its own, which has no name, and ends with the last process that has it open, whatever that one died of.
+Each lies in shared memory of its own, which loses its name as soon as it is made, and ends with the last process that has it open, whatever that
+died of.
 """
 
 import logging
 import os
+import socket
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,47 +16,67 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_log = logging.getLogger(__name__)
+_SHARED_MEMORY = "/dev/shm"
 _BOOT, _PROCESSES = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+_log = logging.getLogger(__name__)
+
+_File = tuple[str, str]
+"""Where another process finds a vector, and the random name that this must have."""
 
 
 def vectors_of_ranks(flat: Tensor, ranks: Any) -> list[Tensor] | None:
-    """The `flat` of each rank, in their order; None on all of them unless they are on one machine whose shared memory has room.
+    """The `flat` of each rank, in their order; None on all of them unless they are on one machine whose shared memory has room for twice as much.
 
-    `flat` moves to shared memory, and with it whatever else is a view of its memory. Collective, over gloo.
+    `flat` moves to shared memory, and with it whatever else is a view of its memory. The other half is for Ray, whose objects find their place in
+    it only when they are written. Collective, over gloo.
     """
-    if len(set(_gathered(_machine(), ranks))) > 1:
+    machines, rooms = zip(*_gathered((_machine(), _room()), ranks), strict=True)
+    if len(set(machines)) > 1:
         return None
-    files = _gathered(_shared(flat), ranks)
-    vectors = _opened(files, flat)
-    if all(_gathered(vectors is not None, ranks)):
-        return vectors
+    if min(rooms) >= 2 * flat.nbytes * len(rooms):
+        vectors = _opened(_gathered(_shared(flat), ranks), flat)
+        if all(_gathered(vectors is not None, ranks)):
+            return vectors
     if dist.get_rank(ranks) == 0:
-        _log.warning("shared memory has no room for %d MB of each rank: they send gradients instead", flat.nbytes >> 20)
+        needed = 2 * flat.nbytes * len(rooms) >> 20
+        _log.warning("ranks send each other what they could read in shared memory, if %s were theirs and had %d MB more", _SHARED_MEMORY, needed)
     return None
 
 
-def _machine() -> tuple[str, int]:
+def _machine() -> tuple[str, str, int]:
     """The same for processes that see each other in /proc."""
     try:
-        return _BOOT.read_text(), _PROCESSES.stat().st_ino
+        return socket.gethostname(), _BOOT.read_text(), _PROCESSES.stat().st_ino
     except OSError:
-        return "none", os.getpid()
+        return socket.gethostname(), uuid.uuid4().hex, 0
 
 
-def _shared(flat: Tensor) -> str | None:
-    """Where other processes of the machine find it, once it has moved to shared memory; None if there is no room."""
+def _room() -> int:
+    """Bytes of shared memory that nobody has yet."""
+    try:
+        found = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return 0
+    return found.f_bavail * found.f_frsize
+
+
+def _shared(flat: Tensor) -> _File | None:
+    """Move it to shared memory; None if that has no room."""
     try:
         descriptor, _ = flat.share_memory_().untyped_storage()._share_fd_cpu_()  # pyright: ignore[reportPrivateUsage]
     except RuntimeError:
         return None
-    return f"/proc/{os.getpid()}/fd/{descriptor}"
+    path = f"/proc/{os.getpid()}/fd/{descriptor}"
+    return path, os.readlink(path)
 
 
-def _opened(files: Sequence[str | None], like: Tensor) -> list[Tensor] | None:
+def _opened(files: Sequence[_File | None], like: Tensor) -> list[Tensor] | None:
+    """The vectors of `files`; None unless each is what its rank says."""
     try:
-        return [torch.from_file(file, shared=True, size=like.numel(), dtype=like.dtype) for file in files if file] if all(files) else None
-    except RuntimeError:
+        if any(file is None or os.readlink(file[0]) != file[1] for file in files):
+            return None
+        return [torch.from_file(file[0], shared=True, size=like.numel(), dtype=like.dtype) for file in files if file is not None]
+    except (OSError, RuntimeError):
         return None
 
 

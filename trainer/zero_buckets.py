@@ -1,4 +1,4 @@
-"""How gradients lie when DeepSpeed reduces them, in what pieces, and to whom.
+"""Where gradients lie when DeepSpeed reduces them, and that each rank gets its own part alone (`trainer.zero_parts` says how).
 
 At stage 1 each rank updates its own part of the weights, and needs the sums of that part alone: half of what the all-reduce of DeepSpeed sends, and
 without its copies. Stages 2 and 3 are left alone, and so is stage 1 in fp16, offloaded, overlapped, or (in fp32) under a raw block of

@@ -87,7 +87,7 @@ class SharedParts(Parts):
         dist.barrier(group=self._ranks)
 
     def gather(self) -> None:
-        """As `Parts` says. A part that its rank changes while others still read it is gathered anew by all of them."""
+        """As `Parts` says. A rank may change its part once all have met again, as they do in the next `average_own`; earlier only to gather anew."""
         dist.barrier(group=self._ranks)
         for source, parts in self._others.items():
             self._parts[source].copy_(parts[source])

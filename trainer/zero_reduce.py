@@ -28,7 +28,7 @@ class Reduction:
 
     @classmethod
     def over(cls, engine: Any) -> "Reduction":
-        """Stand around the calls of `engine`, where reductions are apart. `zero_buckets` says in what pieces they are."""
+        """Stand around the calls of `engine`, where reductions are apart. `zero_buckets` says of what they are."""
         cut_into_buckets(engine)
         is_apart = engine.zero_optimization_stage() < 3 and not engine.zero_overlap_comm()
         reduction, optimizer = cls(engine, is_apart=is_apart), engine.optimizer

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,18 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_there(folder: Path, finished: 
     assert (run / weights).read_bytes() == (finished[0] / weights).read_bytes()
 
 
+def wakes_per_s(pid: int) -> float:
+    """How often the first thread of a process goes to sleep and wakes, over two seconds."""
+
+    def wakes() -> int:
+        lines = Path(f"/proc/{pid}/task/{pid}/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("voluntary_ctxt_switches")))
+
+    before = wakes()
+    time.sleep(2)
+    return (wakes() - before) / 2
+
+
 @pytest.mark.full
 @pytest.mark.parametrize(("flags", "saved"), [([], True), (["--now"], False)])
 def test_stop_ends_the_run(flags: list[str], saved: bool, folder: Path) -> None:
@@ -177,6 +190,7 @@ def test_stop_ends_the_run(flags: list[str], saved: bool, folder: Path) -> None:
         command.wait_until(lambda: steps_done(run) >= 3)
         rank = worker_pid(run, attempt=1, rank=1)
         assert b"glibc.malloc.mmap_max=0" in Path(f"/proc/{rank}/environ").read_bytes(), "the C library reads it when the process starts"
+        assert wakes_per_s(rank) < 40, "a thread of Ray's that has nothing to do wakes a hundred times a second"
         code, output = maskwright("stop", name, "--storage", "storage", *flags, folder=folder)
         assert code == 0, output
         assert command.wait(30) == 75, command.text()
