@@ -68,13 +68,13 @@ def forward_backward(network: Network, shape: Shape, precision: str) -> Callable
 
     from trainer.batch import tensor_batches
     from trainer.networks import as_loss_sums
-    from trainer.objectives import LossWeights
+    from trainer.objectives import IGNORED, LossWeights
 
     config = run_config(network, shape, precision=precision, dropout=0.0)
     model = network_of(config, network)
     model = model.to(torch.bfloat16) if precision == "bf16" else model
     [batch] = tensor_batches(micro_batches(shape, network)[0])
-    weights = LossWeights.for_step(num_masked=len(batch.mlm_labels_N), num_pairs=shape.samples, world_size=1)
+    weights = LossWeights.for_step(num_masked=int((batch.mlm_labels_N != IGNORED).sum()), num_pairs=shape.samples, world_size=1)
 
     def run() -> None:
         model.zero_grad(set_to_none=True)

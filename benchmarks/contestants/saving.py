@@ -93,10 +93,10 @@ class _Bench:
 
     def step(self) -> float:
         """Seconds of one optimizer step."""
-        from trainer.objectives import LossWeights
+        from trainer.objectives import IGNORED, LossWeights
 
         started_at = time.perf_counter()
-        weights = LossWeights.for_step(num_masked=len(self._batch.mlm_labels_N), num_pairs=_SAMPLES, world_size=1)
+        weights = LossWeights.for_step(num_masked=int((self._batch.mlm_labels_N != IGNORED).sum()), num_pairs=_SAMPLES, world_size=1)
         self._engine.accumulate(self._batch, weights, last=True)
         self._engine.step(1e-4)
         self._step += 1

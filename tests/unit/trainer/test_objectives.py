@@ -16,7 +16,7 @@ from trainer.batch import TensorBatch, tensor_batches
 from trainer.config import ModelConfig
 from trainer.model import build_model
 from trainer.networks import PretrainingBert, as_loss_sums
-from trainer.objectives import LossWeights
+from trainer.objectives import IGNORED, LossWeights
 
 CPU = torch.device("cpu")
 
@@ -216,10 +216,21 @@ def test_parts_keep_every_sample_and_label() -> None:
     parts: list[TensorBatch] = tensor_batches(batch, 3)
     assert torch.equal(torch.cat([part.input_ids_RT for part in parts]), torch.from_numpy(batch.input_ids))
     assert torch.equal(torch.cat([part.nsp_labels_B for part in parts]), torch.from_numpy(batch.nsp_labels))
-    assert torch.equal(torch.cat([part.mlm_labels_N for part in parts]), torch.from_numpy(batch.mlm_labels))
+    labels_N = torch.cat([part.mlm_labels_N for part in parts])
+    assert torch.equal(labels_N[labels_N != IGNORED], torch.from_numpy(batch.mlm_labels))
     assert torch.equal(torch.cat([part.sample_ids_RT.sign().sum(1) for part in parts]), torch.from_numpy(batch.lengths))
     for part in parts:
-        assert bool((part.input_ids_RT.flatten()[part.mlm_positions_N] == 4).all())
+        masked_N = part.mlm_positions_N[part.mlm_labels_N != IGNORED]
+        assert bool((part.input_ids_RT.flatten()[masked_N] == 4).all())
+
+
+@pytest.mark.parametrize("num_parts", [1, 3, 9])
+def test_masked_positions_come_in_multiples_that_a_cpu_has_kernels_for(num_parts: int) -> None:
+    """Parts without a mask, or without a row, have some, too."""
+    sizes = {len(part.mlm_positions_N) for seed in range(8) for part in tensor_batches(random_micro_batch(seed, num_samples=5), num_parts)}
+    assert {size % 16 for size in sizes} == {0}
+    assert 0 not in sizes
+    assert len(sizes) <= 3
 
 
 def test_init_from_another_vocabulary_of_the_same_size_is_refused(model: PretrainingBert, tokenizer: str, tmp_path: Path) -> None:
