@@ -235,7 +235,7 @@ class KubeRayCluster(ElasticCluster):
     gpus: int = Field(default=0, ge=0)
     """NVIDIA GPUs of each."""
     shared_memory: Quantity = "4Gi"
-    """Of each: /dev/shm, for loader workers, NCCL and Ray's object store."""
+    """Of each: /dev/shm, for loader workers, NCCL, Ray's object store, and gradients of ranks on CPUs."""
     head: HeadPod = HeadPod()
     """The pod that drives."""
     claim: Claim | None = None

@@ -11,7 +11,7 @@ from launcher.plan_work import MeanSample, special_tokens
 from trainer.activations import Kernels, Pass
 from trainer.config import RunConfig
 from trainer.deepspeed_config import derive_deepspeed_config
-from trainer.dimensions import Dimensions
+from trainer.dimensions import MASKED_MULTIPLE, Dimensions
 from trainer.memory import RankMemory, rank_memory
 from trainer.zero_config import offload_device
 from trainer.zero_stages import STAGES, Job
@@ -172,6 +172,6 @@ def _pass_of(config: RunConfig, micro_batch_size: int, sequence_length: int, sam
     return Pass(
         num_rows=math.ceil(rows / split),
         width=-(-sequence_length // _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE,
-        num_predicted=max(1, math.ceil(predicted / split)),
+        num_predicted=max(1, math.ceil(predicted / split / MASKED_MULTIPLE)) * MASKED_MULTIPLE,
         packed=packed,
     )

@@ -13,6 +13,9 @@ from trainer.flops import StepFlops
 KNOWN = ("bert", "modernbert", "gpt2")
 ALIGNED_ROWS = 64
 """What GPUs want the rows of a matrix product in 16 bits to be a multiple of."""
+MASKED_MULTIPLE = 16
+"""Masked positions of a pass come in multiples of it: for each size of the products with the vocabulary a CPU makes kernels of its own, and keeps
+them. Where every size occurred they took 220 MB after 400 steps of 4L/256 with 30,000 tokens."""
 _NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "max_position_embeddings": "n_positions"}
 """What GPT-2 calls them."""
 _FULL, _NEAR = "full_attention", "sliding_attention"

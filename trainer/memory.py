@@ -46,7 +46,10 @@ class _Moment:
 
 
 def rank_memory(job: Job, stage: int) -> RankMemory:
-    """What a rank takes at `stage`: of a GPU what is allocated, of a CPU the resident set above that of the imported libraries."""
+    """What a rank takes at `stage`: of a GPU what is allocated, of a CPU the resident set above that of the imported libraries.
+
+    The system counts what a rank reads of others on its machine (`trainer.shared_vectors`) for both; here it is theirs.
+    """
     state = state_of(job, stage)
     kept = state.weights + state.optimizer + state.gradients + state.buffers
     update = (state.norming, state.stepping + updates(job, stage), state.gathering)

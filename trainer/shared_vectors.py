@@ -24,23 +24,31 @@ _File = tuple[str, str]
 """Where another process finds a vector, and the random name that this must have."""
 
 
-def vectors_of_ranks(flat: Tensor, ranks: Any) -> list[Tensor] | None:
-    """The `flat` of each rank, in their order; None on all of them unless they are on one machine whose shared memory has room for twice as much.
+def vectors_of_ranks(flats: Sequence[Tensor], ranks: Any) -> list[list[Tensor]] | None:
+    """Of each of `flats` those of all ranks, in their order; None on all of them unless they are on one machine whose shared memory has room for
+    twice as much.
 
-    `flat` moves to shared memory, and with it whatever else is a view of its memory. The other half is for Ray, whose objects find their place in
-    it only when they are written. Collective, over gloo.
+    `flats` move to shared memory, and with them whatever else is a view of their memory. The other half is for Ray, whose objects find their place
+    in it only when they are written. Collective, over gloo.
     """
     machines, rooms = zip(*_gathered((_machine(), _room()), ranks), strict=True)
     if len(set(machines)) > 1:
         return None
-    if min(rooms) >= 2 * flat.nbytes * len(rooms):
-        vectors = _opened(_gathered(_shared(flat), ranks), flat)
-        if all(_gathered(vectors is not None, ranks)):
-            return vectors
+    needed, room = 2 * sum(flat.nbytes for flat in flats) * len(rooms), min(rooms)
+    if room < needed:
+        _say(ranks, "that takes %d MB of %s, where %d MB are free", needed >> 20, _SHARED_MEMORY, room >> 20)
+        return None
+    vectors = _opened(list(zip(*_gathered([_shared(flat) for flat in flats], ranks), strict=True)), flats)
+    if not all(_gathered(vectors is not None, ranks)):
+        _say(ranks, "they cannot open each other's files in %s", _SHARED_MEMORY)
+        return None
+    return vectors
+
+
+def _say(ranks: Any, why: str, *values: object) -> None:
+    """Why the ranks of one machine are slower than they could be: once for all of them."""
     if dist.get_rank(ranks) == 0:
-        needed = 2 * flat.nbytes * len(rooms) >> 20
-        _log.warning("ranks send each other what they could read in shared memory, if %s were theirs and had %d MB more", _SHARED_MEMORY, needed)
-    return None
+        _log.warning("ranks send each other what they could read in shared memory: " + why, *values)
 
 
 def _machine() -> tuple[str, str, int]:
@@ -70,14 +78,19 @@ def _shared(flat: Tensor) -> _File | None:
     return path, os.readlink(path)
 
 
-def _opened(files: Sequence[_File | None], like: Tensor) -> list[Tensor] | None:
-    """The vectors of `files`; None unless each is what its rank says."""
+def _opened(files: Sequence[Sequence[_File | None]], flats: Sequence[Tensor]) -> list[list[Tensor]] | None:
+    """Of each of `flats` the vectors in the files of all ranks; None unless each file is what its rank says."""
     try:
-        if any(file is None or os.readlink(file[0]) != file[1] for file in files):
-            return None
-        return [torch.from_file(file[0], shared=True, size=like.numel(), dtype=like.dtype) for file in files if file is not None]
+        return [[_open(file, flat) for file in of_ranks] for of_ranks, flat in zip(files, flats, strict=True)]
     except (OSError, RuntimeError):
         return None
+
+
+def _open(file: _File | None, like: Tensor) -> Tensor:
+    """Raises OSError or RuntimeError."""
+    if file is None or os.readlink(file[0]) != file[1]:
+        raise FileNotFoundError("not what a rank has shared")
+    return torch.from_file(file[0], shared=True, size=like.numel(), dtype=like.dtype)
 
 
 def _gathered(value: Any, ranks: Any) -> list[Any]:

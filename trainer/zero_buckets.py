@@ -54,8 +54,8 @@ def reduce_to_parts(optimizer: Any, elements: int) -> None:
     DeepSpeed copies every vector, reduces it whole, and copies it back.
     """
     ranks = optimizer.dp_process_group
-    gradients = [parts_of(flat, ranks, elements) for flat in optimizer.fp32_groups_gradients_flat]
-    weights = [parts_of(flat, ranks, elements) for flat in optimizer.bf16_groups_flat]
+    parts = parts_of([*optimizer.fp32_groups_gradients_flat, *optimizer.bf16_groups_flat], ranks, elements)
+    gradients, weights = parts[: len(parts) // 2], parts[len(parts) // 2 :]
     own = optimizer.fp32_groups_gradient_flat_partition
 
     def reduce(pipeline_parallel: bool = False) -> None:
@@ -89,7 +89,7 @@ class FlatGradients:
     def of(cls, optimizer: Any, elements: int) -> "FlatGradients":
         """The vectors of a DeepSpeed optimizer, reduced `elements` at once."""
         flats = [torch.zeros_like(weights) for weights in optimizer.bit16_groups_flat]  # what pads them stays 0
-        vectors = [parts_of(flat, optimizer.dp_process_group, elements) for flat in flats]
+        vectors = parts_of(flats, optimizer.dp_process_group, elements)
         places = [
             [flat[_offset(each, weights) :][: each.numel()].view(each.shape) for each in group]
             for flat, weights, group in zip(flats, optimizer.bit16_groups_flat, optimizer.bit16_groups, strict=True)

@@ -54,7 +54,7 @@ class ZeroConfig(Section):
     bucket_elements: int = Field(default=BUCKET_ELEMENTS, ge=1)
     """Elements of gradients that are reduced at once: 200 MB in fp32 by default. Larger parameters are reduced whole. Smaller buckets take less
     memory and are on their way sooner, larger ones travel faster. Stage 1 in bf16 (on CPUs in fp32, too), where no
-    state is offloaded, reduces in place: GPUs all at once, CPUs of several machines at most four million, those of one without a bucket."""
+    state is offloaded, reduces in place: GPUs all at once, CPUs that do not read each other's memory at most four million."""
     overlap: bool | Literal["auto"] = "auto"
     """Reduce gradients beside the backward pass, for the memory of another bucket; from stage 1 on, but not at stage 1 in bf16, where the state is
     not offloaded: DeepSpeed cannot. `auto`: on GPUs wherever it can, on CPUs at stage 3."""

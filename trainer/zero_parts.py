@@ -24,18 +24,20 @@ _CACHED = 1 << 18
 """Elements that are still in a CPU's cache when they are divided after they were added."""
 
 
-def parts_of(flat: Tensor, ranks: Any, elements: int) -> "Parts":
-    """Cut `flat`, which every rank has, into parts of one length. CPUs send at most `elements` at once. Collective."""
+def parts_of(flats: Sequence[Tensor], ranks: Any, elements: int) -> "list[Parts]":
+    """Cut each of `flats`, which every rank has, into parts of one length. CPUs send at most `elements` at once. Collective."""
     if dist.get_world_size(ranks) == 1:
-        return Parts(flat, ranks)
-    if flat.device.type == "cuda":
-        return CollectiveParts(flat, ranks)
-    vectors = vectors_of_ranks(flat, ranks)
-    return ExchangedParts(flat, ranks, elements) if vectors is None else SharedParts(flat, ranks, vectors)
+        return [Parts(flat, ranks) for flat in flats]
+    if flats[0].device.type == "cuda":
+        return [CollectiveParts(flat, ranks) for flat in flats]
+    vectors = vectors_of_ranks(flats, ranks)
+    if vectors is None:
+        return [ExchangedParts(flat, ranks, elements) for flat in flats]
+    return [SharedParts(flat, ranks, of_ranks) for flat, of_ranks in zip(flats, vectors, strict=True)]
 
 
 class Parts:
-    """Those of one rank alone: nothing moves. Build it with `parts_of`."""
+    """Those of one rank alone: nothing moves. `parts_of` builds what moves them for others."""
 
     def __init__(self, flat: Tensor, ranks: Any) -> None:
         self._flat = flat
@@ -94,7 +96,7 @@ class SharedParts(Parts):
 
 
 class ExchangedParts(Parts):
-    """Of ranks on several machines, over gloo: in each round a rank sends to one and receives from one, at most `elements` at once."""
+    """Of ranks that cannot read each other's memory, over gloo: in a round each sends to one and receives from one, at most `elements` at once."""
 
     def __init__(self, flat: Tensor, ranks: Any, elements: int) -> None:
         super().__init__(flat, ranks)

@@ -45,7 +45,7 @@ def losses_by_pair(model: Any, batch: Any) -> Any:
         mlm_logits, nsp_logits = model._token_logits(hidden[whole.mlm_positions_N]), model._pair_logits(hidden[whole.starts_B][:, None])
     owners = whole.sample_ids_RT.flatten()[whole.mlm_positions_N] - 1
     losses = functional.cross_entropy(mlm_logits, whole.mlm_labels_N, reduction="none", ignore_index=IGNORED).double()
-    count = torch.zeros(batch.num_samples, dtype=torch.float64).index_add_(0, owners, torch.ones_like(losses))
+    count = torch.zeros(batch.num_samples, dtype=torch.float64).index_add_(0, owners, (whole.mlm_labels_N != IGNORED).double())
     mlm = torch.zeros_like(count).index_add_(0, owners, losses) / count.clamp(min=1)
     nsp = functional.cross_entropy(nsp_logits, whole.nsp_labels_B, reduction="none", ignore_index=IGNORED)
     return torch.stack([mlm, nsp.double()], dim=1)

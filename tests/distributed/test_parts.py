@@ -18,26 +18,28 @@ WAYS: dict[str, type[Parts]] = {
     "sent": ExchangedParts,
     "one has no room": ExchangedParts,
     "room is gone for one": ExchangedParts,
-    "one finds another file": ExchangedParts,
+    "one has the name of another file": ExchangedParts,
     "collectives": CollectiveParts,
 }
 
 
-def of(way: str, flat: torch.Tensor) -> Parts:
+def of(way: str, *flats: torch.Tensor) -> list[Parts]:
     """Parts that are sent two elements at once, if any are. Collectives are those of GPUs, which gloo has, too."""
     if way == "collectives":
-        return CollectiveParts(flat, None)
+        return [CollectiveParts(flat, None) for flat in flats]
     if way == "sent":
         on_machines_of_their_own()
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         if way == "one has no room":
-            shared_vectors._room = lambda: 2 * flat.nbytes
-        if way == "one finds another file":
-            shared_vectors._shared = lambda flat: ("/proc/self/exe", "another")
+            needed = 2 * sum(flat.nbytes for flat in flats) * torch.distributed.get_world_size()
+            shared_vectors._room = lambda: needed - 1
+        if way == "one has the name of another file":
+            shared = shared_vectors._shared
+            shared_vectors._shared = lambda flat: ((shared(flat) or ("", ""))[0], "another")
         if way == "room is gone for one":
             with largest_file(0):
-                return parts_of(flat, None, elements=2)
-    return parts_of(flat, None, elements=2)
+                return parts_of(flats, None, elements=2)
+    return parts_of(flats, None, elements=2)
 
 
 @contextmanager
@@ -72,7 +74,7 @@ def stepped(rank: int, world_size: int, way: str) -> list[tuple[str, list[float]
     In each step another rank comes last everywhere: to write and to read. What it is not to see is NaN.
     """
     gradient, weight = torch.empty(5 * world_size), torch.empty(5 * world_size)
-    gradients, weights, view = of(way, gradient), of(way, weight), weight[:]
+    (gradients, weights), view = of(way, gradient, weight), weight[:]
     found: list[tuple[str, list[float], list[float], float]] = []
     for step in range(3):
         late_s = 0.05 if rank == step % world_size else 0.0
@@ -106,7 +108,7 @@ def test_each_rank_averages_its_part_and_hears_the_others(world_size: int, way: 
 
 def left_alone(rank: int, world_size: int, way: str) -> None:
     """Rank 0 waits for one that does not come."""
-    parts = of(way, torch.ones(world_size << 20))
+    [parts] = of(way, torch.ones(world_size << 20))
     if rank == 0:
         parts.average_own()
     else:
