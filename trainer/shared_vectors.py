@@ -69,13 +69,13 @@ def _room() -> int:
 
 
 def _shared(flat: Tensor) -> _File | None:
-    """Move it to shared memory; None if that has no room."""
+    """Move it to shared memory; None if that has no room, or this process is not shown its own files."""
     try:
         descriptor, _ = flat.share_memory_().untyped_storage()._share_fd_cpu_()  # pyright: ignore[reportPrivateUsage]
-    except RuntimeError:
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        return path, os.readlink(path)
+    except (OSError, RuntimeError):
         return None
-    path = f"/proc/{os.getpid()}/fd/{descriptor}"
-    return path, os.readlink(path)
 
 
 def _opened(files: Sequence[Sequence[_File | None]], flats: Sequence[Tensor]) -> list[list[Tensor]] | None:
