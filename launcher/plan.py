@@ -8,7 +8,7 @@ from data_pipeline.mixture import Mixture
 from data_pipeline.order import blocks_per_window, micro_steps
 from launcher.plan_checkpoints import CheckpointPlan, checkpoint_plan
 from launcher.plan_memory import MARGIN, ON_A_CPU, ON_A_GPU, Shape, StageMemory, process_bytes, stages_memory
-from launcher.plan_problems import Problem, data_problems, device_problems, memory_problems, network_problems, storage_problems, task_problems
+from launcher.plan_problems import Problem, data_problems, device_problems, input_problems, memory_problems, network_problems, storage_problems
 from launcher.plan_time import Duration, Stated, cost, duration
 from launcher.plan_work import PhaseWork, WorldSize, mean_sample, total_tokens, world_sizes
 from trainer.config import RunConfig
@@ -124,7 +124,7 @@ def make_plan(config: RunConfig, facts: "Facts", stated: Stated) -> Plan:
         *memory_problems(config, memory or (), gpu=facts.gpu, gpu_bytes=facts.gpu_bytes, host_bytes=facts.host_bytes, world_size=world_size),
         *storage_problems(checkpoints, facts.free_bytes, facts.host_bytes, (snapshot or 0) * world_size),
         *data_problems(config, facts.mixture, epochs),
-        *task_problems(facts.task_errors),
+        *input_problems((*facts.source_errors, *facts.task_errors)),
     ]
     return Plan(
         config=config,

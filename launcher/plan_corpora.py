@@ -1,13 +1,14 @@
 """Finds the prepared corpora that a plan counts, by their settings (reads local files)."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from data_pipeline.config import CorpusConfig
 from data_pipeline.errors import MaskwrightError, NotFoundError
 from data_pipeline.index import MANIFEST, CorpusIndex
 from data_pipeline.mixture import Mixture
-from data_pipeline.sources import source_names
+from data_pipeline.sources import PYTHON_DOCS, list_files, source_names
 from data_pipeline.storage import Location
 from trainer.config import RunConfig
 
@@ -18,13 +19,27 @@ def find_mixture(config: RunConfig) -> tuple[Mixture | None, tuple[str, ...], st
     They are found by their settings: text is not read again to see whether it has changed."""
     if not Location.at(config.corpora_storage).is_local:
         return None, (), "the storage of the corpora is not on this machine"
-    parts = [part.corpus for part in config.mixture] or [config.corpus]
     try:
-        folders = [_find_corpus(config, part) for part in parts]
+        folders = [_find_corpus(config, part) for part in _corpora(config)]
         mixture = Mixture.join([CorpusIndex.open(folder, config.data) for folder in folders], [part.weight for part in config.mixture] or [1.0])
     except MaskwrightError as error:
         return None, (), error.cause
     return mixture, tuple(folder.name for folder in folders), "found by its settings; sources are not compared"
+
+
+def source_errors(config: RunConfig) -> Iterator[MaskwrightError]:
+    """What preparation would refuse of text on this machine; text in stores is not looked up."""
+    for corpus in _corpora(config):
+        for source in source_names(corpus):
+            if source != PYTHON_DOCS and Location.at(source).is_local:
+                try:
+                    list_files(source)
+                except MaskwrightError as error:
+                    yield error
+
+
+def _corpora(config: RunConfig) -> list[CorpusConfig]:
+    return [part.corpus for part in config.mixture] or [config.corpus]
 
 
 def _find_corpus(config: RunConfig, corpus: CorpusConfig) -> Location:

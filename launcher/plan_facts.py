@@ -16,7 +16,7 @@ from data_pipeline.storage import Location
 from launcher.cluster_config import Cluster, LocalCluster
 from launcher.clusters.local import resolve_workers, this_machine
 from launcher.host_memory import host_bytes
-from launcher.plan_corpora import find_mixture
+from launcher.plan_corpora import find_mixture, source_errors
 from launcher.plan_speed import Ranks, earlier_speed
 from launcher.plan_time import Speed
 from trainer.config import RunConfig
@@ -57,6 +57,8 @@ class Facts:
     """On the disk of the storage; None where it is no local folder."""
     host_bytes: int | None
     """Main memory that all ranks may take on the machine where they run; None on a cluster."""
+    source_errors: tuple[MaskwrightError, ...] = ()
+    """What is wrong with text that this machine would prepare."""
     task_errors: tuple[MaskwrightError, ...] = ()
     """What is wrong with the tasks to fine-tune on, seen from here."""
 
@@ -77,6 +79,7 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
     vocabulary = Known(mixture.vocabulary.size, f"read from {corpora[0]}") if mixture is not None else vocabulary_size(config.tokenizer)
     network, network_basis = dimensions(config, vocabulary.value)
     precision = precision_of(config, gpu)
+    is_here = isinstance(cluster, LocalCluster) and gpu is None
     storage, workers = Location.at(config.storage), _world_size(config, cluster, world_size, gpu)
     return Facts(
         mixture=mixture,
@@ -91,7 +94,8 @@ def gather_facts(config: RunConfig, cluster: Cluster, *, gpu: str | None, world_
         gpu=gpu,
         speed=earlier_speed(config, precision.value, network, mixture, Ranks(gpu, _threads(cluster, workers.value) if gpu is None else None)),
         free_bytes=_free_bytes(storage.path) if storage.is_local else None,
-        host_bytes=host_bytes() if isinstance(cluster, LocalCluster) and gpu is None else None,
+        host_bytes=host_bytes() if is_here else None,
+        source_errors=tuple(source_errors(config)) if is_here and mixture is None else (),
         task_errors=tuple(task_errors(config.finetune.tasks)),
     )
 

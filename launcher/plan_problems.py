@@ -104,8 +104,11 @@ def storage_problems(checkpoints: CheckpointPlan | None, free_bytes: int | None,
         )
 
 
-def task_problems(errors: Sequence[MaskwrightError]) -> Iterator[Problem]:
-    """Tasks that could not be fine-tuned on. What cannot be read here may be readable where the run will be; what is wrong here is wrong there."""
+def input_problems(errors: Sequence[MaskwrightError]) -> Iterator[Problem]:
+    """Text that could not be prepared, tasks that could not be fine-tuned on.
+
+    What cannot be read here may be readable where the run will be; what is wrong here is wrong there.
+    """
     for error in errors:
         yield Problem("error" if isinstance(error, (ConfigError, DataCorruptError)) else "warning", error.cause, error.remedy)
 

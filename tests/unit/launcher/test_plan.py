@@ -189,6 +189,22 @@ def test_tasks_that_could_not_be_fine_tuned_on_are_problems(here: Path, capsys: 
     assert [severity for severity, cause in found if cause.startswith("task gone: there is no folder")] == ["warning"]
 
 
+def test_text_that_is_not_there_is_a_warning_and_text_that_cannot_be_read_a_problem(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unless its corpus is prepared, or the plan is for another machine."""
+    (here / "tables").mkdir()
+    (here / "tables" / "numbers.csv").write_text("1,2\n")
+    write_text(here)
+    config = write_config()
+    prepared(config)
+    assert "corpus.source" not in causes(plan(capsys, config))
+    missing = ["--set", "corpus.source=nope.jsonl"]
+    assert "warning: corpus.source nope.jsonl does not exist" in causes(plan(capsys, config, *missing))
+    assert "corpus.source" not in causes(plan(capsys, config, *missing, "--gpu", "T4"))
+    assert "error: corpus.source tables holds no" in causes(plan(capsys, config, "--set", "corpus.source=tables"))
+    mixture = [{"weight": 1, "corpus": {"source": "nope.jsonl"}}, {"weight": 1, "corpus": {"source": "python-docs"}}]
+    assert causes(plan(capsys, write_config(corpus={}, mixture=mixture))).count("corpus.source") == 1
+
+
 def test_hours_of_other_devices_are_not_taken_for_these(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_text(here)
     config = write_config()
