@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from data_pipeline.errors import ConfigError, EnvironmentMismatchError
 from trainer.batch import TensorBatch, bounds_of
 from trainer.config import RunConfig
+from trainer.dimensions import MASKED_MULTIPLE
 from trainer.networks import PretrainingNetwork
 from trainer.objectives import IGNORED, loss_sums
 
@@ -118,20 +119,23 @@ def _made_up_batches(config: RunConfig) -> Iterator[TensorBatch]:
     """For each length of the run, rows that hold one sample, and where they are packed, rows that hold two."""
     rows = max(2, config.batch.micro_batch_size // config.batch.split)  # one row is a shape of its own
     samples = (1, 2) if config.batch.row_packing == "rows" else (1,)
+    rate = config.objective.mask_rate if config.objective.kind == "mlm" else 1.0
     for length, samples_a_row in product(sorted(config.batch.sequence_lengths, reverse=True), samples):
-        yield _made_up(rows, length, samples_a_row)
+        yield _made_up(rows, length, samples_a_row, rate)
 
 
-def _made_up(rows: int, length: int, samples_a_row: int) -> TensorBatch:
-    """Rows of zeros, without labels; the last place of a row is padding."""
+def _made_up(rows: int, length: int, samples_a_row: int, predicted: float) -> TensorBatch:
+    """Rows of zeros, without labels; the last place of a row is padding. A share of the places is to be predicted, as of real ones: by how many there
+    are the compiler decides how it sums up over the vocabulary."""
     ids_RT, places_T = torch.zeros(rows, length, dtype=torch.int64), torch.arange(length)
     sample_ids_RT = (1 + places_T * samples_a_row // length).expand(rows, -1).clone()
     sample_ids_RT[:, -1] = 0
     positions_RT = places_T.expand(rows, -1).contiguous()  # only memory of its own can be pinned
     starts_B = (torch.arange(rows)[:, None] * length + torch.arange(samples_a_row) * (length // samples_a_row)).flatten()
-    unlabelled_B = torch.full_like(starts_B, IGNORED)
+    predicted_N = torch.arange(max(1, round(predicted * rows * length / MASKED_MULTIPLE)) * MASKED_MULTIPLE) % (rows * length)
+    unlabelled_N, unlabelled_B = torch.full_like(predicted_N, IGNORED), torch.full_like(starts_B, IGNORED)
     bounds_S = torch.from_numpy(bounds_of(sample_ids_RT.numpy()))
-    return TensorBatch(ids_RT, ids_RT, positions_RT, sample_ids_RT, starts_B, starts_B, unlabelled_B, unlabelled_B, bounds_S)
+    return TensorBatch(ids_RT, ids_RT, positions_RT, sample_ids_RT, starts_B, predicted_N, unlabelled_N, unlabelled_B, bounds_S)
 
 
 def _forward_backward(network: PretrainingNetwork, batch: TensorBatch) -> None:

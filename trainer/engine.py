@@ -95,6 +95,11 @@ class Engine:
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self._config.precision]
 
     @property
+    def computes_behind(self) -> bool:
+        """Whether the device computes a pass after its host has handed it out, and the host has time meanwhile."""
+        return self.device.type == "cuda"
+
+    @property
     def loss_scale(self) -> float:
         """Factor on the loss of fp16; 1 in other precisions."""
         return float(self._deepspeed.optimizer.loss_scale) if self._config.precision == "fp16" else 1.0

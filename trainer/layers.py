@@ -1,5 +1,6 @@
 """Layers of transformers in a form that a device likes better: the same parameters under the same names, computed in another way."""
 
+import math
 from typing import Any, cast
 
 import torch
@@ -12,16 +13,23 @@ _SAME_SIZE = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
 
 class AlignedLinear(nn.Linear):
-    """A projection to a vocabulary, on a GPU in 16 bits for a few tokens more: its rows are to be a multiple of `ALIGNED_ROWS`."""
+    """A projection to a vocabulary, on a GPU in 16 bits as `project_aligned` computes it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(…, D) → (…, V)"""
-        missing = -self.out_features % ALIGNED_ROWS
-        if not missing or input.device.type != "cuda" or input.dtype == torch.float32:
+        """(…, D) → (…, V), or more than V"""
+        if input.device.type != "cuda" or input.dtype == torch.float32:
             return super().forward(input)
-        own = cast("Tensor | None", self.bias)
-        bias = None if own is None else functional.pad(own, (0, missing))
-        return functional.linear(input, functional.pad(self.weight, (0, 0, 0, missing)), bias)[..., : self.out_features]
+        return project_aligned(input, self.weight, cast("Tensor | None", self.bias))
+
+
+def project_aligned(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """(…, D) → (…, W), W being V rounded up to a multiple of `ALIGNED_ROWS`. The logits of tokens that there are not are minus infinity, and no loss
+    sees them: to cut them off would copy all others."""
+    missing = -len(weight_VD) % ALIGNED_ROWS
+    if not missing:
+        return functional.linear(hidden, weight_VD, bias_V)
+    bias = weight_VD.new_zeros(len(weight_VD)) if bias_V is None else bias_V
+    return functional.linear(hidden, functional.pad(weight_VD, (0, 0, 0, missing)), functional.pad(bias, (0, missing), value=-math.inf))
 
 
 def align_projection(network: nn.Module) -> None:
@@ -49,26 +57,55 @@ def replace_dropout(network: nn.Module) -> None:
 def drop(values: Tensor, probability: float) -> Tensor:
     """Dropout (Srivastava et al. 2014) of `values`, by torch's own generator of their device.
 
-    torch draws a number of 53 bits for each value on a CPU, a tenth of the time of a training step; here 16 bits decide in bf16, 32 in fp32.
+    torch draws a number of 53 bits for each value on a CPU, a tenth of the time of a training step; here 16 bits decide in bf16, 32 in fp32. What the
+    compiler makes for a GPU draws 128 bits for each value, which takes it longer than reading and writing them; here 16 bits decide, drawn before.
     """
     if probability == 0:
         return values
     if values.device.type == "cpu" and values.dtype in _SAME_SIZE:
         return values * _factors(values.detach(), probability)
+    if torch.compiler.is_compiling():
+        return drop_compiled(values, probability)
     return functional.dropout(values, probability)
+
+
+def drop_compiled(values: Tensor, probability: float) -> Tensor:
+    """`drop` as it is to be compiled for a GPU: one pass over `values` and the bits that decide."""
+    first = _first_kept(probability, 16)
+    return torch.where(_bits(values.detach()) >= first, values * ((1 << 16) / ((1 << 15) - first)), 0.0)
+
+
+@torch.library.custom_op("maskwright::dropout_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _bits(values: Tensor) -> Tensor:
+    """For each of `values` 16 random bits as a whole number."""
+    return _draw(values, 16).view(torch.int16)[: values.numel()].view(values.shape)
+
+
+@_bits.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty(values.shape, dtype=torch.int16, device=values.device)
 
 
 @torch.library.custom_op("maskwright::dropout_factors", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _factors(values: Tensor, probability: float) -> Tensor:
     """For each of `values` 0, or else 1 / (1 - probability): random bits, compared as whole numbers and made the bits of these factors in place."""
     bits, whole = 8 * values.element_size(), _SAME_SIZE[values.dtype]
-    draws = torch.empty(-(-values.numel() * bits // 64), dtype=torch.int64).random_(-(1 << 63), None)
-    dropped = min(round(probability * (1 << bits)), (1 << bits) - 1) - (1 << bits - 1)
     kept = torch.tensor(1 / (1 - probability), dtype=values.dtype).view(whole)
-    return draws.view(whole)[: values.numel()].view(values.shape).ge_(dropped).mul_(kept).view(values.dtype)
+    draws = _draw(values, bits).view(whole)[: values.numel()].view(values.shape)
+    return draws.ge_(_first_kept(probability, bits)).mul_(kept).view(values.dtype)
 
 
 @_factors.register_fake
 def _(values: Tensor, probability: float) -> Tensor:
     del probability
     return values.new_empty(values.shape)
+
+
+def _draw(values: Tensor, bits: int) -> Tensor:
+    """At least `bits` random bits for each of `values`, as numbers of 64."""
+    return torch.empty(-(-values.numel() * bits // 64), dtype=torch.int64, device=values.device).random_(-(1 << 63), None)
+
+
+def _first_kept(probability: float, bits: int) -> int:
+    """The least whole number of so many bits, of which half are negative, that is kept."""
+    return min(round(probability * (1 << bits)), (1 << bits) - 1) - (1 << bits - 1)

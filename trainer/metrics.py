@@ -99,9 +99,7 @@ class StepLog:
         """Start the clock of a step."""
         self._started_at = time.monotonic()
 
-    def step(
-        self, state: TrainState, counts: StepCounts, losses: StepLosses, outcome: StepOutcome, lr: float, *, wait_s: float, stall_s: float
-    ) -> None:
+    def step(self, state: TrainState, counts: StepCounts, losses: StepLosses, outcome: StepOutcome, lr: float, *, stall_s: float) -> None:
         """Record the step that took `state` further."""
         if not self._writes:
             return
@@ -118,7 +116,7 @@ class StepLog:
             lr=lr,
             tokens_per_s=counts.tokens / elapsed_s,
             mfu=flops_per_s / self._peak_flops,
-            data_wait_s=wait_s,
+            data_wait_s=seconds.get("data", 0.0),
             checkpoint_stall_s=stall_s,
             memory_bytes=peak_memory_bytes(self._device),
             batch_digest=f"{counts.digest:016x}",

@@ -97,7 +97,7 @@ class PretrainingNetwork(nn.Module):
     def logits(self, input_ids_BT: Tensor, token_type_ids_BT: Tensor, attention_mask_BT: Tensor) -> dict[str, Tensor]:
         """In fp32, `mlm_logits` (B, T, V) and, where there is a head for pairs, `nsp_logits` (B, 2) of a sample a row."""
         hidden_BTD = self._hidden(Rows.padded(input_ids_BT, token_type_ids_BT, attention_mask_BT))
-        found = {"mlm_logits": self._token_logits(hidden_BTD).float()}
+        found = {"mlm_logits": self._token_logits(hidden_BTD)[..., : self.config.vocab_size].float()}
         return found | {"nsp_logits": self._pair_logits(hidden_BTD).float()} if self.has_pair_head else found
 
     def candidate_kernels(self) -> list[str]:
@@ -131,7 +131,7 @@ class PretrainingNetwork(nn.Module):
         raise NotImplementedError
 
     def _token_logits(self, hidden: Tensor) -> Tensor:
-        """(…, D) → (…, V)"""
+        """(…, D) → (…, V), or more, see `trainer.layers.AlignedLinear`"""
         raise NotImplementedError
 
     def _pair_logits(self, first_BTD: Tensor) -> Tensor:

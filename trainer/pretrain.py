@@ -23,7 +23,7 @@ from trainer.metrics import StepLog
 from trainer.model import build_model
 from trainer.numerics import with_loss
 from trainer.passes import Validation, forward_backward
-from trainer.reading import read_steps
+from trainer.reading import ReadAhead, read_steps
 from trainer.runlog import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
@@ -84,16 +84,15 @@ def train(
     """The loop: read, agree, forward and backward, agree, step, record, validate, save. See `pretrain`."""
     stream = MicroBatchStream(corpora, config.objective, config.phases, config.seed, packing=config.batch.row_packing)
     validation, empty = Validation(corpora, config, context.rank, context.world_size), empty_micro_batch(corpora.vocabulary)
-    parts = read_steps(
-        stream, config.phases, first_step=state.step, rank=context.rank, world_size=context.world_size, workers=config.batch.loader_workers
-    )
+    rank, world_size, workers = context.rank, context.world_size, config.batch.loader_workers
+    parts = ReadAhead(read_steps(stream, config.phases, first_step=state.step, rank=rank, world_size=world_size, workers=workers))
     validation_loss: float | None = None
     while state.step < config.schedule.steps:
         context.heartbeat(state.step, "data")
         log.start_step()
-        part = next(parts)
-        own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None or saver.failed())
+        part = parts.take()
         context.heartbeat(state.step, "agree")
+        own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None or saver.failed())
         counts = own.total(engine.device)
         if counts.failures:
             raise_together(part.error or saver.error, f"read the data of step {state.step}" if part.error else "save a checkpoint")
@@ -107,13 +106,16 @@ def train(
             state = with_skipped(state, skipped, config.data.skip_budget)
 
         sums = forward_backward(engine, part, counts, empty, config, context.world_size, enter=partial(context.heartbeat, state.step))
+        if engine.computes_behind:
+            context.heartbeat(state.step, "data")
+            parts.read()
         context.heartbeat(state.step, "agree")
         losses = StepLosses.total(sums, counts, engine.device)
 
         context.heartbeat(state.step, "optimizer")
         lr = learning_rate(config.optimizer.lr, config.schedule, state.step)
         outcome = soundness.step(engine, lr, losses, state, part.num_micro_batches)
-        log.step(state, counts, losses, outcome, lr, wait_s=part.wait_s, stall_s=saver.take_stall_s())
+        log.step(state, counts, losses, outcome, lr, stall_s=saver.take_stall_s())
         state = advanced(state, outcome, counts, part.num_micro_batches, with_loss(state.recent_losses, losses.loss, config.numerics))
 
         validation_loss = None  # of these weights, and no others: what is kept as the best was measured

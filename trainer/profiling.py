@@ -4,7 +4,6 @@ import gzip
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -30,7 +29,7 @@ from trainer.engine import Engine, training_device
 from trainer.passes import forward_backward
 from trainer.peaks import device_name
 from trainer.pretrain import build_engine
-from trainer.reading import read_steps
+from trainer.reading import ReadAhead, read_steps
 from trainer.refusals import require_same_data
 from trainer.runlog import RunFolder
 from trainer.schedule import learning_rate
@@ -40,7 +39,6 @@ from trainer.totals import StepCounts, StepLosses, on_rank_zero, raise_together
 
 if TYPE_CHECKING:
     from data_pipeline.stream import MicroBatch
-    from trainer.reading import StepPart
 
 WARM_UP_STEPS = 1
 """Steps that are taken before those that are profiled: memory is found, kernels are chosen."""
@@ -141,7 +139,7 @@ def _take_steps(config: RunConfig, corpora: Mixture, engine: Engine, timeline: T
     """Take the steps; returns rank 0's seconds by phase in those after the warm-up."""
     stream = MicroBatchStream(corpora, config.objective, config.phases, config.seed, packing=config.batch.row_packing)
     rank, world_size, workers = timeline.rank, timeline.world_size, config.batch.loader_workers
-    parts = read_steps(stream, config.phases, first_step=steps.start, rank=rank, world_size=world_size, workers=workers)
+    parts = ReadAhead(read_steps(stream, config.phases, first_step=steps.start, rank=rank, world_size=world_size, workers=workers))
     empty, labels = empty_micro_batch(corpora.vocabulary), Labels(timeline)
     with profiler or nullcontext():
         for step in steps:
@@ -155,18 +153,21 @@ def _take_steps(config: RunConfig, corpora: Mixture, engine: Engine, timeline: T
     return {phase: spent for phase, spent in timeline.take().items() if phase not in {"", "trace"}}
 
 
-def _take_step(config: RunConfig, engine: Engine, context: RunContext, parts: "Iterator[StepPart]", empty: "MicroBatch", step: int) -> None:
+def _take_step(config: RunConfig, engine: Engine, context: RunContext, parts: ReadAhead, empty: "MicroBatch", step: int) -> None:
     """A step as `trainer.pretrain.train` takes it, without what records and saves. Collective."""
     context.heartbeat(step, "data")
-    part = next(parts)
-    own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None)
+    part = parts.take()
     context.heartbeat(step, "agree")
+    own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None)
     counts = own.total(engine.device)
     if counts.failures:
         raise_together(part.error, f"read the data of step {step}")
     if counts.stops:
         raise InterruptedRunError("profiling was stopped", "Run it again.")
     sums = forward_backward(engine, part, counts, empty, config, context.world_size, enter=partial(context.heartbeat, step))
+    if engine.computes_behind:
+        context.heartbeat(step, "data")
+        parts.read()
     context.heartbeat(step, "agree")
     StepLosses.total(sums, counts, engine.device)
     context.heartbeat(step, "optimizer")

@@ -59,6 +59,26 @@ def read_steps(
             return
 
 
+class ReadAhead:
+    """The parts of `read_steps`, each of which can be read before its turn: a GPU computes a step long after its host has handed it out."""
+
+    def __init__(self, parts: Iterator[StepPart]) -> None:
+        self._parts = parts
+        self._ahead: StepPart | None = None
+
+    def read(self) -> None:
+        """Have the next part ready, if there is one. Never raises: an error is in the part."""
+        if self._ahead is None:
+            self._ahead = next(self._parts, None)
+
+    def take(self) -> StepPart:
+        """The next part; read now, if it has not been yet. There is one more."""
+        self.read()
+        part, self._ahead = self._ahead, None
+        assert part is not None
+        return part
+
+
 def share_of(numbers: range, rank: int, world_size: int) -> range:
     """The part of a step's micro-batches, by run-wide number, that a rank computes."""
     own = rank_micro_batches(len(numbers), rank, world_size)

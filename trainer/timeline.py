@@ -42,7 +42,8 @@ class Timeline(ForwardingContext):
 
     On a CPU phases are told by the host's clock. A GPU is behind its host in forward, backward and reduce: these are told by events that the device
     records as it comes to them, and that are read once the ranks have agreed on the losses, which waits for the device in any case. Nothing waits for
-    the sake of a time. What the device was behind is not counted twice: it is taken from the agreement that has waited for it.
+    the sake of a time. What the device was behind is not counted twice: it is taken from what the host has done meanwhile (read the data of the next
+    step), and from the agreement that has waited for it.
     """
 
     def __init__(self, context: RunContext, new_event: Callable[[], Event] | None) -> None:
@@ -75,7 +76,7 @@ class Timeline(ForwardingContext):
                 behind_s += device_s - host_s
             else:
                 seconds[mark.phase] += max(0.0, host_s - behind_s)
-                behind_s = 0.0
+                behind_s = max(0.0, behind_s - host_s)
         return dict(seconds)
 
     def _event_for(self, phase: str) -> Event | None:

@@ -92,11 +92,12 @@ def test_a_projection_is_aligned_and_the_same() -> None:
     aligned = nn.Linear(64, 97, device=GPU, dtype=torch.bfloat16)
     aligned.load_state_dict(plain.state_dict())
     aligned.__class__ = AlignedLinear
-    hidden = torch.randn(5, 64, device=GPU, dtype=torch.bfloat16)
+    hidden, labels = torch.randn(5, 64, device=GPU, dtype=torch.bfloat16), torch.arange(5, device=GPU)
     found, expected = aligned(hidden), plain(hidden)
-    torch.testing.assert_close(found, expected)
+    assert found.shape == (5, 128)
+    torch.testing.assert_close(found[:, :97], expected)
     for each in (found, expected):
-        each.float().square().sum().backward()
+        nn.functional.cross_entropy(each.float(), labels).backward()
     torch.testing.assert_close(aligned.weight.grad, plain.weight.grad)
     torch.testing.assert_close(aligned.bias.grad, plain.bias.grad)
 

@@ -1,19 +1,26 @@
-"""Dropout by whole random numbers: as often as is asked, by the seed, with gradients where something was kept."""
+"""Dropout by whole random numbers: as often as is asked, by the seed, with gradients where something was kept. Aligned projections: the same loss."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from trainer.layers import DrawnDropout, drop, replace_dropout
+from trainer.layers import DrawnDropout, drop, drop_compiled, project_aligned, replace_dropout
+from trainer.objectives import IGNORED, loss_sums
 
-DTYPES = [torch.float32, torch.bfloat16]
+Drop = Callable[[Tensor, float], Tensor]
+WAYS = [
+    pytest.param(drop, torch.float32, id="fp32"),
+    pytest.param(drop, torch.bfloat16, id="bf16"),
+    pytest.param(drop_compiled, torch.bfloat16, id="compiled"),
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("drop", "dtype"), WAYS)
 @pytest.mark.parametrize("probability", [0.001, 0.1, 0.5, 0.9])
-def test_values_are_dropped_as_often_as_is_asked(probability: float, dtype: torch.dtype) -> None:
+def test_values_are_dropped_as_often_as_is_asked(probability: float, drop: Drop, dtype: torch.dtype) -> None:
     """Within five standard deviations; what is kept is scaled."""
     torch.manual_seed(1)
     values = torch.ones(1001, 999, dtype=dtype)  # no multiple of what a number decides
@@ -23,8 +30,8 @@ def test_values_are_dropped_as_often_as_is_asked(probability: float, dtype: torc
     assert found[found != 0].unique().tolist() == [torch.tensor(1 / (1 - probability), dtype=dtype).item()]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_neighbours_and_passes_are_dropped_independently(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("drop", "dtype"), WAYS)
+def test_neighbours_and_passes_are_dropped_independently(drop: Drop, dtype: torch.dtype) -> None:
     """Values that share a random number, and masks that follow one another."""
     torch.manual_seed(2)
     first, second = (drop(torch.ones(400_000, dtype=dtype), 0.5).sign().double() for _ in range(2))
@@ -33,8 +40,8 @@ def test_neighbours_and_passes_are_dropped_independently(dtype: torch.dtype) -> 
     assert abs(torch.corrcoef(torch.stack([first, second]))[0, 1].item()) < 5 / len(first) ** 0.5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_pass_where_something_was_kept(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("drop", "dtype"), WAYS)
+def test_gradients_pass_where_something_was_kept(drop: Drop, dtype: torch.dtype) -> None:
     values = torch.full((6, 5, 4), 2.0, dtype=dtype).transpose(0, 1).requires_grad_()
     torch.manual_seed(3)
     found = drop(values, 0.3)
@@ -70,3 +77,32 @@ def test_dropout_of_a_network_is_replaced_and_nothing_else() -> None:
     replace_dropout(network)
     assert [type(layer) for layer in network] == [DrawnDropout, nn.Linear, Own]
     assert network[0].p == 0.25
+
+
+@pytest.mark.full
+def test_compiled_dropout_is_drawn_as_without_the_compiler() -> None:
+    values = torch.randn(40, 30, dtype=torch.bfloat16, requires_grad=True)
+    found: list[Tensor] = []
+    for way in (drop_compiled, torch.compile(drop_compiled, dynamic=True)):
+        torch.manual_seed(5)
+        dropped = way(values, 0.3)
+        found += [dropped, *torch.autograd.grad(dropped.sum(), values)]
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("tokens", [97, 128])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_an_aligned_projection_has_the_same_losses_and_gradients(tokens: int, has_bias: bool) -> None:
+    torch.manual_seed(6)
+    hidden, labels = torch.randn(5, 64), torch.tensor([0, 96, 5, IGNORED, 7])
+    weight, bias = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, requires_grad=True) if has_bias else None
+    parameters = [weight, bias] if bias is not None else [weight]
+    aligned, plain = project_aligned(hidden, weight, bias), nn.functional.linear(hidden, weight, bias)
+    assert aligned.shape == (5, 128)
+    torch.testing.assert_close(aligned[:, :tokens], plain)
+    found, expected = (loss_sums(logits, labels, torch.zeros(1, 2), torch.tensor([IGNORED])) for logits in (aligned, plain))
+    torch.testing.assert_close(found.mlm_loss, expected.mlm_loss)
+    assert found.mlm_correct == expected.mlm_correct
+    for each, other in zip(*(torch.autograd.grad(sums.mlm_loss, parameters) for sums in (found, expected)), strict=True):
+        torch.testing.assert_close(each, other)

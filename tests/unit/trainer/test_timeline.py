@@ -89,6 +89,25 @@ def test_a_device_that_is_behind_is_timed_by_its_own_instants(clock: Clock) -> N
     assert sum(seconds.values()) == pytest.approx(clock.now - started_at)
 
 
+@pytest.mark.parametrize(("read_s", "waited_s"), [(3.0, 0.0), (9.0, 1.2)])
+def test_data_that_is_read_while_the_device_computes_is_waited_for_as_long_as_it_takes_longer(clock: Clock, read_s: float, waited_s: float) -> None:
+    line = Timeline(LocalContext(), lambda: DeviceEvent(clock))
+    started_at = clock.now
+    for phase, seconds in (("forward", 3.0), ("backward", 5.0)):
+        line.heartbeat(0, phase)
+        clock.give(seconds)
+        clock.now += 0.1
+    line.heartbeat(0, "data")
+    clock.now += read_s
+    line.heartbeat(0, "agree")
+    clock.wait()
+    clock.now += 0.25
+    line.heartbeat(0, "optimizer")
+    seconds = line.take()
+    assert seconds == pytest.approx({"forward": 3.0, "backward": 5.0, "data": waited_s, "agree": 0.25, "optimizer": 0.0})
+    assert sum(seconds.values()) == pytest.approx(clock.now - started_at)
+
+
 def test_a_host_that_is_slower_than_its_device_is_not_counted_twice(clock: Clock) -> None:
     line = Timeline(LocalContext(), lambda: DeviceEvent(clock))
     started_at = clock.now
