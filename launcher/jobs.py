@@ -67,7 +67,7 @@ def run_job(
         _write_configs(run, config, cluster, deliberate=deliberate)
         clear_stop(run, lease.state.token)
         record_lost_driver(run)
-        progress = TrainingProgress(console, config.schedule.steps, config.objective)
+        progress = TrainingProgress(console, config.schedule.steps, config.objective, paced_over=_between(config))
         model = model or run.models / MODEL_NAME
         ray = RayOnDemand(cluster, workers, machine, work=lambda: work_left(config, run), stopped=lambda: read_stop(run) is not None)
         job = Job(config, run, lease, ray, console, progress, model, resumed=as_recorded)
@@ -113,6 +113,11 @@ def _display(job: Job, *, is_published: bool) -> Callable[[], None]:
             metrics.update(new_events, new_steps)
 
     return show
+
+
+def _between(config: RunConfig) -> int:
+    """Steps within which whatever comes between steps has come."""
+    return max(TrainingProgress.paced_over, config.validation.every_steps, config.checkpoint.every_steps)
 
 
 def _require_buildable(config: RunConfig, run: RunFolder) -> None:

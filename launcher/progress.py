@@ -59,11 +59,14 @@ class TrainingProgress:
     console: Console
     steps: int
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    paced_over: int = 20
+    """Steps whose pace, with what lay between them, is that of those to come."""
     _bar: Progress | None = None
     _task: TaskID | None = None
     _shown: int = -1
     _shown_at: float = -math.inf
-    _pace: list[tuple[float, int]] = field(default_factory=list)
+    _pace: deque[tuple[float, int]] = field(default_factory=deque)
+    """When how many steps were done."""
 
     def update(self, steps: Iterable[dict[str, Any]]) -> None:
         """Show new records of steps."""
@@ -71,7 +74,9 @@ class TrainingProgress:
             done = int(record["step"]) + 1
             if self._pace and done <= self._pace[-1][1]:
                 self._pace.clear()  # resumed: earlier steps again
-            self._pace = [*self._pace[-20:], (time.monotonic(), done)]
+            self._pace.append((time.monotonic(), done))
+            while self._pace[0][1] < done - self.paced_over:
+                self._pace.popleft()
             if self.console.is_terminal:
                 self._draw(record, done)
             elif done == self.steps or done * 10 // self.steps != self._shown or time.monotonic() - self._shown_at > _QUIET_S:

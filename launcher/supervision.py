@@ -253,7 +253,7 @@ class Supervisor:
         if self._signalled_at is None:
             self._signalled_at = time.monotonic()
             if self.saves_on_stop():
-                self.say(f"{self._signal_name()}: saving a checkpoint, then stopping (Ctrl-C again ends at once)")
+                self.say(f"{self._signal_name()}: saving what was trained, then stopping (Ctrl-C again ends at once)")
         if time.monotonic() > self._signalled_at + signal_grace_s():
             cause = f"{self._signal_name()}: ended without saving, because storage did not take the request"
             raise self._as_ctrl_c(InterruptedRunError(cause, "Run `maskwright resume`."))

@@ -38,8 +38,8 @@ class TensorBatch:
     """Where samples and padding begin, as `bounds_of` says."""
 
     def to(self, device: torch.device) -> "TensorBatch":
-        """This batch on `device`; copies to a GPU do not wait."""
-        if device.type == "cpu":
+        """This batch on `device`, where it may be already; copies to a GPU do not wait."""
+        if device.type == self.input_ids_RT.device.type:
             return self
         return TensorBatch(**{field.name: getattr(self, field.name).pin_memory().to(device, non_blocking=True) for field in fields(self)})
 

@@ -99,8 +99,10 @@ class StepLog:
         """Start the clock of a step."""
         self._started_at = time.monotonic()
 
-    def step(self, state: TrainState, counts: StepCounts, losses: StepLosses, outcome: StepOutcome, lr: float, *, stall_s: float) -> None:
-        """Record the step that took `state` further."""
+    def step(
+        self, state: TrainState, counts: StepCounts, losses: StepLosses, outcome: StepOutcome, lr: float, *, wait_s: float, stall_s: float
+    ) -> None:
+        """Record the step that took `state` further. Its data took the host `wait_s` to read; of that a GPU that had work meanwhile lost less."""
         if not self._writes:
             return
         elapsed_s, seconds = time.monotonic() - self._started_at, self._timeline.take()
@@ -116,7 +118,7 @@ class StepLog:
             lr=lr,
             tokens_per_s=counts.tokens / elapsed_s,
             mfu=flops_per_s / self._peak_flops,
-            data_wait_s=seconds.get("data", 0.0),
+            data_wait_s=min(wait_s, seconds.get("data", 0.0)),
             checkpoint_stall_s=stall_s,
             memory_bytes=peak_memory_bytes(self._device),
             batch_digest=f"{counts.digest:016x}",

@@ -11,7 +11,7 @@ from data_pipeline.errors import ConfigError, MaskwrightError, NotFoundError, Un
 from trainer.architectures import longest_row, new_network_config, require_architecture, with_dropout
 from trainer.attention import usual_kernel
 from trainer.config import ModelConfig, RunConfig
-from trainer.layers import align_projection, replace_dropout
+from trainer.layers import align_projection, replace_dropout, replace_gelu
 from trainer.networks import PretrainingMaskedLM, PretrainingNetwork, network_class
 
 
@@ -41,6 +41,7 @@ def build_model(
             require_same_vocabulary(config.init_from, tokenizer)
     align_projection(model)
     replace_dropout(model)
+    replace_gelu(model)
     if isinstance(model, PretrainingMaskedLM):
         _require_rows(model, sequence_length, cast(int, tokenizer.cls_token_id))
     if config.activation_checkpointing:

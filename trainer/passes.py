@@ -1,6 +1,6 @@
 """Passes over micro-batches: a step's forward and backward, and validation (every function is collective)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from data_pipeline.config import Phase
 from data_pipeline.hashing import mix64
 from data_pipeline.mixture import Mixture
 from data_pipeline.stream import MicroBatchStream, empty_micro_batch
-from trainer.batch import tensor_batches
+from trainer.batch import TensorBatch, tensor_batches
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.objectives import LossWeights
@@ -26,30 +26,51 @@ if TYPE_CHECKING:
 _DROPOUT = 0xD509  # keeps dropout's seeds apart from those of other uses of `mix64`
 
 
+class StepWork:
+    """What a rank computes in a step: the micro-batches of its part, each in `batch.split` pieces, and empty ones up to the passes of every rank.
+
+    Built, they are counted, and the first is on its way to the device: what a GPU would wait for is done while it computes the step before.
+    """
+
+    def __init__(self, part: StepPart, empty: "MicroBatch", config: RunConfig, device: torch.device) -> None:
+        self.part = part
+        self.counts = StepCounts.of(part.batches, part.first_position)
+        """Of this rank alone, which says nothing of stops and failures yet."""
+        self._batches = _padded(part, empty)
+        self._config = config
+        self._device = device
+        self._first = [piece.to(device) for piece in tensor_batches(self._batches[0], config.batch.split)]
+
+    @property
+    def num_pieces(self) -> int:
+        """The same on every rank."""
+        return len(self._batches) * self._config.batch.split
+
+    def pieces(self) -> Iterator[tuple[TensorBatch, int]]:
+        """Each piece on the device, and the seed of its dropout; once.
+
+        By (seed, micro-batch number, piece): it depends neither on the rank nor on restarts, and no random state needs saving.
+        """
+        ready, self._first = self._first, []
+        for batch in self._batches:
+            for number, piece in enumerate(ready or tensor_batches(batch, self._config.batch.split)):
+                yield piece.to(self._device), dropout_seed(self._config.seed, batch.number, number)
+            ready = []
+
+
 def forward_backward(
-    engine: Engine,
-    part: StepPart,
-    counts: StepCounts,
-    empty: "MicroBatch",
-    config: RunConfig,
-    world_size: int,
-    enter: Callable[[str], None] = lambda phase: None,
+    engine: Engine, work: StepWork, counts: StepCounts, world_size: int, enter: Callable[[str], None] = lambda phase: None
 ) -> Tensor:
-    """Accumulate the gradients of this rank's part of a step; returns its sums as `LossSums.detached` does, still on the device.
+    """Accumulate the gradients of this rank's work in a step; returns its sums as `LossSums.detached` does, still on the device.
 
-    `enter` hears each time whether `forward`, `backward` or `reduce` begins.
-
-    Dropout is seeded before every piece by (seed, micro-batch number, piece): it depends neither on the rank nor on restarts, and no
-    random state needs saving. Ranks with fewer micro-batches run empty ones, whose loss has weight zero.
+    `counts` are those of all ranks. `enter` hears each time whether `forward`, `backward` or `reduce` begins. The loss of an empty micro-batch has
+    weight zero.
     """
     weights = LossWeights.for_step(num_masked=counts.masked, num_pairs=counts.pairs, world_size=world_size)
     sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
-    batches = _padded(part, empty)
-    for place, batch in enumerate(batches):
-        for piece_number, piece in enumerate(tensor_batches(batch, config.batch.split)):
-            _seed_dropout(engine.device, dropout_seed(config.seed, batch.number, piece_number))
-            last = place + 1 == len(batches) and piece_number + 1 == config.batch.split
-            sums += engine.accumulate(piece.to(engine.device), weights, last=last, enter=enter).detached()
+    for number, (piece, seed) in enumerate(work.pieces(), start=1):
+        _seed_dropout(engine.device, seed)
+        sums += engine.accumulate(piece, weights, last=number == work.num_pieces, enter=enter).detached()
     return sums
 
 
@@ -85,7 +106,7 @@ class Validation:
         """
         go_on()
         part = self._read(phase)
-        counts = StepCounts.of(part.batches, part.first_position, stop=False, failed=part.error is not None).total(engine.device)
+        counts = StepCounts.of(part.batches, part.first_position, failed=part.error is not None).total(engine.device)
         if counts.failures:
             raise_together(part.error, "read the validation data")
         sums = torch.zeros(4, dtype=torch.float64, device=engine.device)

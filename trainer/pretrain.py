@@ -22,8 +22,8 @@ from trainer.engine import Engine, StepOutcome, training_device
 from trainer.metrics import StepLog
 from trainer.model import build_model
 from trainer.numerics import with_loss
-from trainer.passes import Validation, forward_backward
-from trainer.reading import ReadAhead, read_steps
+from trainer.passes import StepWork, Validation, forward_backward
+from trainer.reading import Ahead, read_steps
 from trainer.runlog import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
@@ -85,14 +85,16 @@ def train(
     stream = MicroBatchStream(corpora, config.objective, config.phases, config.seed, packing=config.batch.row_packing)
     validation, empty = Validation(corpora, config, context.rank, context.world_size), empty_micro_batch(corpora.vocabulary)
     rank, world_size, workers = context.rank, context.world_size, config.batch.loader_workers
-    parts = ReadAhead(read_steps(stream, config.phases, first_step=state.step, rank=rank, world_size=world_size, workers=workers))
+    parts = read_steps(stream, config.phases, first_step=state.step, rank=rank, world_size=world_size, workers=workers)
+    works = Ahead(StepWork(part, empty, config, engine.device) for part in parts)
     validation_loss: float | None = None
     while state.step < config.schedule.steps:
         context.heartbeat(state.step, "data")
         log.start_step()
-        part = parts.take()
+        work = works.take()
+        part = work.part
+        own = replace(work.counts, stops=int(context.stop_requested()), failures=int(part.error is not None or saver.failed()))
         context.heartbeat(state.step, "agree")
-        own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None or saver.failed())
         counts = own.total(engine.device)
         if counts.failures:
             raise_together(part.error or saver.error, f"read the data of step {state.step}" if part.error else "save a checkpoint")
@@ -105,17 +107,17 @@ def train(
             log.skipped(state, skipped)
             state = with_skipped(state, skipped, config.data.skip_budget)
 
-        sums = forward_backward(engine, part, counts, empty, config, context.world_size, enter=partial(context.heartbeat, state.step))
+        sums = forward_backward(engine, work, counts, context.world_size, enter=partial(context.heartbeat, state.step))
         if engine.computes_behind:
             context.heartbeat(state.step, "data")
-            parts.read()
+            works.make()
         context.heartbeat(state.step, "agree")
         losses = StepLosses.total(sums, counts, engine.device)
 
         context.heartbeat(state.step, "optimizer")
         lr = learning_rate(config.optimizer.lr, config.schedule, state.step)
         outcome = soundness.step(engine, lr, losses, state, part.num_micro_batches)
-        log.step(state, counts, losses, outcome, lr, stall_s=saver.take_stall_s())
+        log.step(state, counts, losses, outcome, lr, wait_s=part.wait_s, stall_s=saver.take_stall_s())
         state = advanced(state, outcome, counts, part.num_micro_batches, with_loss(state.recent_losses, losses.loss, config.numerics))
 
         validation_loss = None  # of these weights, and no others: what is kept as the best was measured

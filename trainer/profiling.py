@@ -5,10 +5,10 @@ import os
 import shutil
 import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
@@ -26,19 +26,16 @@ from trainer.config import RunConfig
 from trainer.context import ForwardingContext, RunContext
 from trainer.costs import LABEL, costs_of
 from trainer.engine import Engine, training_device
-from trainer.passes import forward_backward
+from trainer.passes import StepWork, forward_backward
 from trainer.peaks import device_name
 from trainer.pretrain import build_engine
-from trainer.reading import ReadAhead, read_steps
+from trainer.reading import Ahead, read_steps
 from trainer.refusals import require_same_data
 from trainer.runlog import RunFolder
 from trainer.schedule import learning_rate
 from trainer.state import TrainState
 from trainer.timeline import Timeline
-from trainer.totals import StepCounts, StepLosses, on_rank_zero, raise_together
-
-if TYPE_CHECKING:
-    from data_pipeline.stream import MicroBatch
+from trainer.totals import StepLosses, on_rank_zero, raise_together
 
 WARM_UP_STEPS = 1
 """Steps that are taken before those that are profiled: memory is found, kernels are chosen."""
@@ -139,13 +136,14 @@ def _take_steps(config: RunConfig, corpora: Mixture, engine: Engine, timeline: T
     """Take the steps; returns rank 0's seconds by phase in those after the warm-up."""
     stream = MicroBatchStream(corpora, config.objective, config.phases, config.seed, packing=config.batch.row_packing)
     rank, world_size, workers = timeline.rank, timeline.world_size, config.batch.loader_workers
-    parts = ReadAhead(read_steps(stream, config.phases, first_step=steps.start, rank=rank, world_size=world_size, workers=workers))
+    parts = read_steps(stream, config.phases, first_step=steps.start, rank=rank, world_size=world_size, workers=workers)
     empty, labels = empty_micro_batch(corpora.vocabulary), Labels(timeline)
+    works = Ahead(StepWork(part, empty, config, engine.device) for part in parts)
     with profiler or nullcontext():
         for step in steps:
             if step == steps.start + WARM_UP_STEPS:
                 timeline.take()
-            _take_step(config, engine, labels, parts, empty, step)
+            _take_step(config, engine, labels, works, step)
             labels.close()
             timeline.heartbeat(step, "trace")  # the profiler's own time, the longest after the last step, is none of a phase
             if profiler is not None:
@@ -153,21 +151,21 @@ def _take_steps(config: RunConfig, corpora: Mixture, engine: Engine, timeline: T
     return {phase: spent for phase, spent in timeline.take().items() if phase not in {"", "trace"}}
 
 
-def _take_step(config: RunConfig, engine: Engine, context: RunContext, parts: ReadAhead, empty: "MicroBatch", step: int) -> None:
+def _take_step(config: RunConfig, engine: Engine, context: RunContext, works: Ahead[StepWork], step: int) -> None:
     """A step as `trainer.pretrain.train` takes it, without what records and saves. Collective."""
     context.heartbeat(step, "data")
-    part = parts.take()
+    work = works.take()
+    own = replace(work.counts, stops=int(context.stop_requested()), failures=int(work.part.error is not None))
     context.heartbeat(step, "agree")
-    own = StepCounts.of(part.batches, part.first_position, stop=context.stop_requested(), failed=part.error is not None)
     counts = own.total(engine.device)
     if counts.failures:
-        raise_together(part.error, f"read the data of step {step}")
+        raise_together(work.part.error, f"read the data of step {step}")
     if counts.stops:
         raise InterruptedRunError("profiling was stopped", "Run it again.")
-    sums = forward_backward(engine, part, counts, empty, config, context.world_size, enter=partial(context.heartbeat, step))
+    sums = forward_backward(engine, work, counts, context.world_size, enter=partial(context.heartbeat, step))
     if engine.computes_behind:
         context.heartbeat(step, "data")
-        parts.read()
+        works.make()
     context.heartbeat(step, "agree")
     StepLosses.total(sums, counts, engine.device)
     context.heartbeat(step, "optimizer")

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from data_pipeline.config import Phase
 from data_pipeline.order import micro_batches_of_step, micro_steps, rank_micro_batches
@@ -11,6 +11,8 @@ from data_pipeline.stream import MicroBatchStream, build_loader
 
 if TYPE_CHECKING:
     from data_pipeline.stream import MicroBatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -59,24 +61,24 @@ def read_steps(
             return
 
 
-class ReadAhead:
-    """The parts of `read_steps`, each of which can be read before its turn: a GPU computes a step long after its host has handed it out."""
+class Ahead(Generic[T]):
+    """Values that take a while to make, each of which can be made before its turn: a GPU computes a step long after its host has handed it out."""
 
-    def __init__(self, parts: Iterator[StepPart]) -> None:
-        self._parts = parts
-        self._ahead: StepPart | None = None
+    def __init__(self, values: Iterator[T]) -> None:
+        self._values = values
+        self._next: T | None = None
 
-    def read(self) -> None:
-        """Have the next part ready, if there is one. Never raises: an error is in the part."""
-        if self._ahead is None:
-            self._ahead = next(self._parts, None)
+    def make(self) -> None:
+        """Have the next value ready, if there is one."""
+        if self._next is None:
+            self._next = next(self._values, None)
 
-    def take(self) -> StepPart:
-        """The next part; read now, if it has not been yet. There is one more."""
-        self.read()
-        part, self._ahead = self._ahead, None
-        assert part is not None
-        return part
+    def take(self) -> T:
+        """The next value, of which there is one: made now, if it has not been yet."""
+        self.make()
+        value, self._next = self._next, None
+        assert value is not None
+        return value
 
 
 def share_of(numbers: range, rank: int, world_size: int) -> range:

@@ -39,7 +39,7 @@ class StepCounts:
     failures: int = 0
 
     @classmethod
-    def of(cls, batches: Sequence["MicroBatch"], first_position: int, *, stop: bool, failed: bool) -> "StepCounts":
+    def of(cls, batches: Sequence["MicroBatch"], first_position: int, *, stop: bool = False, failed: bool = False) -> "StepCounts":
         """Count the micro-batches at positions `first_position`, … of the step."""
         from data_pipeline.stream import step_digest
 

@@ -4,10 +4,11 @@ The second seam to DeepSpeed beside `trainer.engine`, which saves and loads thro
 parameter, is `trainer.zero_state`'s business.
 """
 
+import io
 import os
 import pickle
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def load_engine(engine: DeepSpeedEngine, folder: Path) -> None:
         DataCorruptError: a file is unreadable, or holds anything but tensors and plain values.
     """
     assert isinstance(engine.checkpoint_engine, SafeFiles)
-    with _weights_only():
+    with _weights_only(), redirect_stdout(io.StringIO()):  # its stage 1 in bf16 prints which of its functions it is in
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise DataCorruptError(f"DeepSpeed found nothing to load in {folder}", "Resume from another checkpoint.")

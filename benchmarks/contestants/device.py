@@ -50,7 +50,7 @@ def _rate(work: Work, precision: str, seconds: float) -> Rate:
 
     training, batches = _training(work, precision), _step(work)
     tokens_per_s, steps_per_s = rate(training.step, batches, seconds)
-    flops = StepFlops.of(training.engine.model).of_step(StepCounts.of(batches, 0, stop=False, failed=False))
+    flops = StepFlops.of(training.engine.model).of_step(StepCounts.of(batches, 0))
     peak = measured_peak(training.engine.device, training.engine.dtype)
     return Rate(tokens_per_s, flops * steps_per_s, peak, work)
 

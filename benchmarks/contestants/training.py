@@ -23,6 +23,7 @@ class OurTraining:
         self._config = config
         self._empty = empty
         self._world_size = world_size
+        self._next: Any = None
         self.engine = engine
 
     @classmethod
@@ -44,17 +45,25 @@ class OurTraining:
         return cls(config, engine, EMPTY, world_size)
 
     def step(self, batches: Sequence[Any]) -> float:
-        """An optimizer step over this rank's micro-batches; returns the loss of the global batch."""
+        """An optimizer step over this rank's micro-batches; returns the loss of the global batch. On a GPU the next is made ready meanwhile, which is
+        taken to be over the same."""
         from trainer.passes import forward_backward
-        from trainer.reading import StepPart
-        from trainer.totals import StepCounts, StepLosses
+        from trainer.totals import StepLosses
 
-        part = StepPart(list(batches), 0, len(batches), len(batches) * self._world_size, 0.0)
-        counts = StepCounts.of(part.batches, 0, stop=False, failed=False).total(self.engine.device)
-        sums = forward_backward(self.engine, part, counts, self._empty, self._config, self._world_size)
+        work = self._next if self._next is not None and self._next.part.batches == list(batches) else self._work(batches)
+        counts = work.counts.total(self.engine.device)
+        sums = forward_backward(self.engine, work, counts, self._world_size)
+        self._next = self._work(batches) if self.engine.computes_behind else None
         losses = StepLosses.total(sums, counts, self.engine.device)
         self.engine.step(LR)
         return losses.loss
+
+    def _work(self, batches: Sequence[Any]) -> Any:
+        from trainer.passes import StepWork
+        from trainer.reading import StepPart
+
+        part = StepPart(list(batches), 0, len(batches), len(batches) * self._world_size, 0.0)
+        return StepWork(part, self._empty, self._config, self.engine.device)
 
 
 def run_config(network: Network, shape: Shape, *, precision: str, dropout: float, stage: int = 1, optimizer: str = "adamw", **model: Any) -> Any:

@@ -11,7 +11,7 @@ from tests.support.distributed import run_distributed
 from trainer.config import RunConfig
 from trainer.engine import Engine
 from trainer.model import build_model
-from trainer.passes import forward_backward
+from trainer.passes import StepWork, forward_backward
 from trainer.reading import StepPart, share_of
 from trainer.totals import StepCounts, StepLosses, on_rank_zero, raise_together
 
@@ -48,8 +48,9 @@ def two_steps(rank: int, world_size: int, tokenizer: str, configs: list[RunConfi
         steps: dict[str, Any] = {"digests": [], "losses": [], "norms": []}
         for first in (0, MICRO_BATCHES):
             part = part_of(rank, world_size, first)
-            counts = StepCounts.of(part.batches, part.first_position, stop=False, failed=False).total(CPU)
-            sums = forward_backward(engine, part, counts, EMPTY, config, world_size)
+            work = StepWork(part, EMPTY, config, CPU)
+            counts = work.counts.total(CPU)
+            sums = forward_backward(engine, work, counts, world_size)
             losses = StepLosses.total(sums, counts, CPU)
             steps["digests"].append(counts.digest)
             steps["losses"].append(losses.loss)

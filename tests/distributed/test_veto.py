@@ -14,9 +14,8 @@ from tests.support.distributed import run_distributed
 from trainer.config import RunConfig
 from trainer.engine import Engine, StepOutcome
 from trainer.model import build_model
-from trainer.passes import forward_backward
+from trainer.passes import StepWork, forward_backward
 from trainer.reading import StepPart, share_of
-from trainer.totals import StepCounts
 
 MICRO_BATCHES, STEPS = 4, 5
 REFUSED = {1: "nan", 2: "dropped"}
@@ -30,8 +29,8 @@ def passed(engine: Engine, config: RunConfig, rank: int, world_size: int, step: 
     """Forward and backward of this rank's part of a step."""
     share = share_of(range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES), rank, world_size)
     part = StepPart([random_micro_batch(number) for number in share], 0, -(-MICRO_BATCHES // world_size), MICRO_BATCHES, 0.0)
-    counts = StepCounts.of(part.batches, 0, stop=False, failed=False).total(CPU)
-    forward_backward(engine, part, counts, EMPTY, config, world_size)
+    work = StepWork(part, EMPTY, config, CPU)
+    forward_backward(engine, work, work.counts.total(CPU), world_size)
 
 
 def stepped(engine: Engine, config: RunConfig, rank: int, world_size: int, step: int, how: str) -> StepOutcome:

@@ -62,19 +62,19 @@ def install(fault: NumericFault) -> None:
     from trainer.engine import Engine, StepOutcome
     from trainer.objectives import LossSums, LossWeights
 
-    def faulty(engine: Engine, part: Any, *arguments: Any, **named: Any) -> torch.Tensor:
-        if not fault.strikes([batch.number for batch in part.batches]):
-            return passes.forward_backward(engine, part, *arguments, **named)
+    def faulty(engine: Engine, work: passes.StepWork, *arguments: Any, **named: Any) -> torch.Tensor:
+        if not fault.strikes([batch.number for batch in work.part.batches]):
+            return passes.forward_backward(engine, work, *arguments, **named)
         if fault.kind == "weights":
             spoil_after_step(engine)
-            return passes.forward_backward(engine, part, *arguments, **named)
+            return passes.forward_backward(engine, work, *arguments, **named)
         parameter = engine.model.get_parameter("bert.encoder.layer.0.output.dense.weight")
         hooks = {"gradient": _with_nan, "hang": _hang}
         removal = parameter.register_hook(hooks[fault.kind]) if fault.kind in hooks else None
         if removal is None:
             engine.accumulate = accumulate_wrongly(engine)
         try:
-            return passes.forward_backward(engine, part, *arguments, **named)
+            return passes.forward_backward(engine, work, *arguments, **named)
         finally:
             if removal is not None:
                 removal.remove()

@@ -312,6 +312,18 @@ def test_a_slow_run_says_something_every_thirty_seconds(monkeypatch: pytest.Monk
     assert [line.split()[1] for line in out.getvalue().splitlines()] == ["1/10000", "5/10000", "9/10000", "13/10000"]
 
 
+def test_the_time_left_counts_what_comes_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a second, a save after every 50 steps fifty more."""
+    now = [1000.0]
+    monkeypatch.setattr("launcher.progress.time.monotonic", lambda: now[0])
+    progress = TrainingProgress(Console(file=io.StringIO()), steps=300, paced_over=50)
+    record = {"attempt": 1, "mlm_loss": 7.0, "nsp_loss": 0.69, "tokens_per_s": 12345.0}
+    for step in range(200):
+        now[0] += 1.0 if step % 50 else 51.0
+        progress.update([{"step": step, **record}])
+    assert progress.describe(record, 200).endswith("  3:20 left")
+
+
 def test_what_ranks_record_is_said_once(run: RunFolder) -> None:
     out = io.StringIO()
     run.append_event("resumed", attempt=1, step=1)

@@ -1,4 +1,4 @@
-"""Dropout by whole random numbers: as often as is asked, by the seed, with gradients where something was kept. Aligned projections: the same loss."""
+"""Dropout by whole random numbers: as often as is asked, by the seed, with gradients where something was kept. Projections and GELU: the same."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUActivation
 
-from trainer.layers import DrawnDropout, drop, drop_compiled, project_aligned, replace_dropout
+from trainer.layers import DrawnDropout, ShortGelu, drop, drop_compiled, project_aligned, replace_dropout, replace_gelu, short_gelu
 from trainer.objectives import IGNORED, loss_sums
 
 Drop = Callable[[Tensor, float], Tensor]
@@ -89,6 +90,31 @@ def test_compiled_dropout_is_drawn_as_without_the_compiler() -> None:
         found += [dropped, *torch.autograd.grad(dropped.sum(), values)]
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize("way", [short_gelu, pytest.param(torch.compile(short_gelu, dynamic=True), marks=pytest.mark.full)])
+def test_the_short_gelu_and_its_slope_are_right_to_the_last_bits(way: Callable[[Tensor], Tensor]) -> None:
+    values = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    exact, exact_slopes = gelu_and_slopes(nn.functional.gelu, values)
+    found, slopes = gelu_and_slopes(way, values.float())
+    torch.testing.assert_close(found.double(), exact, rtol=3e-7, atol=3e-7)
+    torch.testing.assert_close(slopes.double(), exact_slopes, rtol=3e-7, atol=3e-7)
+    in_16_bits, torchs = gelu_and_slopes(way, values.bfloat16()), gelu_and_slopes(nn.functional.gelu, values.bfloat16())
+    for ours, theirs in zip(in_16_bits, torchs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
+
+
+def gelu_and_slopes(gelu: Callable[[Tensor], Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
+    points = values.clone().requires_grad_()
+    found = gelu(points)
+    return found.detach(), torch.autograd.grad(found.sum(), points)[0]
+
+
+def test_a_gelu_is_replaced_and_computes_as_before_where_nothing_is_compiled() -> None:
+    network, values = nn.Sequential(GELUActivation(), nn.GELU()), torch.randn(100)
+    replace_gelu(network)
+    assert [type(layer) for layer in network] == [ShortGelu, nn.GELU]
+    assert torch.equal(network[0](values), nn.functional.gelu(values))
 
 
 @pytest.mark.parametrize("tokens", [97, 128])
