@@ -112,7 +112,7 @@ def test_ctrl_c_twice_ends_though_storage_hangs(run: RunFolder, monkeypatch: pyt
             supervisor.supervise(lambda: never.wait(20))
         assert 1.9 <= time.monotonic() - started_at < 10
     never.set()
-    assert "SIGINT: saving a checkpoint" in said[0]
+    assert "SIGINT: saving what was trained" in said[0]
 
 
 def test_ctrl_c_when_all_is_done_stops_nothing(run: RunFolder) -> None:
