@@ -150,7 +150,7 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_there(folder: Path, finished: 
         command.wait_until_gone()
     finally:
         command.kill_everything()
-    assert "saving a checkpoint" in command.text()
+    assert "saving what was trained" in command.text()
     assert kinds(run)[-1] == "stopped"
     (stopped,) = [event["step"] for event in events(run) if event["kind"] == "checkpoint_committed"]
     assert 1 <= stopped < STEPS
