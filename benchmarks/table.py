@@ -85,10 +85,10 @@ def _outcome(seconds: float | None, outcome: dict[str, Any] | None) -> str:
 def _origins(results: Mapping[str, Sequence[Record]]) -> list[str]:
     """One line a machine and text, with the commands whose results it holds."""
     commands: dict[str, list[str]] = {}
-    for records in results.values():
-        if records:
-            environment = records[0]["environment"]
-            commands.setdefault(_place(environment), []).append(f"`{environment['command']}`")
+    for environment in (record["environment"] for records in results.values() for record in records):
+        known = commands.setdefault(_place(environment), [])
+        if (command := f"`{environment['command']}`") not in known:
+            known.append(command)
     return [f"Measured on {place}: {', '.join(names)}." for place, names in commands.items()]
 
 

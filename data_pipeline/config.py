@@ -325,6 +325,15 @@ class BatchConfig(Section):
         return "rows" if self.packing == "rows" else "none"
 
     @property
+    def largest_micro_batches(self) -> dict[int, int]:
+        """By sequence length of the run, the samples of the largest micro-batch of rows so long."""
+        sizes = {self.sequence_length: self.micro_batch_size}
+        for phase in self.phases:
+            length = phase.sequence_length or self.sequence_length
+            sizes[length] = max(sizes.get(length, 0), self._shape(phase)[1])
+        return sizes
+
+    @property
     def sequence_lengths(self) -> tuple[int, ...]:
         """Every sequence length of the run, ascending: `prepare` counts samples for each."""
-        return tuple(sorted({self.sequence_length, *(p.sequence_length or self.sequence_length for p in self.phases)}))
+        return tuple(sorted(self.largest_micro_batches))

@@ -162,7 +162,8 @@ class Deadlines:
 
     def of(self, beat: Beat, longest_s: Mapping[str, float]) -> float:
         """Seconds that a rank may stay where it says that it is, given the longest that any has taken for the phase."""
-        known_s = 0.0 if beat.step in self.fresh_steps else longest_s.get(beat.phase, 0.0)
+        is_ahead = beat.phase == "data" and beat.step + 1 in self.fresh_steps  # on a GPU the next step's is read
+        known_s = 0.0 if beat.step in self.fresh_steps or is_ahead else longest_s.get(beat.phase, 0.0)
         allowed_s = self.phases_s.get(beat.phase, FIRST_S)
         return allowed_s + SLACK * known_s if known_s else max(allowed_s, FIRST_S)
 

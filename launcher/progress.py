@@ -66,14 +66,16 @@ class TrainingProgress:
     _shown: int = -1
     _shown_at: float = -math.inf
     _pace: deque[tuple[float, int]] = field(default_factory=deque)
-    """When how many steps were done."""
+    """When how many steps were done, in this attempt."""
+    _attempt: int | None = None
 
     def update(self, steps: Iterable[dict[str, Any]]) -> None:
         """Show new records of steps."""
         for record in steps:
             done = int(record["step"]) + 1
-            if self._pace and done <= self._pace[-1][1]:
-                self._pace.clear()  # resumed: earlier steps again
+            if record.get("attempt") != self._attempt:
+                self._attempt = record.get("attempt")
+                self._pace.clear()  # other ranks, perhaps, and time in which there were none
             self._pace.append((time.monotonic(), done))
             while self._pace[0][1] < done - self.paced_over:
                 self._pace.popleft()

@@ -54,7 +54,7 @@ def compile_layers(network: PretrainingNetwork, config: RunConfig, device: torch
         )
     tell("compiling", layers=len(layers))
     started_at = time.monotonic()
-    shapes = (config.batch.micro_batch_size // config.batch.split, sorted(config.batch.sequence_lengths), config.batch.row_packing)
+    shapes = (config.batch.split, sorted(config.batch.largest_micro_batches.items()), config.batch.row_packing, _share_predicted(config))
     _configure(device, tag=repr((*shapes, sorted(network.kernels.items()), torch.get_num_threads())))
     for layer in layers:
         layer.compile(dynamic=True)
@@ -117,11 +117,15 @@ def _num_graph_breaks() -> int:
 
 def _made_up_batches(config: RunConfig) -> Iterator[TensorBatch]:
     """For each length of the run, rows that hold one sample, and where they are packed, rows that hold two."""
-    rows = max(2, config.batch.micro_batch_size // config.batch.split)  # one row is a shape of its own
     samples = (1, 2) if config.batch.row_packing == "rows" else (1,)
-    rate = config.objective.mask_rate if config.objective.kind == "mlm" else 1.0
-    for length, samples_a_row in product(sorted(config.batch.sequence_lengths, reverse=True), samples):
-        yield _made_up(rows, length, samples_a_row, rate)
+    for (length, micro_batch_size), samples_a_row in product(sorted(config.batch.largest_micro_batches.items(), reverse=True), samples):
+        rows = max(2, micro_batch_size // config.batch.split)  # one row is a shape of its own
+        yield _made_up(rows, length, samples_a_row, _share_predicted(config))
+
+
+def _share_predicted(config: RunConfig) -> float:
+    """Of the places of a row."""
+    return config.objective.mask_rate if config.objective.kind == "mlm" else 1.0
 
 
 def _made_up(rows: int, length: int, samples_a_row: int, predicted: float) -> TensorBatch:

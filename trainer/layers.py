@@ -18,9 +18,17 @@ class AlignedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(…, D) → (…, V), or more than V"""
-        if input.device.type != "cuda" or input.dtype == torch.float32:
+        if not _is_for_tensor_cores(input):
             return super().forward(input)
         return project_aligned(input, self.weight, cast("Tensor | None", self.bias))
+
+
+class CutLinear(AlignedLinear):
+    """The same for a network that goes on with the logits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(…, D) → (…, V)"""
+        return super().forward(input)[..., : self.out_features]
 
 
 def project_aligned(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -33,11 +41,12 @@ def project_aligned(hidden: Tensor, weight_VD: Tensor, bias_V: Tensor | None) ->
     return functional.linear(hidden, functional.pad(weight_VD, (0, 0, 0, missing)), functional.pad(bias, (0, missing), value=-math.inf))
 
 
-def align_projection(network: nn.Module) -> None:
-    """Let the projection to the vocabulary of a network of transformers compute as `AlignedLinear`; its parameters stay as they are."""
+def align_projection(network: nn.Module, *, ends: bool) -> None:
+    """Let the projection to the vocabulary of a network of transformers compute as `AlignedLinear`; its parameters stay as they are. `ends`: nothing
+    but the loss comes after it."""
     projection: Any = cast(Any, network).get_output_embeddings()
     if type(projection) is nn.Linear:
-        projection.__class__ = AlignedLinear
+        projection.__class__ = AlignedLinear if ends else CutLinear
 
 
 class ShortGelu(GELUActivation):
@@ -45,7 +54,7 @@ class ShortGelu(GELUActivation):
 
     def forward(self, input: Tensor) -> Tensor:
         """Of any shape."""
-        if torch.compiler.is_compiling() and input.device.type == "cuda" and input.element_size() == 2:
+        if torch.compiler.is_compiling() and _is_for_tensor_cores(input):
             return short_gelu(input)
         return super().forward(input)
 
@@ -154,3 +163,8 @@ def _draw(values: Tensor, bits: int) -> Tensor:
 def _first_kept(probability: float, bits: int) -> int:
     """The least whole number of so many bits, of which half are negative, that is kept."""
     return min(round(probability * (1 << bits)), (1 << bits) - 1) - (1 << bits - 1)
+
+
+def _is_for_tensor_cores(values: Tensor) -> bool:
+    """Whether they are on a GPU in 16 bits."""
+    return values.device.type == "cuda" and values.element_size() == 2

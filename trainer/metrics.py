@@ -93,19 +93,23 @@ class StepLog:
         self._records = RecordWriter(run)
         self._trackers = trackers
         self._started_at = time.monotonic()
+        self._wait_s = 0.0
         self._said_at = -math.inf
 
     def start_step(self) -> None:
         """Start the clock of a step."""
         self._started_at = time.monotonic()
 
-    def step(
-        self, state: TrainState, counts: StepCounts, losses: StepLosses, outcome: StepOutcome, lr: float, *, wait_s: float, stall_s: float
-    ) -> None:
-        """Record the step that took `state` further. Its data took the host `wait_s` to read; of that a GPU that had work meanwhile lost less."""
+    def waited(self, wait_s: float) -> None:
+        """Data was read, for this step or for the next one while a GPU computes this: at most so many seconds of it were lost."""
+        self._wait_s += wait_s
+
+    def step(self, state: TrainState, counts: StepCounts, losses: StepLosses, outcome: StepOutcome, lr: float, *, stall_s: float) -> None:
+        """Record the step that took `state` further."""
         if not self._writes:
             return
         elapsed_s, seconds = time.monotonic() - self._started_at, self._timeline.take()
+        wait_s, self._wait_s = self._wait_s, 0.0
         flops_per_s = self._flops.of_step(counts) / elapsed_s
         record = StepRecord(
             step=state.step,

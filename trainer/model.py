@@ -39,7 +39,7 @@ def build_model(
         else:
             model = _load_weights(config, config.init_from, tokenizer, vocab_size, sequence_length, attention)
             require_same_vocabulary(config.init_from, tokenizer)
-    align_projection(model)
+    align_projection(model, ends=not isinstance(model, PretrainingMaskedLM))  # the heads of others may add a bias of their own
     replace_dropout(model)
     replace_gelu(model)
     if isinstance(model, PretrainingMaskedLM):

@@ -1,6 +1,6 @@
 """Passes over micro-batches: a step's forward and backward, and validation (every function is collective)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,17 +29,33 @@ _DROPOUT = 0xD509  # keeps dropout's seeds apart from those of other uses of `mi
 class StepWork:
     """What a rank computes in a step: the micro-batches of its part, each in `batch.split` pieces, and empty ones up to the passes of every rank.
 
-    Built, they are counted, and the first is on its way to the device: what a GPU would wait for is done while it computes the step before.
+    Made by `StepWork.of`, they are counted, and the first is on its way to the device: what a GPU would wait for is done while it computes the step
+    before.
     """
 
-    def __init__(self, part: StepPart, empty: "MicroBatch", config: RunConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        part: StepPart,
+        counts: StepCounts,
+        batches: "Sequence[MicroBatch]",
+        first: Sequence[TensorBatch],
+        config: RunConfig,
+        device: torch.device,
+    ) -> None:
         self.part = part
-        self.counts = StepCounts.of(part.batches, part.first_position)
+        self.counts = counts
         """Of this rank alone, which says nothing of stops and failures yet."""
-        self._batches = _padded(part, empty)
+        self._batches = batches
+        self._first = first
         self._config = config
         self._device = device
-        self._first = [piece.to(device) for piece in tensor_batches(self._batches[0], config.batch.split)]
+
+    @classmethod
+    def of(cls, part: StepPart, empty: "MicroBatch", config: RunConfig, device: torch.device) -> "StepWork":
+        """The work of a rank whose part of the step has been read."""
+        batches = _padded(part, empty)
+        first = [piece.to(device) for piece in tensor_batches(batches[0], config.batch.split)]
+        return cls(part, StepCounts.of(part.batches, part.first_position), batches, first, config, device)
 
     @property
     def num_pieces(self) -> int:
@@ -51,11 +67,11 @@ class StepWork:
 
         By (seed, micro-batch number, piece): it depends neither on the rank nor on restarts, and no random state needs saving.
         """
-        ready, self._first = self._first, []
+        ready, self._first = self._first, ()
         for batch in self._batches:
             for number, piece in enumerate(ready or tensor_batches(batch, self._config.batch.split)):
                 yield piece.to(self._device), dropout_seed(self._config.seed, batch.number, number)
-            ready = []
+            ready = ()
 
 
 def forward_backward(

@@ -23,7 +23,7 @@ from trainer.metrics import StepLog
 from trainer.model import build_model
 from trainer.numerics import with_loss
 from trainer.passes import StepWork, Validation, forward_backward
-from trainer.reading import Ahead, read_steps
+from trainer.reading import Ahead, StepPart, read_steps
 from trainer.runlog import RunFolder
 from trainer.saving import Saver
 from trainer.schedule import learning_rate
@@ -86,7 +86,12 @@ def train(
     validation, empty = Validation(corpora, config, context.rank, context.world_size), empty_micro_batch(corpora.vocabulary)
     rank, world_size, workers = context.rank, context.world_size, config.batch.loader_workers
     parts = read_steps(stream, config.phases, first_step=state.step, rank=rank, world_size=world_size, workers=workers)
-    works = Ahead(StepWork(part, empty, config, engine.device) for part in parts)
+
+    def work_of(part: StepPart) -> StepWork:
+        log.waited(part.wait_s)
+        return StepWork.of(part, empty, config, engine.device)
+
+    works = Ahead(map(work_of, parts))
     validation_loss: float | None = None
     while state.step < config.schedule.steps:
         context.heartbeat(state.step, "data")
@@ -117,7 +122,7 @@ def train(
         context.heartbeat(state.step, "optimizer")
         lr = learning_rate(config.optimizer.lr, config.schedule, state.step)
         outcome = soundness.step(engine, lr, losses, state, part.num_micro_batches)
-        log.step(state, counts, losses, outcome, lr, wait_s=part.wait_s, stall_s=saver.take_stall_s())
+        log.step(state, counts, losses, outcome, lr, stall_s=saver.take_stall_s())
         state = advanced(state, outcome, counts, part.num_micro_batches, with_loss(state.recent_losses, losses.loss, config.numerics))
 
         validation_loss = None  # of these weights, and no others: what is kept as the best was measured

@@ -138,7 +138,7 @@ def _take_steps(config: RunConfig, corpora: Mixture, engine: Engine, timeline: T
     rank, world_size, workers = timeline.rank, timeline.world_size, config.batch.loader_workers
     parts = read_steps(stream, config.phases, first_step=steps.start, rank=rank, world_size=world_size, workers=workers)
     empty, labels = empty_micro_batch(corpora.vocabulary), Labels(timeline)
-    works = Ahead(StepWork(part, empty, config, engine.device) for part in parts)
+    works = Ahead(StepWork.of(part, empty, config, engine.device) for part in parts)
     with profiler or nullcontext():
         for step in steps:
             if step == steps.start + WARM_UP_STEPS:

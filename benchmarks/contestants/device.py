@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from statistics import median
 from typing import Any
@@ -49,7 +50,7 @@ def _rate(work: Work, precision: str, seconds: float) -> Rate:
     from trainer.totals import StepCounts
 
     training, batches = _training(work, precision), _step(work)
-    tokens_per_s, steps_per_s = rate(training.step, batches, seconds)
+    tokens_per_s, steps_per_s = rate(partial(training.step, following=batches), batches, seconds)
     flops = StepFlops.of(training.engine.model).of_step(StepCounts.of(batches, 0))
     peak = measured_peak(training.engine.device, training.engine.dtype)
     return Rate(tokens_per_s, flops * steps_per_s, peak, work)
@@ -71,7 +72,7 @@ def zero_and_plain(work: Work, precision: str, seconds: float, rounds: int) -> d
     loop = PlainLoop(work.network, work.shape, precision=precision, dropout=work.dropout)
     loop.model.kernels = training.engine.model.kernels
     for _ in range(rounds):
-        found["ours"].append(rate(training.step, batches, seconds)[0])
+        found["ours"].append(rate(partial(training.step, following=batches), batches, seconds)[0])
         found["plain"].append(rate(loop.step, batches, seconds)[0])
     return found
 

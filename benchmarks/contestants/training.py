@@ -44,16 +44,16 @@ class OurTraining:
             compile_layers(engine.model, config, engine.device)
         return cls(config, engine, EMPTY, world_size)
 
-    def step(self, batches: Sequence[Any]) -> float:
-        """An optimizer step over this rank's micro-batches; returns the loss of the global batch. On a GPU the next is made ready meanwhile, which is
-        taken to be over the same."""
+    def step(self, batches: Sequence[Any], following: Sequence[Any] | None = None) -> float:
+        """An optimizer step over this rank's micro-batches; returns the loss of the global batch. The next one's, if known, are made ready while a
+        GPU computes this."""
         from trainer.passes import forward_backward
         from trainer.totals import StepLosses
 
-        work = self._next if self._next is not None and self._next.part.batches == list(batches) else self._work(batches)
+        work = self._next or self._work(batches)
         counts = work.counts.total(self.engine.device)
         sums = forward_backward(self.engine, work, counts, self._world_size)
-        self._next = self._work(batches) if self.engine.computes_behind else None
+        self._next = self._work(following) if following is not None and self.engine.computes_behind else None
         losses = StepLosses.total(sums, counts, self.engine.device)
         self.engine.step(LR)
         return losses.loss
@@ -63,7 +63,7 @@ class OurTraining:
         from trainer.reading import StepPart
 
         part = StepPart(list(batches), 0, len(batches), len(batches) * self._world_size, 0.0)
-        return StepWork(part, self._empty, self._config, self.engine.device)
+        return StepWork.of(part, self._empty, self._config, self.engine.device)
 
 
 def run_config(network: Network, shape: Shape, *, precision: str, dropout: float, stage: int = 1, optimizer: str = "adamw", **model: Any) -> Any:

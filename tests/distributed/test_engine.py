@@ -48,7 +48,7 @@ def two_steps(rank: int, world_size: int, tokenizer: str, configs: list[RunConfi
         steps: dict[str, Any] = {"digests": [], "losses": [], "norms": []}
         for first in (0, MICRO_BATCHES):
             part = part_of(rank, world_size, first)
-            work = StepWork(part, EMPTY, config, CPU)
+            work = StepWork.of(part, EMPTY, config, CPU)
             counts = work.counts.total(CPU)
             sums = forward_backward(engine, work, counts, world_size)
             losses = StepLosses.total(sums, counts, CPU)

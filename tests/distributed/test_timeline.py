@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from data_pipeline.storage import Location
+from data_pipeline.stream import MicroBatchStream
 from tests.support.batches import small_config
 from tests.support.corpus import small_corpus
 from tests.support.distributed import run_distributed
 from trainer.config import RunConfig
 from trainer.context import LocalContext
+from trainer.engine import Engine
 from trainer.pretrain import pretrain
 from trainer.runlog import RunFolder
 
@@ -100,6 +102,28 @@ def test_a_rank_that_is_late_is_waited_for_where_it_is(trained: tuple[Path, Any]
         assert records[3]["reduce_s"] > 0.5 * SLOW_S > records[3]["backward_s"]
     else:
         assert records[3]["forward_s"] + records[3]["backward_s"] > 0.5 * SLOW_S
+
+
+def train_on_slow_data(rank: int, world_size: int, corpus: str, root: str) -> None:
+    """The first micro-batch of step 3 takes long to read; hosts of GPUs read it in step 2."""
+    read = MicroBatchStream.__getitem__
+
+    def read_slowly(stream: MicroBatchStream, number: int) -> Any:
+        time.sleep(SLOW_S if number == 12 else 0.0)
+        return read(stream, number)
+
+    MicroBatchStream.__getitem__ = read_slowly
+    for is_ahead in (False, True):
+        Engine.computes_behind = is_ahead  # pyright: ignore[reportAttributeAccessIssue]
+        pretrain(config_of(1), corpus, f"{root}/{is_ahead}", LocalContext(rank, world_size), 1)
+
+
+def test_data_that_is_waited_for_is_told_in_the_step_that_waits(tmp_path: Path) -> None:
+    run_distributed(train_on_slow_data, 1, (small_corpus(tmp_path), str(tmp_path)), timeout_s=60)
+    for name, slow_step in (("False", 3), ("True", 2)):
+        records = records_of(tmp_path, name)
+        assert [record["data_wait_s"] > 0.5 * SLOW_S for record in records] == [step == slow_step for step in range(STEPS)]
+        assert records[slow_step]["step_s"] > SLOW_S
 
 
 def test_all_ranks_say_the_same_in_the_same_order(trained: tuple[Path, list[dict[str, list[tuple[int, str]]]]]) -> None:

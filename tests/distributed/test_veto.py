@@ -29,7 +29,7 @@ def passed(engine: Engine, config: RunConfig, rank: int, world_size: int, step: 
     """Forward and backward of this rank's part of a step."""
     share = share_of(range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES), rank, world_size)
     part = StepPart([random_micro_batch(number) for number in share], 0, -(-MICRO_BATCHES // world_size), MICRO_BATCHES, 0.0)
-    work = StepWork(part, EMPTY, config, CPU)
+    work = StepWork.of(part, EMPTY, config, CPU)
     forward_backward(engine, work, work.counts.total(CPU), world_size)
 
 

@@ -141,6 +141,12 @@ def test_steps_with_new_shapes_may_compile_again() -> None:
     assert ranks.verdict is not None
 
 
+@pytest.mark.parametrize(("step", "may_take_long"), [(7, False), (8, True), (9, True), (10, False)])
+def test_the_data_of_a_step_with_new_shapes_may_be_read_in_the_step_before(step: int, may_take_long: bool) -> None:
+    deadlines = Deadlines.for_stage(trains=True, data_s=0.0, fresh_steps=(9,), interval_s=0.5)
+    assert (deadlines.of(at(step, "data"), {"data": 0.1}) >= FIRST_S) == may_take_long
+
+
 def test_a_phase_that_has_always_been_long_may_be_longer() -> None:
     ranks = Ranks(2)
     ranks.health = Health({}, {"validation": 200.0})

@@ -322,6 +322,10 @@ def test_the_time_left_counts_what_comes_between_steps(monkeypatch: pytest.Monke
         now[0] += 1.0 if step % 50 else 51.0
         progress.update([{"step": step, **record}])
     assert progress.describe(record, 200).endswith("  3:20 left")
+    for step in (200, 201):  # of an attempt whose start took an hour
+        now[0] += 3600.0 if step == 200 else 2.0
+        progress.update([{"step": step, **record, "attempt": 2}])
+    assert progress.describe(record, 202).endswith("  3:16 left")
 
 
 def test_what_ranks_record_is_said_once(run: RunFolder) -> None:

@@ -119,6 +119,28 @@ def test_an_empty_batch_gives_every_parameter_a_gradient_of_zero(tokenizer: str,
     assert all(not gradient.any() for gradient in found.values())
 
 
+@pytest.mark.parametrize("architecture", ["bert", "esm", *ARCHITECTURES])
+def test_a_projection_to_more_tokens_than_there_are_changes_nothing(tokenizer: str, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is computed on a GPU. ESM adds a bias of its own to the logits."""
+    network = build(tokenizer, architecture)
+    batch = tensor_batches(batch_for(network))[0]
+    found: list[tuple[float, float, dict[str, torch.Tensor]]] = []
+    for aligned in (False, True):
+        monkeypatch.setattr("trainer.layers._is_for_tensor_cores", lambda values, aligned=aligned: aligned)
+        network.zero_grad()
+        mlm_loss, _, mlm_correct, _ = network(batch)
+        mlm_loss.backward()
+        gradients = {name: each.grad.clone() for name, each in network.named_parameters() if each.grad is not None}
+        found.append((mlm_loss.item(), mlm_correct.item(), gradients))
+    (loss, correct, gradients), (others_loss, others_correct, others) = found
+    assert (others_loss, others_correct) == (pytest.approx(loss, rel=1e-6), correct)
+    assert others.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+    ids_BT = torch.full((2, 8), 7)
+    assert network.logits(ids_BT, torch.zeros_like(ids_BT), torch.ones_like(ids_BT))["mlm_logits"].shape == (2, 8, VOCAB_SIZE)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_are_those_of_transformers_where_weights_are_large(tokenizer: str, architecture: str) -> None:
     """As in a trained network: what attends to what then shows."""
