@@ -39,7 +39,7 @@ class StepCounts:
     failures: int = 0
 
     @classmethod
-    def of(cls, batches: Sequence["MicroBatch"], first_position: int, *, stop: bool = False, failed: bool = False) -> "StepCounts":
+    def of(cls, batches: Sequence["MicroBatch"], first_position: int, *, failed: bool = False) -> "StepCounts":
         """Count the micro-batches at positions `first_position`, … of the step."""
         from data_pipeline.stream import step_digest
 
@@ -51,7 +51,6 @@ class StepCounts:
             squared_lengths=sum(int((batch.lengths.astype("int64") ** 2).sum()) for batch in batches),
             digest=step_digest([(first_position + place, batch.digest) for place, batch in enumerate(batches)]),
             skipped_blocks=sum(len(batch.skipped) for batch in batches),
-            stops=int(stop),
             failures=int(failed),
         )
 
