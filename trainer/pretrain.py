@@ -81,7 +81,7 @@ def train(
     context: Timeline,
     state: TrainState,
 ) -> None:
-    """The loop: read, agree, forward and backward, agree, step, record, validate, save. See `pretrain`. While a GPU computes, the next step is read."""
+    """The loop: read, agree, forward and backward, agree, step, record, validate, save. See `pretrain`. While a GPU computes, the next is read."""
     stream = MicroBatchStream(corpora, config.objective, config.phases, config.seed, packing=config.batch.row_packing)
     validation, empty = Validation(corpora, config, context.rank, context.world_size), empty_micro_batch(corpora.vocabulary)
     rank, world_size, workers = context.rank, context.world_size, config.batch.loader_workers
