@@ -76,7 +76,8 @@ def run(arguments: Sequence[str], *, debug: bool) -> int:
     except MaskwrightError as error:
         if debug:
             traceback.print_exc()
-        print(without_hidden(f"error: {error.cause}\n{completed(error.remedy, storage=_storage_of(arguments))}"), file=sys.stderr)
+        kind = "interrupted" if error.exit_code in {ExitCode.INTERRUPTED, ExitCode.CTRL_C} else "error"
+        print(without_hidden(f"{kind}: {error.cause}\n{completed(error.remedy, storage=_storage_of(arguments))}"), file=sys.stderr)
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)

@@ -237,6 +237,6 @@ def end_of(submission: Submission, job: JobState) -> End:
 def _told(message: str) -> tuple[str, str]:
     """Cause and remedy in what Ray says of a job: those that our command has printed last, or else what Ray itself says."""
     lines = [line.strip() for line in message.splitlines() if re.search(r"\w", line)]
-    errors = [number for number, line in enumerate(lines) if line.startswith("error: ")]
-    cause, *remedy = lines[errors[-1] : errors[-1] + 2] if errors else [lines[-1][:300] if lines else "the job failed"]
-    return cause.removeprefix("error: "), "".join(remedy) or End.remedy
+    told = [number for number, line in enumerate(lines) if line.startswith(("error: ", "interrupted: "))]
+    cause, *remedy = lines[told[-1] : told[-1] + 2] if told else [lines[-1][:300] if lines else "the job failed"]
+    return cause.removeprefix("error: ").removeprefix("interrupted: "), "".join(remedy) or End.remedy

@@ -150,9 +150,11 @@ def test_ctrl_c_saves_and_the_run_is_resumed_from_there(folder: Path, finished: 
         command.wait_until_gone()
     finally:
         command.kill_everything()
-    assert "saving what was trained" in command.text()
     assert kinds(run)[-1] == "stopped"
     (stopped,) = [event["step"] for event in events(run) if event["kind"] == "checkpoint_committed"]
+    said = command.text()
+    assert "saving what was trained" in said
+    assert f"\ninterrupted: stopped at step {stopped} on request; it is saved\nContinue with `maskwright resume" in said
     assert 1 <= stopped < STEPS
     assert maskwright("status", "interrupted", "--storage", "storage", "--exit-code", folder=folder)[0] == 75
     both = [Command(["resume", "interrupted", "--storage", "storage"], folder).start() for _ in range(2)]

@@ -782,6 +782,7 @@ def test_storage_that_the_head_does_not_see(here: Path) -> None:
     [
         (JobState("ended", exit_code=0), "finished", 0, ""),
         (JobState("ended", exit_code=14, message="logs:\nerror: one\nfirst\nerror: two\nsecond\nnext"), "failed", 14, "two"),
+        (JobState("ended", exit_code=75, message="error: one\nfirst\ninterrupted: two\nsecond\n"), "stopped", ExitCode.INTERRUPTED, "two"),
         (JobState("ended", exit_code=137), "interrupted", ExitCode.INTERRUPTED, "killed (exit code 137)"),
         (JobState("ended", exit_code=-9), "interrupted", ExitCode.INTERRUPTED, "killed (exit code -9)"),
         (JobState("ended", exit_code=127, message="sh: x: not found\n"), "failed", ExitCode.ENVIRONMENT, "sh: x: not found"),
@@ -795,4 +796,5 @@ def test_how_jobs_end(job: JobState, state: str, code: int, cause: str) -> None:
     end = end_of(a_submission(tiny()), job)
     assert (end.state, end.exit_code) == (state, code)
     assert cause in end.cause
+    assert ": two" not in end.cause
     assert end.remedy == ("second" if cause == "two" else "Submit the run again.")
