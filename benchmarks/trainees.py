@@ -257,5 +257,7 @@ class Peer(Trainee):
         return self.steps[0].seen_at - float((self.own / "fit-started").read_text())
 
     def newest_checkpoint(self) -> Path | None:
-        names = sorted(path for path in (self.own / "ray" / self.name).glob("checkpoint_*") if path.is_dir())
-        return names[-1] if names else None
+        run = self.own / "ray" / self.name
+        registered = run / "checkpoint_manager_snapshot.json"  # Ray's controller loads nothing newer, whatever lies there
+        latest = json.loads(registered.read_text())["latest_checkpoint_result"] if registered.exists() else None
+        return run / latest["checkpoint_dir_name"] if latest else None

@@ -1,5 +1,6 @@
 """What was found of faults becomes claims and rows; the two contestants do the same work, and no two jobs share a name or a folder."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,13 @@ def test_no_two_jobs_share_a_name_or_a_folder_and_ours_share_their_corpus(tmp_pa
     assert len({peer.own for peer in peers}) == len({peer.log for peer in peers}) == 2
     with pytest.raises(FileExistsError):
         peers[0].write()
+
+
+def test_the_peer_s_newest_checkpoint_is_the_one_that_ray_would_load(tmp_path: Path) -> None:
+    peer = Peer(tmp_path, "job", RayCluster(tmp_path), 2)
+    run = peer.own / "ray" / "job"
+    for name in ("checkpoint_1", "checkpoint_2"):
+        (run / name).mkdir(parents=True)
+    assert peer.newest_checkpoint() is None
+    (run / "checkpoint_manager_snapshot.json").write_text(json.dumps({"latest_checkpoint_result": {"checkpoint_dir_name": "checkpoint_1"}}))
+    assert peer.newest_checkpoint() == run / "checkpoint_1"
