@@ -23,7 +23,7 @@ _LIMIT_S = 1200.0
 
 def peak(cores: list[int], world_size: int, **job: Any) -> Measurement:
     """`peak_bytes` of rank 0, of `world_size` ranks that train together; `job` as `benchmarks.plan_memory.Case` has it."""
-    return on_ranks(_rank, cores, world_size, {**job, "cores": cores}, _LIMIT_S)
+    return on_ranks(_rank, cores, world_size, {**job, "cores": cores}, _LIMIT_S)[0]
 
 
 def _rank(folder: str, rank: int, world_size: int, core: int, job: dict[str, Any]) -> None:
@@ -38,8 +38,7 @@ def _rank(folder: str, rank: int, world_size: int, core: int, job: dict[str, Any
         settings["activation_checkpointing"] = job["checkpointing"]
         parameters = _train(network, shape, job["accumulation"], world_size=world_size, **settings)
         peak_bytes = _status()["VmHWM"] - process_bytes
-    if rank == 0:
-        (Path(folder) / "measured").write_text(json.dumps({"peak_bytes": peak_bytes, "parameters": parameters, "process_bytes": process_bytes}))
+    (Path(folder) / f"measured-{rank}").write_text(json.dumps({"peak_bytes": peak_bytes, "parameters": parameters, "process_bytes": process_bytes}))
 
 
 def _train(network: Network, shape: Shape, accumulation: int, **settings: Any) -> int:

@@ -35,16 +35,21 @@ def ranks(
     seconds: float,
     dropout: float = 0.1,
     loop: str = "ours",
+    apart: bool = False,
 ) -> Measurement:
-    """Tokens a second of all ranks together, each on one of `cores`; each takes `accumulation` micro-batches a step of `loop`."""
+    """Tokens a second of all ranks together, each on one of `cores`; each takes `accumulation` micro-batches a step of `loop`.
+
+    `apart`: every rank is a run of its own, at the same time as the others; that is what the machine's cores leave each other.
+    """
     if len(cores) < world_size:
         raise RuntimeError(f"{world_size} ranks need as many cores; there are {len(cores)}")
     job = {"network": network, "shape": shape, "precision": precision, "accumulation": accumulation, "dropout": dropout, "seconds": seconds}
-    return on_ranks(_rank, cores, world_size, {**job, "loop": loop}, _START_S + 4 * seconds)
+    found = on_ranks(_rank, cores, world_size, {**job, "loop": loop, "apart": apart}, _START_S + 4 * seconds)
+    return {**found[0], "tokens_per_s": sum(measured["tokens_per_s"] for measured in found)}
 
 
-def on_ranks(rank: Callable[..., None], cores: list[int], world_size: int, job: dict[str, Any], limit_s: float) -> Measurement:
-    """Run `rank(folder, rank, world_size, core, job)` in so many processes at once; what rank 0 has left in `folder` as `measured`.
+def on_ranks(rank: Callable[..., None], cores: list[int], world_size: int, job: dict[str, Any], limit_s: float) -> list[Measurement]:
+    """Run `rank(folder, rank, world_size, core, job)` in so many processes at once; what each has left in `folder` as `measured-<rank>`.
 
     Raises RuntimeError where one fails, or is not done in time.
     """
@@ -55,7 +60,7 @@ def on_ranks(rank: Callable[..., None], cores: list[int], world_size: int, job: 
         for process in processes:
             process.start()
         _wait(processes, time.monotonic() + limit_s + _LATE_S)
-        return json.loads((Path(folder) / "measured").read_text())
+        return [json.loads((Path(folder) / f"measured-{number}").read_text()) for number in range(world_size)]
 
 
 def _within(rank: Callable[..., None], limit_s: float, *arguments: Any) -> None:
@@ -80,15 +85,15 @@ def _wait(processes: Sequence[Any], deadline: float) -> None:
 def _rank(folder: str, rank: int, world_size: int, core: int, job: dict[str, Any]) -> None:
     os.sched_setaffinity(0, {core})
     network, shape = Network(**job["network"]), Shape(**job["shape"])
-    with process_group(folder, rank, world_size):
-        training = LOOPS[job["loop"]](network, shape, precision=job["precision"], dropout=job["dropout"], world_size=world_size)
+    group = (None, 0, 1) if job["apart"] else (folder, rank, world_size)
+    with process_group(*group):
+        training = LOOPS[job["loop"]](network, shape, precision=job["precision"], dropout=job["dropout"], world_size=group[2])
         turns = cycle(micro_batches(shape, network))
         steps = [list(islice(turns, job["accumulation"])) for _ in range(shape.count)]
         training.step(steps[0])
         num_steps = _agreed_steps(training, steps[0], job["seconds"])
         measured = _timed(training, steps, num_steps)
-    if rank == 0:
-        (Path(folder) / "measured").write_text(json.dumps({**measured, "tokens_per_s": world_size * measured["tokens_per_s"]}))
+    (Path(folder) / f"measured-{rank}").write_text(json.dumps(measured))
 
 
 def _agreed_steps(training: OurTraining | PlainLoop, batches: Sequence[Any], seconds: float) -> int:
