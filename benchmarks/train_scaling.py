@@ -2,7 +2,7 @@
 
 Each rank is a process with one thread, joined to the others by gloo, under ZeRO-1. In the first two comparisons it is held to a core of its own
 and has the same work whatever the number of ranks: accumulation micro-batches a step. Beside them stand two runs of one rank each, at once, which
-exchange nothing: no two ranks on this machine come nearer to twice one. The last takes what `maskwright run` does on this machine,
+exchange nothing: as near to twice one as this machine's cores let anything come. The last takes what `maskwright run` does on this machine,
 the whole stream, log and watch included, beside the trainer's own loop in processes that torchrun starts.
 """
 
